@@ -1,0 +1,1 @@
+//! Decides: policy, process context, sessions, audit log.

@@ -1,0 +1,1 @@
+//! What the preload hooks do, as a library that tests can load.

@@ -1,0 +1,1 @@
+//! Frames and shared memory between the parts of one host.

@@ -1,0 +1,3 @@
+//! Connects to ADDRESS:PORT, prints what it reads.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Privileged side: kernel filters, keys, relays.
