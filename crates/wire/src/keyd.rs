@@ -1,0 +1,1 @@
+//! Frames between broker and key daemon.
