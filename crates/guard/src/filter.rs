@@ -1,0 +1,367 @@
+//! Which system calls the kernel asks about, as one table, and its classic BPF form.
+//!
+//! The program sees `struct seccomp_data` (linux/seccomp.h): number, architecture, instruction pointer
+//! and six arguments by value. It cannot see behind pointers, so `sendmsg` is judged by where it comes
+//! from, and addresses are judged by the broker.
+
+use libc::{c_long, sock_filter};
+
+/// What the filter does with one system call.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Rule {
+    /// Ask the broker, unless the call is made from the shim's gate page.
+    Gate,
+    /// As [`Rule::Gate`], but only when the fifth argument (an address) is not null or the fourth
+    /// (flags) has `MSG_FASTOPEN`: sendto(2) on a connected socket is nobody's business.
+    GateIfAddressed,
+    /// Ask the broker, unless the first argument (a domain) and the second (a type) make a socket that
+    /// cannot carry traffic before another judged call: unix, netlink, and stream or datagram inet.
+    Domain,
+    /// Always ask.
+    Ask,
+    /// Fail with this errno, as a kernel without the call would.
+    Fail(u16),
+}
+
+/// The table. Calls that are not in it go on.
+///
+/// io_uring could open flows without any call the filter sees, so it is absent for wrapped programs;
+/// those that use it fall back, as they must on older kernels.
+pub const TABLE: &[(c_long, Rule)] = &[
+    (libc::SYS_connect, Rule::Gate),
+    (libc::SYS_bind, Rule::Gate),
+    (libc::SYS_listen, Rule::Gate),
+    (libc::SYS_accept, Rule::Gate),
+    (libc::SYS_accept4, Rule::Gate),
+    (libc::SYS_sendto, Rule::GateIfAddressed),
+    (libc::SYS_sendmsg, Rule::Gate),
+    (libc::SYS_sendmmsg, Rule::Gate),
+    (libc::SYS_socket, Rule::Domain),
+    (libc::SYS_io_uring_setup, Rule::Fail(ENOSYS)),
+    (libc::SYS_io_uring_enter, Rule::Fail(ENOSYS)),
+    (libc::SYS_io_uring_register, Rule::Fail(ENOSYS)),
+    (libc::SYS_ptrace, Rule::Ask),
+    (libc::SYS_process_vm_readv, Rule::Ask),
+    (libc::SYS_process_vm_writev, Rule::Ask),
+    (libc::SYS_pidfd_getfd, Rule::Ask),
+];
+
+const ENOSYS: u16 = 38;
+const EPERM: u16 = 1;
+
+/// The same calls by their numbers in the 32-bit table (arch/x86/entry/syscalls/syscall_32.tbl),
+/// which `int $0x80` reaches from any program. They are refused: a 32-bit program computes, but
+/// does not reach the network.
+const REFUSED_I386: &[u32] = &[
+    102, // socketcall
+    359, 361, 362, 363, 364, 369, 370,
+    345, // socket bind connect listen accept4 sendto sendmsg sendmmsg
+    425, 426, 427, // io_uring_*
+    26, 347, 348, 438, // ptrace process_vm_* pidfd_getfd
+];
+
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+/// Bit that marks an x32 call (`__X32_SYSCALL_BIT`, asm/unistd.h).
+const X32_BIT: u32 = 0x4000_0000;
+
+// Offsets in struct seccomp_data.
+const NR: u32 = 0;
+const ARCH: u32 = 4;
+const IP_LOW: u32 = 8;
+const IP_HIGH: u32 = 12;
+const fn arg_low(n: u32) -> u32 {
+    16 + 8 * n
+}
+const fn arg_high(n: u32) -> u32 {
+    arg_low(n) + 4
+}
+
+/// How far the filter trusts the shim's page.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Trust {
+    /// Calls from the page at this address (4096 bytes, page aligned) go on unasked.
+    Page(u64),
+    /// Every call of the table is asked about.
+    Nobody,
+}
+
+/// A jump target that is not known yet.
+#[derive(Clone, Copy)]
+enum To {
+    Next,
+    Allow,
+    Ask,
+    Errno(u16),
+    /// Skip this many instructions.
+    Skip(u8),
+}
+
+struct Line {
+    code: u16,
+    k: u32,
+    yes: To,
+    no: To,
+}
+
+// Instruction codes (linux/bpf_common.h).
+const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
+const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
+const JUMP_EQUAL: u16 = 0x15; // BPF_JMP | BPF_JEQ | BPF_K
+const JUMP_ANY_BIT: u16 = 0x45; // BPF_JMP | BPF_JSET | BPF_K
+const JUMP: u16 = 0x05; // BPF_JMP | BPF_JA
+const RETURN: u16 = 0x06; // BPF_RET | BPF_K
+
+fn load(offset: u32) -> Line {
+    Line { code: LOAD, k: offset, yes: To::Next, no: To::Next }
+}
+fn and(mask: u32) -> Line {
+    Line { code: AND, k: mask, yes: To::Next, no: To::Next }
+}
+fn equal(k: u32, yes: To, no: To) -> Line {
+    Line { code: JUMP_EQUAL, k, yes, no }
+}
+fn any_bit(k: u32, yes: To, no: To) -> Line {
+    Line { code: JUMP_ANY_BIT, k, yes, no }
+}
+
+/// Low and high half of a 64-bit number.
+#[expect(clippy::cast_possible_truncation, reason = "the halves of a 64-bit number")]
+const fn halves(n: u64) -> (u32, u32) {
+    (n as u32, (n >> 32) as u32)
+}
+
+/// Ends a rule: to the broker, unless the call comes from the trusted page.
+fn gate(trust: Trust, out: &mut Vec<Line>) {
+    match trust {
+        Trust::Nobody => out.push(always(To::Ask)),
+        Trust::Page(page) => {
+            let (low, high) = halves(page);
+            out.push(load(IP_HIGH));
+            out.push(equal(high, To::Next, To::Ask));
+            out.push(load(IP_LOW));
+            out.push(and(!0xfff));
+            out.push(equal(low, To::Allow, To::Ask));
+        }
+    }
+}
+
+fn always(to: To) -> Line {
+    any_bit(0, to, to)
+}
+
+fn body(rule: Rule, trust: Trust) -> Vec<Line> {
+    let mut out = Vec::new();
+    match rule {
+        Rule::Gate => gate(trust, &mut out),
+        Rule::GateIfAddressed => {
+            out.push(load(arg_low(4)));
+            out.push(equal(0, To::Next, To::Skip(4)));
+            out.push(load(arg_high(4)));
+            out.push(equal(0, To::Next, To::Skip(2)));
+            out.push(load(arg_low(3)));
+            out.push(any_bit(libc::MSG_FASTOPEN.cast_unsigned(), To::Next, To::Allow));
+            gate(trust, &mut out);
+        }
+        Rule::Domain => {
+            let family = |f: i32| f.cast_unsigned();
+            out.push(load(arg_low(0)));
+            out.push(equal(family(libc::AF_UNIX), To::Allow, To::Next));
+            out.push(equal(family(libc::AF_NETLINK), To::Allow, To::Next));
+            out.push(equal(family(libc::AF_INET), To::Skip(1), To::Next));
+            out.push(equal(family(libc::AF_INET6), To::Next, To::Ask));
+            out.push(load(arg_low(1)));
+            out.push(and(0xf)); // SOCK_TYPE_MASK, linux/net.h
+            out.push(equal(libc::SOCK_STREAM.cast_unsigned(), To::Allow, To::Next));
+            out.push(equal(libc::SOCK_DGRAM.cast_unsigned(), To::Allow, To::Ask));
+        }
+        Rule::Ask => out.push(always(To::Ask)),
+        Rule::Fail(errno) => out.push(always(To::Errno(errno))),
+    }
+    out
+}
+
+/// Assembles the filter for x86_64.
+///
+/// Layout: architecture, then one comparison and a body per call, then the returns. A body either
+/// decides or is skipped whole, so jumps stay short; the returns are reached by unconditional jumps
+/// (`BPF_JA`), which have 32 bits.
+#[must_use]
+pub fn assemble(trust: Trust) -> Vec<sock_filter> {
+    let mut i386 = vec![equal(AUDIT_ARCH_I386, To::Next, To::Errno(EPERM)), load(NR)];
+    i386.extend(REFUSED_I386.iter().map(|&nr| equal(nr, To::Errno(EPERM), To::Next)));
+    i386.push(always(To::Allow));
+    let i386 = lower(i386);
+    let mut program = vec![
+        sock_filter { code: LOAD, jt: 0, jf: 0, k: ARCH },
+        sock_filter { code: JUMP_EQUAL, jt: 0, jf: 1, k: AUDIT_ARCH_X86_64 },
+        jump_always(i386.len()),
+    ];
+    program.extend(i386);
+    program.extend(lower(vec![load(NR), any_bit(X32_BIT, To::Errno(ENOSYS), To::Next)]));
+    for &(nr, rule) in TABLE {
+        let body = lower(body(rule, trust));
+        #[expect(clippy::cast_possible_truncation, reason = "system call numbers are small")]
+        let nr = nr as u32;
+        program.push(sock_filter { code: JUMP_EQUAL, jt: 1, jf: 0, k: nr });
+        program.push(jump_always(body.len()));
+        program.extend(body);
+    }
+    program.push(give(RET_ALLOW));
+    program
+}
+
+const RET_ALLOW: u32 = 0x7fff_0000;
+const RET_NOTIFY: u32 = 0x7fc0_0000;
+const RET_ERRNO: u32 = 0x0005_0000;
+
+fn jump_always(over: usize) -> sock_filter {
+    let k = u32::try_from(over).unwrap_or(u32::MAX);
+    sock_filter { code: JUMP, jt: 0, jf: 0, k }
+}
+
+fn give(value: u32) -> sock_filter {
+    sock_filter { code: RETURN, jt: 0, jf: 0, k: value }
+}
+
+/// Turns lines into instructions, with the returns that this run of lines uses at its end.
+fn lower(lines: Vec<Line>) -> Vec<sock_filter> {
+    let mut returns: Vec<u32> = Vec::new();
+    let mut place = |to: To| -> Option<usize> {
+        let value = match to {
+            To::Next | To::Skip(_) => return None,
+            To::Allow => RET_ALLOW,
+            To::Ask => RET_NOTIFY,
+            To::Errno(errno) => RET_ERRNO | u32::from(errno),
+        };
+        Some(returns.iter().position(|&r| r == value).unwrap_or_else(|| {
+            returns.push(value);
+            returns.len() - 1
+        }))
+    };
+    let places: Vec<_> = lines.iter().map(|line| (place(line.yes), place(line.no))).collect();
+    let falls_through = lines.last().is_none_or(|l| matches!(l.yes, To::Next) || matches!(l.no, To::Next));
+    let count = lines.len() + usize::from(falls_through && !returns.is_empty());
+    let mut out = Vec::new();
+    for (at, (line, (yes, no))) in lines.into_iter().zip(places).enumerate() {
+        let target = |to: To, place: Option<usize>| match (to, place) {
+            (To::Skip(n), _) => n,
+            (_, Some(place)) => u8::try_from(count + place - at - 1).unwrap_or(u8::MAX),
+            _ => 0,
+        };
+        out.push(sock_filter {
+            code: line.code,
+            jt: target(line.yes, yes),
+            jf: target(line.no, no),
+            k: line.k,
+        });
+    }
+    if falls_through && !returns.is_empty() {
+        out.push(jump_always(returns.len()));
+    }
+    out.extend(returns.into_iter().map(give));
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 0x5043_4c00_0000;
+
+    /// One `struct seccomp_data` through the program, as Documentation/networking/filter.rst has it.
+    fn run(program: &[sock_filter], data: &[u32; 16]) -> u32 {
+        let (mut at, mut a) = (0usize, 0u32);
+        loop {
+            let i = program[at];
+            at += 1;
+            let jump = |yes: bool| if yes { i.jt } else { i.jf } as usize;
+            match i.code {
+                LOAD => a = data[i.k as usize / 4],
+                AND => a &= i.k,
+                JUMP_EQUAL => at += jump(a == i.k),
+                JUMP_ANY_BIT => at += jump(a & i.k != 0),
+                JUMP => at += i.k as usize,
+                RETURN => return i.k,
+                other => panic!("instruction {other:#x}"),
+            }
+        }
+    }
+
+    fn call(arch: u32, nr: u32, ip: u64, args: [u64; 6]) -> [u32; 16] {
+        let mut data = [0; 16];
+        (data[0], data[1]) = (nr, arch);
+        (data[2], data[3]) = halves(ip);
+        for (n, arg) in args.into_iter().enumerate() {
+            (data[4 + 2 * n], data[5 + 2 * n]) = halves(arg);
+        }
+        data
+    }
+
+    fn of(trust: Trust, nr: c_long, ip: u64, args: [u64; 6]) -> u32 {
+        run(&assemble(trust), &call(AUDIT_ARCH_X86_64, u32::try_from(nr).unwrap(), ip, args))
+    }
+
+    #[test]
+    fn the_program_is_within_the_kernels_limit() {
+        for trust in [Trust::Nobody, Trust::Page(PAGE)] {
+            assert!(assemble(trust).len() < 4096);
+            for &(_, rule) in TABLE {
+                assert!(lower(body(rule, trust)).len() < 256);
+            }
+        }
+    }
+
+    #[test]
+    fn a_judged_call_is_asked_about_unless_it_comes_from_the_page() {
+        for nr in [libc::SYS_connect, libc::SYS_bind, libc::SYS_listen, libc::SYS_accept4, libc::SYS_sendmsg]
+        {
+            assert_eq!(of(Trust::Page(PAGE), nr, PAGE + 2, [0; 6]), RET_ALLOW);
+            assert_eq!(of(Trust::Page(PAGE), nr, PAGE + 4096, [0; 6]), RET_NOTIFY);
+            assert_eq!(of(Trust::Page(PAGE), nr, PAGE - 1, [0; 6]), RET_NOTIFY);
+            assert_eq!(of(Trust::Page(PAGE), nr, PAGE | 1 << 50, [0; 6]), RET_NOTIFY);
+            assert_eq!(of(Trust::Nobody, nr, PAGE + 2, [0; 6]), RET_NOTIFY);
+        }
+    }
+
+    #[test]
+    fn sendto_without_an_address_is_nobodys_business() {
+        let fast_open = u64::from(libc::MSG_FASTOPEN.cast_unsigned());
+        let ask = |args| of(Trust::Page(PAGE), libc::SYS_sendto, 0x1000, args);
+        assert_eq!(ask([3, 0, 0, 0, 0, 0]), RET_ALLOW);
+        assert_eq!(ask([3, 0, 0, 0, 0x7fff_0000, 16]), RET_NOTIFY);
+        assert_eq!(ask([3, 0, 0, 0, 1 << 32, 16]), RET_NOTIFY);
+        assert_eq!(ask([3, 0, 0, fast_open, 0, 0]), RET_NOTIFY);
+        assert_eq!(of(Trust::Page(PAGE), libc::SYS_sendto, PAGE, [3, 0, 0, 0, 1 << 32, 16]), RET_ALLOW);
+    }
+
+    #[test]
+    fn sockets_that_carry_traffic_by_themselves_are_asked_about() {
+        let socket = |domain: i32, kind: i32| {
+            let args = [u64::from(domain.cast_unsigned()), u64::from(kind.cast_unsigned()), 0, 0, 0, 0];
+            of(Trust::Page(PAGE), libc::SYS_socket, 0x1000, args)
+        };
+        for domain in [libc::AF_INET, libc::AF_INET6] {
+            assert_eq!(socket(domain, libc::SOCK_STREAM | libc::SOCK_CLOEXEC), RET_ALLOW);
+            assert_eq!(socket(domain, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK), RET_ALLOW);
+            assert_eq!(socket(domain, libc::SOCK_RAW), RET_NOTIFY);
+            assert_eq!(socket(domain, libc::SOCK_SEQPACKET), RET_NOTIFY);
+        }
+        assert_eq!(socket(libc::AF_UNIX, libc::SOCK_SEQPACKET), RET_ALLOW);
+        assert_eq!(socket(libc::AF_NETLINK, libc::SOCK_RAW), RET_ALLOW);
+        assert_eq!(socket(libc::AF_PACKET, libc::SOCK_RAW), RET_NOTIFY);
+        assert_eq!(socket(libc::AF_VSOCK, libc::SOCK_STREAM), RET_NOTIFY);
+    }
+
+    #[test]
+    fn other_tables_do_not_reach_the_network() {
+        let at = |arch, nr| run(&assemble(Trust::Page(PAGE)), &call(arch, nr, PAGE, [0; 6]));
+        assert_eq!(at(AUDIT_ARCH_I386, 102), RET_ERRNO | u32::from(EPERM));
+        assert_eq!(at(AUDIT_ARCH_I386, 362), RET_ERRNO | u32::from(EPERM));
+        assert_eq!(at(AUDIT_ARCH_I386, 4), RET_ALLOW, "write(2)");
+        assert_eq!(at(0xdead, 4), RET_ERRNO | u32::from(EPERM));
+        assert_eq!(at(AUDIT_ARCH_X86_64, X32_BIT | 42), RET_ERRNO | u32::from(ENOSYS));
+        assert_eq!(at(AUDIT_ARCH_X86_64, 425), RET_ERRNO | u32::from(ENOSYS));
+        assert_eq!(at(AUDIT_ARCH_X86_64, 0), RET_ALLOW, "read(2)");
+    }
+}
