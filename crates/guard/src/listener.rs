@@ -175,9 +175,9 @@ mod tests {
     fn guarded(inside: impl FnOnce() -> c_int, outside: impl FnOnce(BorrowedFd<'_>)) -> c_int {
         // The child's listener reaches us through pidfd_getfd, as nothing may be sent from inside.
         let filter = assemble(Trust::Nobody);
-        let mut ends = [0; 2];
-        // SAFETY: `ends` has room for two descriptors.
-        assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
+        let (mut ends, mut go) = ([0; 2], [0; 2]);
+        // SAFETY: both have room for two descriptors.
+        assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) + libc::pipe(go.as_mut_ptr()) }, 0);
         // SAFETY: the child calls only async-signal-safe functions before _exit, apart from
         // `install`, which does not allocate.
         match unsafe { libc::fork() } {
@@ -186,9 +186,11 @@ mod tests {
                     Ok(fd) => std::os::fd::IntoRawFd::into_raw_fd(fd),
                     Err(_) => -1,
                 };
-                // SAFETY: writes four bytes of a live variable; then the child ends.
+                // SAFETY: writes four bytes of a live variable, reads one into another; then the child ends.
                 unsafe {
                     libc::write(ends[1], (&raw const number).cast(), 4);
+                    let mut one = 0u8;
+                    libc::read(go[0], (&raw mut one).cast(), 1);
                     libc::_exit(if number < 0 { 99 } else { inside() })
                 }
             }
@@ -203,6 +205,8 @@ mod tests {
                     assert!(fd >= 0, "{}", io::Error::last_os_error());
                     OwnedFd::from_raw_fd(RawFd::try_from(fd).unwrap())
                 };
+                // SAFETY: writes one byte of a literal.
+                assert_eq!(unsafe { libc::write(go[1], b"x".as_ptr().cast(), 1) }, 1);
                 outside(listener.as_fd());
                 let mut status = 0;
                 // SAFETY: `status` is a live variable, `child` our child.
