@@ -1,1 +1,321 @@
-//! Frames between broker and key daemon.
+//! Frames between broker and key daemon, over an inherited `SOCK_SEQPACKET` pair.
+//!
+//! The broker asks, one [`Head`] and what its kind says after it; the key daemon answers each
+//! request, in order, with one [`Head`] of the same `kind` and `seq`, and in between reports
+//! [`Kind::Stranger`] (its `seq` is 0). Descriptors travel as `SCM_RIGHTS`, in the order named at the kind.
+//!
+//! Holding the other end of the pair is the whole authority: whoever started both daemons made it.
+//! The key daemon ends the connection at anything that [`permitted`] does not list. It keeps nothing
+//! that a restart of it would lose: what a filter needs to be changed later is a descriptor in the
+//! broker's hands.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::Addr;
+
+/// First word of every frame: "PCK1" read as bytes.
+pub const MAGIC: u32 = u32::from_le_bytes(*b"PCK1");
+/// Version of this layout.
+pub const VERSION: u16 = 1;
+/// Longest frame in bytes; a longer list of [`Net`] is attached ([`Head::LIST_ATTACHED`]).
+pub const FRAME: usize = 32 * 1024;
+/// Most [`Net`] in one frame.
+pub const INLINE_NETS: usize = (FRAME - size_of::<Head>()) / size_of::<Net>();
+/// Most [`Net`] in one filter, attached or not.
+pub const MOST_NETS: usize = 1 << 20;
+/// Most descriptors with one frame.
+pub const DESCRIPTORS: usize = 4;
+
+/// What is asked, answered or reported.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(u16)]
+pub enum Kind {
+    /// First request. Attached: nothing, or what the answer to an earlier `Hello` carried, so that
+    /// filters set before a restart go on reporting. Answer: `flags` are the abilities
+    /// ([`Head::FILTERS`], [`Head::DESTROYS`]); with `FILTERS`, three descriptors to keep.
+    Hello = 1,
+    /// Let only the listed [`Net`]s reach a listener or datagram socket, for good: the filter is
+    /// locked. Attached: the socket; with `LIST_ATTACHED`, the list. `tag` comes back in every
+    /// `Stranger`. Answer: one descriptor, which `Refill` needs.
+    Filter = 2,
+    /// Exchange the list of a filter. Attached: what `Filter` answered; with `LIST_ATTACHED`, the list.
+    Refill = 3,
+    /// End a flow now: [`Flow`] follows. Attached: its socket, if the broker has it. Answer: `count`
+    /// is how, a [`CutBy`].
+    Cut = 4,
+    /// Report: a filter dropped somebody; [`Stranger`] follows.
+    Stranger = 64,
+}
+
+impl Kind {
+    /// All kinds, for tests over pairs.
+    pub const ALL: [Self; 5] = [Self::Hello, Self::Filter, Self::Refill, Self::Cut, Self::Stranger];
+}
+
+impl TryFrom<u16> for Kind {
+    type Error = u16;
+    fn try_from(raw: u16) -> Result<Self, u16> {
+        Self::ALL.into_iter().find(|kind| *kind as u16 == raw).ok_or(raw)
+    }
+}
+
+/// How far a connection is.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Stage {
+    /// Nothing was asked yet.
+    Hello,
+    /// Versions agree.
+    Serving,
+}
+
+/// What the broker may ask, and when. Everything else ends its connection.
+#[must_use]
+pub const fn permitted(stage: Stage, kind: Kind) -> bool {
+    matches!(
+        (stage, kind),
+        (Stage::Hello, Kind::Hello) | (Stage::Serving, Kind::Filter | Kind::Refill | Kind::Cut)
+    )
+}
+
+/// Beginning of every frame. 32 bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Head {
+    /// [`MAGIC`].
+    pub magic: u32,
+    /// [`VERSION`].
+    pub version: u16,
+    /// One of [`Kind`].
+    pub kind: u16,
+    /// Chosen by the asker, echoed in the answer; 0 in reports.
+    pub seq: u32,
+    /// Bits, see the constants.
+    pub flags: u32,
+    /// Number of [`Net`] (`Filter`, `Refill`), or what the answer's kind says.
+    pub count: u32,
+    /// Answer: 0, or the positive errno for which the request failed.
+    pub errno: i32,
+    /// `Filter`: the broker's name for the socket, echoed in each `Stranger`.
+    pub tag: u64,
+}
+
+impl Head {
+    /// The list of [`Net`] is not in the frame but in a file (memfd) that is attached last.
+    pub const LIST_ATTACHED: u32 = 1 << 0;
+    /// Answer to `Hello`: `Filter` works here.
+    pub const FILTERS: u32 = 1 << 8;
+    /// Answer to `Hello`: `Cut` can use the kernel's SOCK_DESTROY here.
+    pub const DESTROYS: u32 = 1 << 9;
+
+    /// A frame's beginning with everything but `kind` and `seq` zero.
+    #[must_use]
+    pub const fn new(kind: Kind, seq: u32) -> Self {
+        Self { magic: MAGIC, version: VERSION, kind: kind as u16, seq, flags: 0, count: 0, errno: 0, tag: 0 }
+    }
+
+    /// Takes the beginning off a frame; the rest is returned beside it.
+    ///
+    /// # Errors
+    /// [`HeadError`] for anything that does not begin a frame of this version.
+    pub fn decode(bytes: &[u8]) -> Result<(Kind, Self, &[u8]), HeadError> {
+        let (it, rest) = Self::read_from_prefix(bytes).map_err(|_| HeadError::Length(bytes.len()))?;
+        if it.magic != MAGIC {
+            return Err(HeadError::Magic(it.magic));
+        }
+        if it.version != VERSION {
+            return Err(HeadError::Version(it.version));
+        }
+        Ok((Kind::try_from(it.kind).map_err(HeadError::Kind)?, it, rest))
+    }
+}
+
+/// Why bytes do not begin a frame.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum HeadError {
+    /// Shorter than a [`Head`].
+    Length(usize),
+    /// Does not begin with [`MAGIC`].
+    Magic(u32),
+    /// Another [`VERSION`].
+    Version(u16),
+    /// No such [`Kind`].
+    Kind(u16),
+}
+
+impl core::fmt::Display for HeadError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match *self {
+            Self::Length(n) => write!(f, "frame of only {n} bytes"),
+            Self::Magic(m) => write!(f, "frame begins with {m:#010x} instead of {MAGIC:#010x}"),
+            Self::Version(v) => write!(f, "protocol version {v} instead of {VERSION}"),
+            Self::Kind(k) => write!(f, "unknown request {k}"),
+        }
+    }
+}
+
+impl core::error::Error for HeadError {}
+
+/// Addresses and source ports that a filter decides alike. 24 bytes.
+///
+/// The longest prefix that covers a source decides; so a hole in a permitted prefix is a longer
+/// one with an empty port range. The same prefix may stand up to four times, with different ports.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Net {
+    /// Network byte order; v4 in the first four bytes, the rest zero.
+    pub ip: [u8; 16],
+    /// A [`crate::Family`] number, 4 or 6. A v6 prefix never covers v4 sources.
+    pub family: u8,
+    /// Prefix length in bits: up to 32 for v4, 128 for v6.
+    pub bits: u8,
+    /// Lowest source port that passes, host byte order.
+    pub low: u16,
+    /// Highest source port that passes; below `low`: none passes.
+    pub high: u16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+impl Net {
+    /// All source ports of a prefix; bits beyond `bits` in the address are ignored.
+    #[must_use]
+    pub fn new(ip: core::net::IpAddr, bits: u8) -> Self {
+        let addr = Addr::from(core::net::SocketAddr::new(ip, 0));
+        Self { ip: addr.ip, family: addr.family, bits, low: 0, high: u16::MAX, reserved: 0 }
+    }
+
+    /// Every v4 and every v6 address.
+    #[must_use]
+    pub const fn everyone() -> [Self; 2] {
+        let v4 = Self { ip: [0; 16], family: 4, bits: 0, low: 0, high: u16::MAX, reserved: 0 };
+        [v4, Self { family: 6, ..v4 }]
+    }
+
+    /// The same prefix, passing only source ports `low..=high`.
+    #[must_use]
+    pub const fn ports(self, low: u16, high: u16) -> Self {
+        Self { low, high, ..self }
+    }
+
+    /// The same prefix, passing nothing: a hole in a shorter one.
+    #[must_use]
+    pub const fn refused(self) -> Self {
+        self.ports(1, 0)
+    }
+}
+
+/// A flow to cut. 72 bytes.
+///
+/// With the socket attached, all fields may be zero. Without, all are needed, except that cookie 0
+/// cuts whoever has the two addresses; else the kernel cuts only the socket with that cookie.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Flow {
+    /// `SO_COOKIE` of the socket.
+    pub cookie: u64,
+    /// IANA protocol number: 6 or 17.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+    /// The socket's own address, in the socket's own family (v4-mapped ones as v6).
+    pub local: Addr,
+    /// The far address, likewise.
+    pub remote: Addr,
+}
+
+/// How a flow was ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u32)]
+pub enum CutBy {
+    /// It had ended before.
+    Gone = 0,
+    /// SOCK_DESTROY: RST to the far side, `ECONNABORTED` to the program.
+    Destroy = 1,
+    /// Disconnected through the descriptor: RST to the far side, `ECONNRESET` to the program.
+    Disconnect = 2,
+    /// Shut down through the descriptor, both ways: FIN to the far side, end of file to the program.
+    Shutdown = 3,
+}
+
+impl TryFrom<u32> for CutBy {
+    type Error = u32;
+    fn try_from(raw: u32) -> Result<Self, u32> {
+        Ok(match raw {
+            0 => Self::Gone,
+            1 => Self::Destroy,
+            2 => Self::Disconnect,
+            3 => Self::Shutdown,
+            other => return Err(other),
+        })
+    }
+}
+
+/// Somebody whom a filter dropped. 88 bytes.
+///
+/// One report for each attempt: repeats of the same two addresses and ports within 70 s are the
+/// same (a SYN is sent again after 1, 2, 4 ... 64 s, tcp(7), `tcp_syn_retries`).
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Stranger {
+    /// Nanoseconds since the Unix epoch; 0 if only `missed` is reported.
+    pub time: u64,
+    /// Attempts dropped but not reported since the last report, because there were too many.
+    pub missed: u64,
+    /// IANA protocol number: 6 or 17.
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: [u8; 7],
+    /// Who.
+    pub source: Addr,
+    /// Whom it wanted.
+    pub destination: Addr,
+    /// `tag` of the filter.
+    pub tag: u64,
+}
+
+const _: () = assert!(size_of::<Head>() == 32 && size_of::<Net>() == 24);
+const _: () = assert!(size_of::<Flow>() == 72 && size_of::<Stranger>() == 88);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_asked_at_each_stage_is_exactly_this() {
+        let stages = [Stage::Hello, Stage::Serving];
+        let listed: Vec<_> = stages
+            .into_iter()
+            .flat_map(|stage| Kind::ALL.map(|kind| (stage, kind)))
+            .filter(|(stage, kind)| permitted(*stage, *kind))
+            .collect();
+        assert_eq!(
+            listed,
+            [
+                (Stage::Hello, Kind::Hello),
+                (Stage::Serving, Kind::Filter),
+                (Stage::Serving, Kind::Refill),
+                (Stage::Serving, Kind::Cut),
+            ]
+        );
+    }
+
+    #[test]
+    fn every_kind_survives_its_number_and_no_other_exists() {
+        let known: Vec<_> = (0..=u16::MAX).filter_map(|raw| Kind::try_from(raw).ok()).collect();
+        assert_eq!(known, Kind::ALL);
+    }
+
+    #[test]
+    fn what_is_no_frame_is_named() {
+        let good = Head::new(Kind::Cut, 1);
+        assert_eq!(
+            Head::decode(good.as_bytes()).map(|(kind, head, rest)| (kind, head, rest.len())),
+            Ok((Kind::Cut, good, 0))
+        );
+        assert_eq!(Head::decode(&good.as_bytes()[1..]).unwrap_err(), HeadError::Length(31));
+        assert_eq!(Head::decode(Head { magic: 1, ..good }.as_bytes()).unwrap_err(), HeadError::Magic(1));
+        assert_eq!(Head::decode(Head { version: 9, ..good }.as_bytes()).unwrap_err(), HeadError::Version(9));
+        assert_eq!(Head::decode(Head { kind: 0, ..good }.as_bytes()).unwrap_err(), HeadError::Kind(0));
+    }
+}

@@ -409,39 +409,13 @@ impl Record {
         let [r0, r1, r2, r3, r4, r5, r6]: [u32; 7] = zerocopy::transmute!(self.remote);
         let what = u32::from_le_bytes([self.call, self.protocol, self.assurance, 0]);
         let fd = self.fd.cast_unsigned();
-        [
-            what, fd, self.rule, g0, g1, t0, t1, c0, c1, l0, l1, l2, l3, l4, l5, l6, r0, r1, r2, r3, r4, r5,
-            r6,
-        ]
+        [what, fd, self.rule, g0, g1, t0, t1, c0, c1, l0, l1, l2, l3, l4, l5, l6, r0, r1, r2, r3, r4, r5, r6]
     }
 
     fn from_words(words: &[u32; 23]) -> Self {
         let join = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
-        let [
-            what,
-            fd,
-            rule,
-            g0,
-            g1,
-            t0,
-            t1,
-            c0,
-            c1,
-            l0,
-            l1,
-            l2,
-            l3,
-            l4,
-            l5,
-            l6,
-            r0,
-            r1,
-            r2,
-            r3,
-            r4,
-            r5,
-            r6,
-        ] = *words;
+        let [what, fd, rule, g0, g1, t0, t1, c0, c1, l0, l1, l2, l3, l4, l5, l6, r0, r1, r2, r3, r4, r5, r6] =
+            *words;
         let [call, protocol, assurance, _] = what.to_le_bytes();
         Self {
             call,
