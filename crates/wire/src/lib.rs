@@ -11,6 +11,7 @@
 
 pub mod addr;
 pub mod frame;
+pub mod gate;
 pub mod keyd;
 pub mod shared;
 
