@@ -1,3 +1,130 @@
-//! The portcullis command.
+//! The `portcullis` command.
+//!
+//! `run` becomes the program it wraps, so what Rust's runtime changes before `main` (SIGPIPE, closed
+//! standard descriptors) would be the program's to notice: hence `no_main`.
+#![cfg_attr(not(test), no_main)]
 
-fn main() {}
+mod ca;
+mod guard;
+mod link;
+mod output;
+mod parts;
+mod place;
+mod policy;
+mod run;
+mod supervise;
+mod sys;
+
+use std::{ffi::c_int, path::PathBuf};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::output::Out;
+
+/// A distributed per-process firewall: the policy says who may talk to whom; every program is held to it.
+#[derive(Parser)]
+#[command(name = "portcullis", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a program under the policy; its exit status is the program's
+    Run(run::Args),
+    /// Check, explain, test, compare, format and query policies
+    #[command(subcommand)]
+    Policy(policy::Command),
+    /// Manage a local trust domain
+    #[command(subcommand)]
+    Ca(ca::Command),
+    #[command(hide = true)]
+    Supervise(supervise::Args),
+    #[command(hide = true)]
+    Broker(parts::BrokerArgs),
+    #[command(hide = true)]
+    Keyd(parts::KeydArgs),
+}
+
+/// What happens to a call that the policy refuses.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// It is refused.
+    #[default]
+    Enforce,
+    /// It is permitted, and recorded as `would-refuse`.
+    Audit,
+}
+
+impl Mode {
+    /// As the command line spells it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Audit => "audit",
+        }
+    }
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON value, or one per line where there can be many.
+    Json,
+}
+
+/// Option of every command that reads a state folder.
+#[derive(clap::Args, Clone, Debug)]
+pub struct StateArg {
+    /// State folder [default: $PORTCULLIS_STATE, else /var/lib/portcullis or $XDG_STATE_HOME/portcullis]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+}
+
+/// Exit status of a command that could not do what it was asked.
+pub const COULD_NOT: u8 = 2;
+
+fn dispatch(command: Command, out: &mut Out) -> u8 {
+    match command {
+        Command::Run(args) => run::run(args, out),
+        Command::Policy(command) => policy::run(command, out),
+        Command::Ca(command) => ca::run(command, out),
+        Command::Supervise(args) => supervise::run(args, out),
+        Command::Broker(args) => parts::broker(args, out),
+        Command::Keyd(args) => parts::keyd(args, out),
+    }
+}
+
+fn start() -> u8 {
+    let mut out = Out::new();
+    match Cli::try_parse() {
+        Ok(cli) => dispatch(cli.command, &mut out),
+        Err(error) => out.usage(&error),
+    }
+}
+
+/// Called by the C library instead of by Rust's runtime.
+#[cfg(not(test))]
+#[expect(unsafe_code, reason = "defining `main` is an unsafe attribute: the name must be unique, and is")]
+#[unsafe(no_mangle)]
+pub extern "C" fn main(_argc: c_int, _argv: *const *const std::ffi::c_char) -> c_int {
+    c_int::from(start())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+        assert_eq!(super::start as fn() -> u8 as usize == 0, false);
+        let _: std::ffi::c_int = 0;
+    }
+}

@@ -1,0 +1,133 @@
+//! The only place that writes to the user's terminal.
+
+use std::io::{self, IsTerminal, Write};
+
+/// Standard output and standard error of one command.
+///
+/// A reader that goes away (`| head`) ends the command quietly, by SIGPIPE.
+pub struct Out {
+    stdout: io::Stdout,
+    stderr: io::Stderr,
+    colour: bool,
+}
+
+/// How a piece of text is coloured on a terminal (ECMA-48 SGR parameters).
+#[derive(Clone, Copy, Debug)]
+pub enum Ink {
+    /// A permit, or a success.
+    Good,
+    /// A refusal, or an error.
+    Bad,
+    /// Something to notice.
+    Note,
+    /// Less important than its surroundings.
+    Faint,
+    /// A heading.
+    Strong,
+}
+
+impl Ink {
+    const fn sgr(self) -> &'static str {
+        match self {
+            Self::Good => "32",
+            Self::Bad => "31",
+            Self::Note => "33",
+            Self::Faint => "2",
+            Self::Strong => "1",
+        }
+    }
+}
+
+impl Out {
+    /// The process's own standard output and error. Colour only on a terminal, and not with `NO_COLOR`.
+    #[must_use]
+    pub fn new() -> Self {
+        let stdout = io::stdout();
+        let wanted = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        let colour = wanted && stdout.is_terminal();
+        Self { stdout, stderr: io::stderr(), colour }
+    }
+
+    /// Writes one line of the result.
+    pub fn line(&mut self, text: impl AsRef<str>) {
+        let mut to = self.stdout.lock();
+        // Whoever closed standard output does not want the rest.
+        let _gone = writeln!(to, "{}", text.as_ref()).and_then(|()| to.flush());
+    }
+
+    /// Writes text of the result as it is.
+    pub fn text(&mut self, text: impl AsRef<str>) {
+        let mut to = self.stdout.lock();
+        let _gone = to.write_all(text.as_ref().as_bytes()).and_then(|()| to.flush());
+    }
+
+    /// Writes one value as a line of JSON.
+    pub fn json(&mut self, value: &impl serde::Serialize) {
+        if let Ok(text) = serde_json::to_string(value) {
+            self.line(text);
+        }
+    }
+
+    /// Writes one line about the command itself to standard error.
+    pub fn note(&mut self, text: impl AsRef<str>) {
+        let _gone = writeln!(self.stderr, "portcullis: {}", text.as_ref());
+    }
+
+    /// Writes text to standard error as it is (a diagnostic that brings its own layout).
+    pub fn diagnostic(&mut self, text: impl AsRef<str>) {
+        let _gone = self.stderr.write_all(text.as_ref().as_bytes());
+    }
+
+    /// Writes an error, `error: ` before it and its causes behind.
+    pub fn error(&mut self, error: &dyn std::error::Error) {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(it) = cause {
+            text.push_str(": ");
+            text.push_str(&it.to_string());
+            cause = it.source();
+        }
+        let _gone = writeln!(self.stderr, "portcullis: error: {text}");
+    }
+
+    /// Prints what the argument parser has to say; the result is the exit status.
+    pub fn usage(&mut self, error: &clap::Error) -> u8 {
+        let _gone = error.print();
+        u8::try_from(error.exit_code()).unwrap_or(crate::COULD_NOT)
+    }
+
+    /// `text` in colour, if this output has colour.
+    #[must_use]
+    pub fn ink(&self, ink: Ink, text: &str) -> String {
+        if self.colour { format!("\x1b[{}m{text}\x1b[0m", ink.sgr()) } else { text.to_owned() }
+    }
+}
+
+/// Makes text from outside safe for a terminal: control characters, escape sequences and characters that
+/// change the direction of text become visible escapes.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        let hidden = matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
+        match c {
+            '\\' => safe.push_str("\\\\"),
+            c if c.is_control() || hidden => safe.extend(c.escape_default()),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_from_outside_moves_the_cursor_or_turns_the_text() {
+        assert_eq!(escape("a\x1b[2Jb\r\n"), "a\\u{1b}[2Jb\\r\\n");
+        assert_eq!(escape("x\u{202e}gpj"), "x\\u{202e}gpj");
+        assert_eq!(escape("back\\slash é"), "back\\\\slash é");
+        assert_eq!(escape("\u{9b}31m"), "\\u{9b}31m");
+    }
+}

@@ -1,0 +1,95 @@
+//! The hidden commands under which the supervisor starts broker and key daemon.
+
+use std::{io, os::fd::OwnedFd, path::PathBuf};
+
+use nix::sys::signal::SigSet;
+
+use crate::{COULD_NOT, Mode, output::Out, sys};
+
+/// What the supervisor hands to a broker. Descriptors are given by number.
+#[derive(clap::Args, Debug)]
+pub struct BrokerArgs {
+    #[arg(long)]
+    state: PathBuf,
+    #[arg(long)]
+    policy: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t)]
+    mode: Mode,
+    #[arg(long)]
+    doors_fd: i32,
+    #[arg(long)]
+    control_fd: i32,
+    #[arg(long)]
+    keyd_fd: Option<i32>,
+    #[arg(long)]
+    ready_fd: i32,
+}
+
+/// What the supervisor hands to a key daemon.
+#[derive(clap::Args, Debug)]
+pub struct KeydArgs {
+    #[arg(long)]
+    broker_fd: i32,
+    #[arg(long)]
+    ready_fd: i32,
+}
+
+impl From<Mode> for portcullis_broker::Mode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Enforce => Self::Enforce,
+            Mode::Audit => Self::Audit,
+        }
+    }
+}
+
+/// Is the broker until it is told to end.
+pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
+    let fds = [Some(args.doors_fd), Some(args.control_fd), args.keyd_fd, Some(args.ready_fd)];
+    let config = inherit(&fds).and_then(|()| {
+        Ok(portcullis_broker::Config {
+            state: args.state,
+            policy: args.policy,
+            mode: args.mode.into(),
+            doors: sys::adopt(args.doors_fd)?,
+            control: Some(sys::adopt(args.control_fd)?),
+            keyd: args.keyd_fd.map(sys::adopt).transpose()?,
+            ready: Some(sys::adopt(args.ready_fd)?),
+        })
+    });
+    match config.map(portcullis_broker::run) {
+        Ok(Ok(())) => 0,
+        Ok(Err(error)) => fail(&error, out),
+        Err(error) => fail(&error, out),
+    }
+}
+
+/// Is the key daemon until the broker's end of the pair is closed.
+pub fn keyd(args: KeydArgs, out: &mut Out) -> u8 {
+    let fds = [Some(args.broker_fd), Some(args.ready_fd)];
+    let adopted: io::Result<[OwnedFd; 2]> =
+        inherit(&fds).and_then(|()| Ok([sys::adopt(args.broker_fd)?, sys::adopt(args.ready_fd)?]));
+    match adopted {
+        Ok([broker, ready]) => {
+            let told = nix::unistd::write(&ready, b"ready\n");
+            drop(ready);
+            let mut end = [0; 1];
+            let ended = nix::unistd::read(&broker, &mut end);
+            u8::from(told.is_err() || ended.is_err())
+        }
+        Err(error) => fail(&error, out),
+    }
+}
+
+/// Begins with the given descriptors, and no blocked signal: the supervisor's mask is not ours.
+fn inherit(fds: &[Option<i32>]) -> io::Result<()> {
+    SigSet::empty().thread_set_mask()?;
+    let kept: Vec<i32> = fds.iter().flatten().copied().collect();
+    sys::close_others(&kept);
+    kept.into_iter().try_for_each(sys::close_on_exec)
+}
+
+fn fail(error: &dyn std::error::Error, out: &mut Out) -> u8 {
+    out.error(error);
+    COULD_NOT
+}

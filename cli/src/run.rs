@@ -1,0 +1,377 @@
+//! `portcullis run`: makes sure that a broker serves the state folder, and becomes the program.
+
+use std::{
+    ffi::{CString, OsStr, OsString, c_int},
+    fs, io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, fcntl},
+    sys::{resource, wait},
+    unistd,
+};
+use portcullis_wire::frame::{ENV_BROKER, ENV_DOOR, LOWEST_FD};
+
+use crate::{
+    COULD_NOT, Mode, StateArg,
+    guard::{self, Guard},
+    link::{self, Answer, Link, Say},
+    output::Out,
+    place::{Place, PlaceError},
+    supervise,
+    sys::{self, Forked},
+};
+
+/// Options of `portcullis run`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Policy file [default: DIR/policy.pol, else /etc/portcullis/policy.pol]
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Whether what the policy refuses is refused, or only recorded [default: enforce]
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// A label for `ps`; it proves nothing
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    state: StateArg,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+/// Exit status when it is `run` itself that failed (env(1)).
+const RUN_FAILED: u8 = 125;
+/// Exit status when the program is there but cannot be started (env(1)).
+const CANNOT_EXEC: u8 = 126;
+/// Exit status when there is no such program (env(1)).
+const NOT_FOUND: u8 = 127;
+
+/// How long a broker may take to become ready.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a program was not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// See [`PlaceError`].
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Nothing names a policy.
+    #[error("no policy: give --policy FILE, or put one at `{}` or `{SYSTEM_POLICY}`", .0.display())]
+    NoPolicy(PathBuf),
+    /// The policy file is not there or not readable.
+    #[error("cannot read policy `{}`", path.display())]
+    Policy {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The folder's broker serves another policy or mode.
+    #[error("{0}")]
+    Conflict(String),
+    /// The broker did not come up.
+    #[error("no broker: {0}")]
+    NoBroker(String),
+    /// The broker did not come up in time.
+    #[error("no broker within {} s; see `{}`", PATIENCE.as_secs(), .0.display())]
+    Late(PathBuf),
+    /// Somebody else answers in the broker's place.
+    #[error("uid {found} answers at `{}`, not the broker (uid {expected})", path.display())]
+    Impostor {
+        /// The socket.
+        path: PathBuf,
+        /// Who should answer.
+        expected: u32,
+        /// Who does.
+        found: u32,
+    },
+    /// Within a wrapped program, the outer run's broker does not answer.
+    #[error("the outer run's broker does not answer at `{}`", path.display())]
+    Outer {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No shim library beside the command, nor installed.
+    #[error("no shim: `{}` is neither beside the command nor in {}", supervise::SHIM, supervise::INSTALLED)]
+    NoShim,
+    /// No folder whose files can be mapped as code.
+    #[error("no place for the shim: `{}` is mounted noexec, and so are its alternatives", .0.display())]
+    NoExec(PathBuf),
+    /// A system call failed.
+    #[error("cannot {what}")]
+    System {
+        /// What was to be done.
+        what: &'static str,
+        /// Why it was not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Names the system call that failed.
+pub fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> RunError {
+    move |source| RunError::System { what, source: source.into() }
+}
+
+/// Policy of a host that has one for all its programs.
+const SYSTEM_POLICY: &str = "/etc/portcullis/policy.pol";
+
+/// Runs the program. Returns only if it could not be started, with the exit status.
+pub fn run(args: Args, out: &mut Out) -> u8 {
+    match prepare(&args) {
+        Ok(environment) => become_program(&args.command, &environment, out),
+        Err(error) => {
+            out.error(&error);
+            if matches!(error, RunError::Conflict(_)) { COULD_NOT } else { RUN_FAILED }
+        }
+    }
+}
+
+/// Does all that comes before exec; the result is the program's environment.
+fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
+    let policy = args.policy.as_deref().map(readable).transpose()?;
+    let hello = Say::Hello { policy, mode: args.mode };
+    if let Some(broker) = outer() {
+        return join(&broker, &hello, args.policy.is_some() || args.mode.is_some());
+    }
+    let place = Place::make(args.state.state.as_deref())?;
+    let (link, welcome) = reach(&place, &hello, args)?;
+    let door = open_door(&welcome)?;
+    let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
+    let guard = guard::install().map_err(failed("install the guard's filter"))?;
+    let tree = Say::Tree {
+        command: args.command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
+        name: args.name.clone(),
+        guarded: matches!(guard, Guard::Listener(_)),
+    };
+    let mut fds = Vec::new();
+    if let Guard::Listener(listener) = &guard {
+        fds.push(listener.as_raw_fd());
+    }
+    fds.push(pidfd.as_raw_fd());
+    link.send(&tree, &fds).map_err(failed("hand the guard over"))?;
+    match link.receive::<Answer>().map_err(failed("hand the guard over"))? {
+        Some((Answer::Watched, _)) => {}
+        _ => return Err(RunError::NoBroker("it ended before the program began".into())),
+    }
+    Ok(environment(&welcome, door))
+}
+
+/// What the supervisor says of a broker that is ready.
+struct Welcome {
+    broker: PathBuf,
+    uid: u32,
+    shim: PathBuf,
+}
+
+/// Reaches the folder's supervisor, starting one if there is none.
+fn reach(place: &Place, hello: &Say, args: &Args) -> Result<(Link, Welcome), RunError> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        match Link::to(&place.supervisor_socket(), deadline.saturating_duration_since(Instant::now())) {
+            Ok(link) => match greet(&link, hello)? {
+                Some(welcome) => return Ok((link, welcome)),
+                None => continue, // it was about to end
+            },
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {}
+            Err(error) => return Err(failed("reach the supervisor")(error)),
+        }
+        let lock = fs::File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(place.lock())
+            .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
+        match lock.try_lock() {
+            Ok(()) => start(place, &lock, args)?,
+            // Another run is starting one, or one is ending.
+            Err(_) => std::thread::sleep(Duration::from_millis(2)),
+        }
+    }
+    Err(RunError::Late(place.log()))
+}
+
+/// Greets a supervisor. `None`: it closed without an answer, because it ends.
+fn greet(link: &Link, hello: &Say) -> Result<Option<Welcome>, RunError> {
+    let ended =
+        |e: &io::Error| matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+    let exchange = link.send(hello, &[]).and_then(|()| link.receive::<Answer>());
+    match exchange {
+        Ok(Some((Answer::Welcome { broker, uid, shim }, _))) => Ok(Some(Welcome { broker, uid, shim })),
+        Ok(Some((Answer::Conflict(why), _))) => Err(RunError::Conflict(why)),
+        Ok(Some((Answer::Failed(why), _))) => Err(RunError::NoBroker(why)),
+        Ok(None | Some((Answer::Watched, _))) => Ok(None),
+        Err(error) if ended(&error) => Ok(None),
+        Err(error) => Err(failed("reach the supervisor")(error)),
+    }
+}
+
+/// Starts a supervisor: detached from terminal, session, parent and descriptors, and not our child, so that
+/// the program we become neither waits for it nor hears of its end. The lock goes with it: it belongs to the
+/// open file, which both have until we close ours.
+fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
+    let policy = match &args.policy {
+        Some(path) => readable(path)?,
+        None => default_policy(place)?,
+    };
+    let shim = supervise::place_shim(place)?;
+    let socket =
+        link::bind_private(&place.supervisor_socket()).map_err(failed("bind the supervisor's socket"))?;
+    link::listen(&socket).map_err(failed("listen for runs"))?;
+    let log = fs::File::options()
+        .create(true)
+        .append(true)
+        .open(place.log())
+        .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
+    let nowhere =
+        fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("open /dev/null"))?;
+    let arguments = supervise::Args {
+        state: place.state.clone(),
+        runtime: place.runtime.clone(),
+        policy,
+        mode: args.mode.unwrap_or_default(),
+        shim,
+        lock_fd: Some(lock.as_raw_fd()),
+        socket_fd: Some(socket.as_raw_fd()),
+    }
+    .to_argv();
+    match sys::fork_quietly().map_err(failed("start the supervisor"))? {
+        Forked::Parent(child) => {
+            wait::waitpid(child, Some(wait::WaitPidFlag::__WALL)).map_err(failed("start the supervisor"))?;
+            Ok(())
+        }
+        Forked::Child => {
+            let status = detach(&nowhere, &log, lock, &socket, &arguments).map_or(1, |never| match never {});
+            std::process::exit(status)
+        }
+    }
+}
+
+/// In the child: leaves session and parent, and becomes the supervisor.
+fn detach(
+    nowhere: &fs::File,
+    log: &fs::File,
+    lock: &fs::File,
+    socket: &OwnedFd,
+    arguments: &[CString],
+) -> io::Result<std::convert::Infallible> {
+    unistd::setsid()?;
+    if let Forked::Parent(_) = sys::fork_quietly()? {
+        std::process::exit(0);
+    }
+    unistd::chdir("/")?;
+    unistd::dup2_stdin(nowhere)?;
+    unistd::dup2_stdout(nowhere)?;
+    unistd::dup2_stderr(log)?;
+    let kept = [lock.as_raw_fd(), socket.as_raw_fd()];
+    sys::close_others(&kept);
+    for fd in [lock.as_fd(), socket.as_fd()] {
+        fcntl(fd, FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+    }
+    let environment = [c"PATH=/usr/sbin:/usr/bin:/sbin:/bin"];
+    Ok(unistd::execve(c"/proc/self/exe", arguments, &environment)?)
+}
+
+/// The policy file's absolute path, once it has been seen to be readable.
+fn readable(path: &Path) -> Result<PathBuf, RunError> {
+    let policy = |source| RunError::Policy { path: path.to_owned(), source };
+    let absolute = fs::canonicalize(path).map_err(policy)?;
+    fs::File::open(&absolute).map_err(policy)?;
+    Ok(absolute)
+}
+
+fn default_policy(place: &Place) -> Result<PathBuf, RunError> {
+    let own = place.state.join("policy.pol");
+    let there = [own.as_path(), Path::new(SYSTEM_POLICY)].into_iter().find(|p| p.exists());
+    there.map_or_else(|| Err(RunError::NoPolicy(own.clone())), readable)
+}
+
+/// The outer run's broker, if this process is in a wrapped tree.
+fn outer() -> Option<PathBuf> {
+    let value = std::env::var_os(ENV_BROKER)?;
+    let at = value.as_bytes().iter().rposition(|b| *b == b':')?;
+    let path = PathBuf::from(OsStr::from_bytes(value.as_bytes().get(..at)?));
+    // Without a filter the variables are left over from elsewhere: every wrapped process is under the guard.
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().any(|l| l == "Seccomp:\t2").then_some(path)
+}
+
+/// Joins the outer run: same door, same broker, same policy.
+fn join(broker: &Path, hello: &Say, asks: bool) -> Result<Vec<CString>, RunError> {
+    if asks {
+        let supervisor = broker.with_file_name("supervisor.sock");
+        let link = Link::to(&supervisor, PATIENCE)
+            .map_err(|source| RunError::Outer { path: supervisor.clone(), source })?;
+        if greet(&link, hello)?.is_none() {
+            return Err(RunError::NoBroker("the outer run ends".into()));
+        }
+    }
+    link::connect(broker).map_err(|source| RunError::Outer { path: broker.to_owned(), source })?;
+    Ok(std::env::vars_os().filter_map(|(name, value)| variable(&name, &value)).collect())
+}
+
+/// Connects the program's door to the broker, and makes sure who answers there.
+fn open_door(welcome: &Welcome) -> Result<RawFd, RunError> {
+    use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+    let fd = link::connect(&welcome.broker)
+        .map_err(|e| RunError::NoBroker(format!("`{}`: {e}", welcome.broker.display())))?;
+    let found = getsockopt(&fd, PeerCredentials).map_err(failed("ask who the broker is"))?.uid();
+    if found != welcome.uid {
+        return Err(RunError::Impostor { path: welcome.broker.clone(), expected: welcome.uid, found });
+    }
+    // Programs count on low numbers; where the limit leaves no room above, just below the limit.
+    let (soft, _) =
+        resource::getrlimit(resource::Resource::RLIMIT_NOFILE).map_err(failed("ask for a limit"))?;
+    let highest = c_int::try_from(soft).unwrap_or(c_int::MAX);
+    let lowest = LOWEST_FD.min(highest.saturating_sub(8)).max(3);
+    fcntl(&fd, FcntlArg::F_DUPFD(lowest)).map_err(failed("place the door's descriptor"))
+}
+
+fn variable(name: &OsStr, value: &OsStr) -> Option<CString> {
+    let mut whole = name.as_bytes().to_vec();
+    whole.push(b'=');
+    whole.extend_from_slice(value.as_bytes());
+    CString::new(whole).ok()
+}
+
+/// The program's environment: ours, with the shim before whatever is preloaded already.
+fn environment(welcome: &Welcome, door: RawFd) -> Vec<CString> {
+    const PRELOAD: &str = "LD_PRELOAD";
+    let mut preload = welcome.shim.clone().into_os_string();
+    if let Some(theirs) = std::env::var_os(PRELOAD).filter(|v| !v.is_empty()) {
+        preload.push(":");
+        preload.push(theirs);
+    }
+    let mut broker = welcome.broker.clone().into_os_string();
+    broker.push(format!(":{}", welcome.uid));
+    let ours = [(PRELOAD, preload), (ENV_BROKER, broker), (ENV_DOOR, OsString::from(door.to_string()))];
+    let kept = std::env::vars_os().filter(|(name, _)| !ours.iter().any(|(n, _)| name == n));
+    let ours = ours.iter().map(|(n, v)| (OsString::from(n), v.clone()));
+    kept.chain(ours).filter_map(|(name, value)| variable(&name, &value)).collect()
+}
+
+/// Execs the program, found as execvp(3) finds it.
+fn become_program(command: &[OsString], environment: &[CString], out: &mut Out) -> u8 {
+    let arguments: Vec<CString> =
+        command.iter().filter_map(|a| CString::new(a.clone().into_vec()).ok()).collect();
+    let Some(program) = arguments.first() else { return RUN_FAILED };
+    let Err(errno) = unistd::execvpe(program, &arguments, environment);
+    let name = command.first().map(|c| crate::output::escape(&c.to_string_lossy())).unwrap_or_default();
+    out.note(format!("error: cannot run `{name}`: {}", errno.desc()));
+    if errno == Errno::ENOENT { NOT_FOUND } else { CANNOT_EXEC }
+}

@@ -1,0 +1,348 @@
+//! `portcullis supervise`: one per state folder, detached; starts broker and key daemon, restarts what
+//! dies, and ends both when the last process of the last wrapped tree has ended.
+//!
+//! One thread, one poll loop. What it knows of a run is in a [`Tree`]: the guard's listener, where the
+//! kernel says when no task of the tree is left.
+
+mod parts;
+mod shim;
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        signal::{SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+    unistd::geteuid,
+};
+
+use self::parts::{Health, Parts};
+pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
+use crate::{
+    COULD_NOT, Mode,
+    link::{self, Answer, Link, Say},
+    output::Out,
+    place::Place,
+    run::{RunError, failed},
+    sys,
+};
+
+/// Options of the hidden command, written by `run` and by the systemd unit.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// State folder, absolute
+    #[arg(long)]
+    pub state: PathBuf,
+    /// Runtime folder, absolute
+    #[arg(long)]
+    pub runtime: PathBuf,
+    /// Policy file, absolute
+    #[arg(long)]
+    pub policy: PathBuf,
+    /// Enforce or audit
+    #[arg(long, value_enum, default_value_t)]
+    pub mode: Mode,
+    /// The shim that programs load
+    #[arg(long)]
+    pub shim: PathBuf,
+    /// Inherited descriptor of the lock file, already locked
+    #[arg(long)]
+    pub lock_fd: Option<i32>,
+    /// Inherited socket on which runs arrive
+    #[arg(long)]
+    pub socket_fd: Option<i32>,
+}
+
+impl Args {
+    /// The same as a command line.
+    pub fn to_argv(&self) -> Vec<CString> {
+        let mut words: Vec<Vec<u8>> = vec![b"portcullis".to_vec(), b"supervise".to_vec()];
+        let mut option = |name: &str, value: &[u8]| {
+            words.push(name.as_bytes().to_vec());
+            words.push(value.to_vec());
+        };
+        option("--state", self.state.as_os_str().as_bytes());
+        option("--runtime", self.runtime.as_os_str().as_bytes());
+        option("--policy", self.policy.as_os_str().as_bytes());
+        option("--mode", self.mode.as_str().as_bytes());
+        option("--shim", self.shim.as_os_str().as_bytes());
+        for (name, fd) in [("--lock-fd", self.lock_fd), ("--socket-fd", self.socket_fd)] {
+            if let Some(fd) = fd {
+                option(name, fd.to_string().as_bytes());
+            }
+        }
+        words.into_iter().filter_map(|w| CString::new(w).ok()).collect()
+    }
+
+    /// The places these options name.
+    pub fn place(&self) -> Place {
+        Place { state: self.state.clone(), runtime: self.runtime.clone() }
+    }
+}
+
+/// A program that was run, and all its descendants.
+struct Tree {
+    /// The guard's listener; without one, the first process's pidfd stands for the tree.
+    watched: OwnedFd,
+    guarded: bool,
+}
+
+/// A run that has connected and not yet become its program.
+struct Visitor {
+    link: Link,
+    /// What it expects, once it has said so.
+    hello: Option<(Option<PathBuf>, Option<Mode>)>,
+    welcomed: bool,
+}
+
+struct Supervisor {
+    args: Args,
+    socket: OwnedFd,
+    signals: SignalFd,
+    parts: Parts,
+    visitors: Vec<Visitor>,
+    trees: Vec<Tree>,
+    /// Whether anybody was ever served; a supervisor that nobody has reached yet does not end.
+    used: bool,
+    born: Instant,
+    told_to_end: bool,
+}
+
+/// How long a supervisor waits for the run that started it.
+const UNUSED: Duration = Duration::from_secs(15);
+
+/// Supervises until there is nothing left to do; the result is the exit status.
+pub fn run(args: Args, out: &mut Out) -> u8 {
+    match supervise(args) {
+        Ok(()) => 0,
+        Err(error) => {
+            out.error(&error);
+            COULD_NOT
+        }
+    }
+}
+
+fn supervise(args: Args) -> Result<(), RunError> {
+    let inherited: Vec<i32> = [args.lock_fd, args.socket_fd].into_iter().flatten().collect();
+    sys::close_others(&inherited);
+    for fd in &inherited {
+        sys::close_on_exec(*fd).map_err(failed("take over a descriptor"))?;
+    }
+    let place = args.place();
+    // Let go when this process ends, however that happens.
+    let _lock = match args.lock_fd {
+        Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
+        None => lock(&place).map_err(failed("lock the state folder, which another supervisor serves"))?,
+    };
+    let socket = match args.socket_fd {
+        Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
+        None => own_socket(&place)?,
+    };
+    let mut mask = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
+        mask.add(signal);
+    }
+    mask.thread_block().map_err(failed("block signals"))?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+        .map_err(failed("receive signals"))?;
+    let parts = Parts::new(&args)?;
+    let mut supervisor = Supervisor {
+        args,
+        socket,
+        signals,
+        parts,
+        visitors: Vec::new(),
+        trees: Vec::new(),
+        used: false,
+        born: Instant::now(),
+        told_to_end: false,
+    };
+    supervisor.serve()?;
+    supervisor.end();
+    Ok(())
+}
+
+fn lock(place: &Place) -> io::Result<OwnedFd> {
+    let file = fs::File::options().create(true).truncate(false).write(true).open(place.lock())?;
+    file.try_lock()?;
+    Ok(file.into())
+}
+
+fn own_socket(place: &Place) -> Result<OwnedFd, RunError> {
+    let socket =
+        link::bind_private(&place.supervisor_socket()).map_err(failed("bind the supervisor's socket"))?;
+    link::listen(&socket).map_err(failed("listen for runs"))?;
+    Ok(socket)
+}
+
+impl Supervisor {
+    fn serve(&mut self) -> Result<(), RunError> {
+        loop {
+            self.parts.tend();
+            self.answer_visitors();
+            if self.is_done() {
+                return Ok(());
+            }
+            self.wait().map_err(failed("wait"))?;
+        }
+    }
+
+    /// Whether nobody is left to serve.
+    fn is_done(&self) -> bool {
+        let idle = self.trees.is_empty() && self.visitors.is_empty();
+        let service = self.args.socket_fd.is_none();
+        let abandoned = self.used || self.born.elapsed() > UNUSED || self.parts.health().is_failed();
+        self.told_to_end || (idle && !service && abandoned)
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let timeout = self.parts.wake_in().unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(5));
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        let mut fds = vec![
+            PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.visitors.iter().map(|v| PollFd::new(v.link.as_fd(), PollFlags::POLLIN)));
+        // A guard's listener reports POLLHUP; its notifications are not ours to take. A pidfd is readable
+        // at its process's end.
+        fds.extend(self.trees.iter().map(|t| {
+            let events = if t.guarded { PollFlags::empty() } else { PollFlags::POLLIN };
+            PollFd::new(t.watched.as_fd(), events)
+        }));
+        fds.extend(self.parts.pipes().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+        match poll(&mut fds, timeout) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(()),
+            Ok(_) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let fired: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        drop(fds);
+        let mut fired = fired.into_iter();
+        let (arrived, signalled) = (fired.next().unwrap_or(false), fired.next().unwrap_or(false));
+        let spoke: Vec<bool> = fired.by_ref().take(self.visitors.len()).collect();
+        let ended: Vec<bool> = fired.by_ref().take(self.trees.len()).collect();
+        let mut ended = ended.into_iter();
+        self.trees.retain(|_| !ended.next().unwrap_or(false));
+        self.hear(&spoke);
+        if arrived && let Ok(link) = Link::accept(&self.socket) {
+            self.visitors.push(Visitor { link, hello: None, welcomed: false });
+        }
+        if signalled {
+            self.take_signals();
+        }
+        self.parts.read_pipes();
+        Ok(())
+    }
+
+    /// Takes what visitors say; one that has said all, or nonsense, is gone.
+    fn hear(&mut self, spoke: &[bool]) {
+        let visitors = std::mem::take(&mut self.visitors);
+        for (i, mut visitor) in visitors.into_iter().enumerate() {
+            if !spoke.get(i).copied().unwrap_or(false) {
+                self.visitors.push(visitor);
+                continue;
+            }
+            match visitor.link.receive::<Say>() {
+                Ok(Some((Say::Hello { policy, mode }, _))) if visitor.hello.is_none() => {
+                    visitor.hello = Some((policy, mode));
+                    self.visitors.push(visitor);
+                }
+                Ok(Some((Say::Tree { guarded, .. }, fds))) if visitor.welcomed => {
+                    if let Some(watched) = fds.into_iter().next()
+                        && visitor.link.send(&Answer::Watched, &[]).is_ok()
+                    {
+                        self.trees.push(Tree { watched, guarded });
+                        self.used = true;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.visitors.push(visitor),
+                // It ended, or does not keep to the order: closing is the answer.
+                _ => self.used = true,
+            }
+        }
+    }
+
+    /// Answers those who wait for the broker, once it is known how it is.
+    fn answer_visitors(&mut self) {
+        let health = self.parts.health().clone();
+        for visitor in &mut self.visitors {
+            let Some((policy, mode)) = &visitor.hello else { continue };
+            if visitor.welcomed {
+                continue;
+            }
+            let answer = match (conflict(&self.args, policy.as_deref(), *mode), &health) {
+                (Some(why), _) => Answer::Conflict(why),
+                (None, Health::Starting) => continue,
+                (None, Health::Failed(why)) => Answer::Failed(why.clone()),
+                (None, Health::Serving) => Answer::Welcome {
+                    broker: self.args.place().broker_socket(),
+                    // The supervisor has called listen(2), and keeps the socket over the broker's restarts.
+                    uid: geteuid().as_raw(),
+                    shim: self.args.shim.clone(),
+                },
+            };
+            visitor.welcomed = true;
+            // A visitor that has gone is noticed at the next turn.
+            let _gone = visitor.link.send(&answer, &[]);
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            match i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok()) {
+                Some(Signal::SIGTERM | Signal::SIGINT) => self.told_to_end = true,
+                Some(Signal::SIGHUP) => self.parts.reload(),
+                _ => self.parts.bury(),
+            }
+        }
+    }
+
+    /// Ends what was started and removes what was made. New runs fail to connect from here on, and find the
+    /// lock free once this process is gone.
+    fn end(&mut self) {
+        let place = self.args.place();
+        let _absent = fs::remove_file(place.supervisor_socket());
+        self.parts.end();
+        for path in [place.broker_socket(), place.control_socket()] {
+            let _absent = fs::remove_file(path);
+        }
+        shim::remove(&place);
+        let _not_empty = fs::remove_dir(&place.runtime);
+    }
+}
+
+/// Why what a run expects is not what is in force.
+fn conflict(args: &Args, policy: Option<&Path>, mode: Option<Mode>) -> Option<String> {
+    let state = args.state.display();
+    if let Some(mode) = mode
+        && mode != args.mode
+    {
+        return Some(format!(
+            "a broker in mode `{}` serves state folder `{state}`, so this run cannot have mode `{}`; \
+             give another --state or leave --mode out",
+            args.mode.as_str(),
+            mode.as_str()
+        ));
+    }
+    let policy = policy?;
+    let same = || fs::read(policy).ok().zip(fs::read(&args.policy).ok()).is_some_and(|(a, b)| a == b);
+    (policy != args.policy && !same()).then(|| {
+        format!(
+            "a broker with policy `{}` serves state folder `{state}`, so this run cannot have policy `{}`; \
+             give another --state or leave --policy out",
+            args.policy.display(),
+            policy.display()
+        )
+    })
+}

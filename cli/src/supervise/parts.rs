@@ -1,0 +1,293 @@
+//! Broker and key daemon as child processes: started, restarted with back-off, told to end.
+
+use std::{
+    fs, io,
+    io::Read,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{fs::PermissionsExt, process::CommandExt},
+    },
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    sys::{
+        signal::{Signal, kill},
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+    },
+    unistd::{Pid, geteuid, pipe2},
+};
+
+use super::Args;
+use crate::{
+    link,
+    run::{RunError, failed},
+};
+
+/// How the parts are, as those see it who wait for them.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Health {
+    /// Not ready yet.
+    Starting,
+    /// The broker has said that it serves.
+    Serving,
+    /// They did not come up at all, and why.
+    Failed(String),
+}
+
+impl Health {
+    /// Whether nothing is to be hoped for.
+    pub const fn is_failed(&self) -> bool {
+        matches!(self, Self::Failed(_))
+    }
+}
+
+/// First delay before a restart; it doubles up to [`LONGEST_DELAY`].
+const FIRST_DELAY: Duration = Duration::from_millis(20);
+/// Longest delay before a restart.
+const LONGEST_DELAY: Duration = Duration::from_secs(5);
+/// A part that lived this long starts again with the first delay.
+const STEADY: Duration = Duration::from_secs(10);
+/// How long a part may take to end.
+const FAREWELL: Duration = Duration::from_secs(3);
+
+/// One child process.
+struct Part {
+    child: Child,
+    born: Instant,
+    /// Read end of its ready pipe, until it has said how it is.
+    ready: Option<fs::File>,
+    said: Vec<u8>,
+}
+
+/// Both parts, and what they share.
+pub struct Parts {
+    args: Args,
+    doors: OwnedFd,
+    control: OwnedFd,
+    keyd: Option<Part>,
+    broker: Option<Part>,
+    health: Health,
+    delay: Duration,
+    /// When to start again.
+    next: Option<Instant>,
+    /// Whether the broker ever served; before that, a death is a failure.
+    served: bool,
+}
+
+impl Parts {
+    /// Makes the sockets and starts both.
+    pub fn new(args: &Args) -> Result<Self, RunError> {
+        let place = args.place();
+        let doors = link::bind(&place.broker_socket()).map_err(failed("bind the broker's socket"))?;
+        // Programs of every user ask here.
+        fs::set_permissions(place.broker_socket(), fs::Permissions::from_mode(0o666))
+            .map_err(failed("open the broker's socket to programs"))?;
+        link::listen(&doors).map_err(failed("listen for programs"))?;
+        let control =
+            link::bind_private_stream(&place.control_socket()).map_err(failed("bind the control socket"))?;
+        link::listen(&control).map_err(failed("listen for commands"))?;
+        Ok(Self {
+            args: args.clone(),
+            doors,
+            control,
+            keyd: None,
+            broker: None,
+            health: Health::Starting,
+            delay: FIRST_DELAY,
+            next: Some(Instant::now()),
+            served: false,
+        })
+    }
+
+    /// How the parts are.
+    pub const fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// When [`Self::tend`] has something to do.
+    pub fn wake_in(&self) -> Option<Duration> {
+        self.next.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// Pipes at which a part will say how it is.
+    pub fn pipes(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.keyd, &self.broker].into_iter().flatten().filter_map(|p| p.ready.as_ref().map(AsFd::as_fd))
+    }
+
+    /// Starts what is due.
+    pub fn tend(&mut self) {
+        if self.next.is_none_or(|at| at > Instant::now()) {
+            return;
+        }
+        self.next = None;
+        if let Err(error) = self.start() {
+            self.fell(&format!("cannot start: {error}"));
+        }
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        let mut broker_end = None;
+        if geteuid().is_root() {
+            // One pair per pair of daemons: what one has asked, another must not get the answer to.
+            let (ours, theirs) =
+                socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+            let mut command = command("keyd");
+            let _pass = Pass::on(&theirs)?;
+            command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
+            self.keyd = Some(spawn(command)?);
+            broker_end = Some(ours);
+        }
+        let mut command = command("broker");
+        command.arg("--state").arg(&self.args.state).arg("--policy").arg(&self.args.policy);
+        command.args(["--mode", self.args.mode.as_str()]);
+        command.args(["--doors-fd", &self.doors.as_raw_fd().to_string()]);
+        command.args(["--control-fd", &self.control.as_raw_fd().to_string()]);
+        let _doors = Pass::on(&self.doors)?;
+        let _control = Pass::on(&self.control)?;
+        let _keyd = match &broker_end {
+            Some(end) => {
+                command.args(["--keyd-fd", &end.as_raw_fd().to_string()]);
+                Some(Pass::on(end)?)
+            }
+            None => None,
+        };
+        self.broker = Some(spawn(command)?);
+        Ok(())
+    }
+
+    /// Takes what the parts say of themselves.
+    pub fn read_pipes(&mut self) {
+        for part in [&mut self.keyd, &mut self.broker].into_iter().flatten() {
+            let Some(pipe) = &mut part.ready else { continue };
+            let mut bytes = [0; 4096];
+            match pipe.read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Ok(n) if n > 0 => part.said.extend(bytes.iter().take(n)),
+                _ => part.ready = None,
+            }
+        }
+        let ready = |part: &Option<Part>| part.as_ref().is_some_and(|p| p.said == b"ready\n");
+        let keyd_is_there = !geteuid().is_root() || ready(&self.keyd);
+        if self.health == Health::Starting && keyd_is_there && ready(&self.broker) {
+            self.health = Health::Serving;
+            self.served = true;
+        }
+    }
+
+    /// Passes SIGHUP on: the broker loads its policy again.
+    pub fn reload(&self) {
+        if let Some(part) = &self.broker {
+            part.signal(Signal::SIGHUP);
+        }
+    }
+
+    /// Notices who has died.
+    pub fn bury(&mut self) {
+        self.read_pipes();
+        let mut dead = Vec::new();
+        for (name, slot) in [("keyd", &mut self.keyd), ("broker", &mut self.broker)] {
+            if let Some(part) = slot
+                && let Ok(Some(status)) = part.child.try_wait()
+            {
+                let said = String::from_utf8_lossy(&part.said).trim_end().to_owned();
+                let why = if said.is_empty() || said == "ready" { status.to_string() } else { said };
+                dead.push((format!("{name}: {why}"), part.born.elapsed()));
+                *slot = None;
+            }
+        }
+        let Some((why, age)) = dead.into_iter().next() else { return };
+        if age > STEADY {
+            self.delay = FIRST_DELAY;
+        }
+        self.fell(&why);
+    }
+
+    /// One of the two is gone. They begin together, so the other ends too; programs ask anew.
+    fn fell(&mut self, why: &str) {
+        log(why);
+        for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
+            part.end(FAREWELL);
+        }
+        if self.served {
+            self.health = Health::Starting;
+            self.next = Some(Instant::now() + self.delay);
+            self.delay = (self.delay * 2).min(LONGEST_DELAY);
+        } else {
+            self.health = Health::Failed(why.to_owned());
+        }
+    }
+
+    /// Ends both: the broker first, which writes what is still in the rings.
+    pub fn end(&mut self) {
+        self.next = None;
+        for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
+            part.end(FAREWELL);
+        }
+    }
+}
+
+impl Part {
+    fn signal(&self, signal: Signal) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            // Not buried yet, so the id is still its own.
+            let _dead = kill(Pid::from_raw(pid), signal);
+        }
+    }
+
+    fn end(mut self, patience: Duration) {
+        self.signal(Signal::SIGTERM);
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            match self.child.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(1)),
+                _ => return,
+            }
+        }
+        log("did not end in time and was killed");
+        let _dead = self.child.kill();
+        let _buried = self.child.wait();
+    }
+}
+
+/// A descriptor that the next child inherits, as long as this lives.
+struct Pass<'a>(BorrowedFd<'a>);
+
+impl<'a> Pass<'a> {
+    fn on(fd: &'a OwnedFd) -> io::Result<Self> {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        Ok(Self(fd.as_fd()))
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        // Children close what they were not given anyway.
+        let _kept = fcntl(self.0, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
+    }
+}
+
+/// This very program (even if its file has been replaced) as another part.
+fn command(part: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("portcullis").arg(part).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+    command
+}
+
+fn spawn(mut command: Command) -> io::Result<Part> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    command.args(["--ready-fd", &write.as_raw_fd().to_string()]);
+    let pass = Pass::on(&write)?;
+    let child = command.spawn()?;
+    drop(pass);
+    Ok(Part { child, born: Instant::now(), ready: Some(fs::File::from(read)), said: Vec::new() })
+}
+
+/// Writes a line to the state folder's log, which is our standard error.
+fn log(text: &str) {
+    use std::io::Write;
+    let now = jiff::Timestamp::now();
+    let _full = writeln!(io::stderr(), "{now:.3} supervisor: {text}");
+}
