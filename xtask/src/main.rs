@@ -1,3 +1,43 @@
-//! Set-up, demo, tests and benches.
+//! Set-up, demo, tests and benches: `cargo xtask demo|test|bench NAME`.
 
-fn main() {}
+mod debian;
+mod steps;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+const USAGE: &str = "\
+usage: cargo xtask demo            build, then tell the FTP story between namespaces (as root)
+       cargo xtask test [FILTER]   formatting, lints, build, every test
+       cargo xtask bench NAME      one bench, with its peers side by side
+       cargo xtask setup           only install what tests and demo need";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        ["demo"] => steps::demo(),
+        ["test"] => steps::test(&[]),
+        ["test", rest @ ..] => steps::test(rest),
+        ["bench", name, rest @ ..] => steps::bench(name, rest),
+        ["setup"] => debian::install(debian::TESTS).and_then(|()| debian::unpack_daemons()),
+        _ => {
+            say(USAGE);
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("xtask: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes one line to standard error.
+pub(crate) fn say(text: &str) {
+    let _gone = writeln!(io::stderr(), "{text}");
+}

@@ -1,0 +1,74 @@
+//! What each command does, as calls of cargo and of what it built.
+
+use std::{ffi::OsStr, io, process::Command};
+
+use crate::{debian, say};
+
+/// Why a command failed.
+pub(crate) type Outcome = io::Result<()>;
+
+/// Runs one step and shows it; a failing one ends the command.
+pub(crate) fn run(command: &mut Command) -> Outcome {
+    let shown: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(OsStr::to_string_lossy)
+        .collect();
+    let shown = shown.join(" ");
+    say(&format!("\n$ {shown}"));
+    let status =
+        command.status().map_err(|e| io::Error::new(e.kind(), format!("cannot run `{shown}`: {e}")))?;
+    if status.success() { Ok(()) } else { Err(io::Error::other(format!("`{shown}`: {status}"))) }
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(root());
+    command
+}
+
+/// The workspace's folder.
+pub(crate) fn root() -> &'static std::path::Path {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// Builds the command and the shim, and tells the story.
+pub(crate) fn demo() -> Outcome {
+    debian::install(debian::DEMO)?;
+    run(&mut cargo(&[
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "portcullis",
+        "--package",
+        "portcullis-preload",
+    ]))?;
+    run(Command::new(target().join("release/portcullis")).args(["demo", "ftp"]))
+}
+
+/// Cargo's target folder.
+pub(crate) fn target() -> std::path::PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into)
+}
+
+/// Formatting, lints, build and tests, in this order.
+pub(crate) fn test(filter: &[&str]) -> Outcome {
+    debian::install(debian::TESTS)?;
+    debian::unpack_daemons()?;
+    run(&mut cargo(&["fmt", "--all", "--", "--check"]))?;
+    run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--quiet", "--", "--deny", "warnings"]))?;
+    // Tests start these as programs, so no test depends on them in cargo's eyes.
+    run(&mut cargo(&["build", "--workspace", "--quiet"]))?;
+    let mut command = cargo(&["test", "--workspace", "--no-fail-fast", "--quiet", "--"]);
+    command.args(filter).env("PORTCULLIS_DAEMONS", target().join("daemons"));
+    run(&mut command)
+}
+
+/// One bench, optimised.
+pub(crate) fn bench(name: &str, rest: &[&str]) -> Outcome {
+    debian::install(debian::BENCH)?;
+    run(&mut cargo(&["build", "--release", "--workspace", "--quiet"]))?;
+    let mut command = cargo(&["run", "--release", "--quiet", "--package", "portcullis-benches", "--"]);
+    run(command.arg(name).args(rest))
+}
