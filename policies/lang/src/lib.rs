@@ -1,1 +1,45 @@
 //! The policy language: text to compiled policy.
+//!
+//! Stages, one module and one type each: `text -> tokens -> syntax tree (with spans) -> checked
+//! policy -> compiled policy`. What the language means is in `policies/LANGUAGE.md`. Everything is
+//! pure but `load`, which reads files.
+//!
+//! ```
+//! use portcullis_policy::{Flow, Party, Policy, Side};
+//! use portcullis_types::{Protocol, Verdict};
+//!
+//! let loaded = Policy::parse("example.pol", "allow smtp(*, IPv4{192.0.2.25});").unwrap();
+//! let to = Party { addr: "192.0.2.25".parse().ok(), ..Party::UNKNOWN };
+//! let flow = Flow { from: &Party::UNKNOWN, to: &to, protocol: Protocol::TCP, port: 25, now: 0, far: Side::To };
+//! assert_eq!(loaded.policy.evaluate(&flow).verdict, Verdict::Permit);
+//! ```
+#![forbid(unsafe_code)]
+
+mod check;
+mod decide;
+mod decision;
+mod diagnostic;
+mod explain;
+mod facts;
+mod listener;
+mod load;
+mod model;
+mod parser;
+mod pattern;
+mod policy;
+mod reference;
+mod region;
+mod services;
+mod source;
+mod syntax;
+mod tokens;
+mod view;
+
+pub use decision::{Decision, ListenerScope, Region};
+pub use diagnostic::{Diagnostic, DiagnosticData, Diagnostics, Severity, escape};
+pub use explain::{Explanation, NearMiss};
+pub use facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side};
+pub use load::LoadError;
+pub use model::{Effect, Rule};
+pub use policy::{Loaded, Policy};
+pub use source::{Source, Span};

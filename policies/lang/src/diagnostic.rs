@@ -1,0 +1,339 @@
+//! Errors and warnings, and how they are shown.
+//!
+//! The rendering is our own sixty lines rather than a crate's: it needs one shape only, and every
+//! byte of it must be escaped, because a policy may come from someone else.
+
+use std::fmt::{self, Write as _};
+
+use serde::Serialize;
+
+use crate::source::{Source, Span};
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// The policy is not usable.
+    Error,
+    /// Legal, and surely not meant.
+    Warning,
+}
+
+/// One message about a place in a policy.
+#[derive(Clone, Debug)]
+pub struct Diagnostic {
+    /// How bad it is.
+    pub severity: Severity,
+    /// Lower case, no full stop.
+    pub message: String,
+    /// The place.
+    pub span: Span,
+    /// What stands right beside the caret: what would be right.
+    pub label: Option<String>,
+    /// Other places that belong to it.
+    pub related: Vec<(String, Span)>,
+    /// What to do about it.
+    pub help: Option<String>,
+}
+
+impl Diagnostic {
+    pub(crate) fn new(severity: Severity, message: impl Into<String>, span: Span) -> Self {
+        Self { severity, message: message.into(), span, label: None, related: Vec::new(), help: None }
+    }
+
+    pub(crate) fn error(message: impl Into<String>, span: Span) -> Self {
+        Self::new(Severity::Error, message, span)
+    }
+
+    pub(crate) fn warning(message: impl Into<String>, span: Span) -> Self {
+        Self::new(Severity::Warning, message, span)
+    }
+
+    pub(crate) fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = Some(label.into());
+        self
+    }
+
+    pub(crate) fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    pub(crate) fn related(mut self, label: impl Into<String>, span: Span) -> Self {
+        self.related.push((label.into(), span));
+        self
+    }
+}
+
+/// Messages about one policy, together with its source files.
+#[derive(Clone, Debug, Default)]
+pub struct Diagnostics {
+    list: Vec<Diagnostic>,
+    left_out: usize,
+    sources: Vec<Source>,
+}
+
+/// More messages than this help nobody; the rest is counted.
+const MOST: usize = 200;
+
+impl Diagnostics {
+    pub(crate) fn push(&mut self, diagnostic: Diagnostic) {
+        if self.list.len() < MOST {
+            self.list.push(diagnostic);
+        } else {
+            self.left_out += 1;
+        }
+    }
+
+    pub(crate) fn append(&mut self, other: Self) {
+        self.left_out += other.left_out;
+        for diagnostic in other.list {
+            self.push(diagnostic);
+        }
+    }
+
+    pub(crate) fn with_sources(mut self, sources: &[Source]) -> Self {
+        self.sources = sources.to_vec();
+        let key = |d: &Diagnostic| (d.severity == Severity::Warning, d.span.file, d.span.start);
+        self.list.sort_by_key(key);
+        self
+    }
+
+    /// Whether there is an error among them.
+    #[must_use]
+    pub fn has_errors(&self) -> bool {
+        self.list.iter().any(|d| d.severity == Severity::Error)
+    }
+
+    /// Whether there is none at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// How many there are, those left out included.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.list.len() + self.left_out
+    }
+
+    /// The messages, errors first.
+    pub fn iter(&self) -> impl Iterator<Item = &Diagnostic> {
+        self.list.iter()
+    }
+
+    /// The messages as data, for `--format json`.
+    #[must_use]
+    pub fn to_data(&self) -> Vec<DiagnosticData<'_>> {
+        self.list.iter().map(|d| self.data(d)).collect()
+    }
+
+    fn data<'a>(&'a self, d: &'a Diagnostic) -> DiagnosticData<'a> {
+        DiagnosticData {
+            severity: d.severity,
+            message: &d.message,
+            place: self.place(d.span),
+            label: d.label.as_deref(),
+            help: d.help.as_deref(),
+            related: d
+                .related
+                .iter()
+                .map(|(m, s)| RelatedData { message: m, place: self.place(*s) })
+                .collect(),
+        }
+    }
+
+    fn place(&self, span: Span) -> Place<'_> {
+        let source = self.source(span);
+        let (line, column) = source.map_or((1, 1), |s| s.position(span.start));
+        let (end_line, end_column) = source.map_or((1, 1), |s| s.position(span.end));
+        Place { file: source.map_or("", |s| &s.name), line, column, end_line, end_column }
+    }
+
+    fn source(&self, span: Span) -> Option<&Source> {
+        self.sources.get(crate::source::to_usize(span.file))
+    }
+}
+
+/// A [`Diagnostic`] for machines.
+#[derive(Debug, Serialize)]
+pub struct DiagnosticData<'a> {
+    severity: Severity,
+    message: &'a str,
+    #[serde(flatten)]
+    place: Place<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    label: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    help: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    related: Vec<RelatedData<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct RelatedData<'a> {
+    message: &'a str,
+    #[serde(flatten)]
+    place: Place<'a>,
+}
+
+#[derive(Debug, Serialize)]
+struct Place<'a> {
+    file: &'a str,
+    line: usize,
+    column: usize,
+    end_line: usize,
+    end_column: usize,
+}
+
+impl fmt::Display for Diagnostics {
+    /// In the shape of EXAMPLES.md, section 8. Nothing in it can move a terminal's cursor.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, d) in self.list.iter().enumerate() {
+            if i > 0 {
+                writeln!(f)?;
+            }
+            let word = match d.severity {
+                Severity::Error => "error",
+                Severity::Warning => "warning",
+            };
+            writeln!(f, "{word}: {}", escape(&d.message))?;
+            self.excerpt(f, d.span, d.label.as_deref(), '^', "-->")?;
+            for (message, span) in &d.related {
+                self.excerpt(f, *span, Some(message), '-', ":::")?;
+            }
+            if let Some(help) = &d.help {
+                writeln!(f, "  = help: {}", escape(help))?;
+            }
+        }
+        if self.left_out > 0 {
+            writeln!(f, "\nand {} more", self.left_out)?;
+        }
+        Ok(())
+    }
+}
+
+/// Longest piece of a line that is shown, in characters.
+const SHOWN: usize = 160;
+
+impl Diagnostics {
+    fn excerpt(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        span: Span,
+        label: Option<&str>,
+        mark: char,
+        arrow: &str,
+    ) -> fmt::Result {
+        let Some(source) = self.source(span) else { return Ok(()) };
+        let (number, column) = source.position(span.start);
+        let (start, line) = source.line(number);
+        let gutter = number.to_string().len();
+        writeln!(f, "{:gutter$}{arrow} {}:{number}:{column}", "", escape(&source.name))?;
+        // A long line is shown around its mark only, so the cost does not depend on its length.
+        let at = crate::source::to_usize(span.start.saturating_sub(start)).min(line.len());
+        let (before, after) = (line.get(..at).unwrap_or(""), line.get(at..).unwrap_or(""));
+        let skipped = before.chars().count().saturating_sub(SHOWN / 2);
+        let before: String = before.chars().skip(skipped).collect();
+        let before = escape(&before);
+        let after_shown: String = after.chars().take(SHOWN).collect();
+        let marked = after.get(..crate::tokens::width(span).min(after.len())).unwrap_or(after);
+        let marked = escape(&marked.chars().take(SHOWN).collect::<String>()).chars().count().max(1);
+        let dots = if skipped > 0 { "…" } else { "" };
+        let more = if after.chars().nth(SHOWN).is_some() { "…" } else { "" };
+        writeln!(f, "{:gutter$} |", "")?;
+        writeln!(f, "{number} | {dots}{before}{}{more}", escape(&after_shown))?;
+        let indent = dots.chars().count() + before.chars().count();
+        write!(f, "{:gutter$} | {:indent$}", "", "")?;
+        for _ in 0..marked {
+            f.write_char(mark)?;
+        }
+        match label {
+            Some(label) => writeln!(f, " {}", escape(label)),
+            None => writeln!(f),
+        }
+    }
+}
+
+/// Text from outside, fit for a terminal: control and direction-changing characters are escaped.
+#[must_use]
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\t' => out.push(' '),
+            c if c.is_control()
+                || is_bidi(c)
+                || matches!(c, '\u{200b}' | '\u{feff}' | '\u{2028}' | '\u{2029}') =>
+            {
+                let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Characters that change the order in which a line is shown (Unicode Standard Annex 9, 2).
+pub(crate) const fn is_bidi(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// The candidate nearest to a misspelt word, if one is near.
+pub(crate) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > 64 {
+        return None;
+    }
+    let limit = match word.chars().count() {
+        0 => return None,
+        1..=2 => 1,
+        3..=5 => 2,
+        _ => 3,
+    };
+    let near = |candidate: &&str| candidate.len() <= 64;
+    candidates
+        .filter(near)
+        .map(|c| (distance(&word.to_ascii_lowercase(), &c.to_ascii_lowercase()), c))
+        .filter(|(d, c)| *d <= limit && *d < c.chars().count())
+        .min_by_key(|(d, c)| (*d, *c))
+        .map(|(_, c)| c)
+}
+
+/// Edits (insert, delete, replace, swap of neighbours) between two short words.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    let mut older: Vec<usize> = Vec::new();
+    let mut old: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut new = vec![i + 1];
+        for (j, y) in b.iter().enumerate() {
+            let get = |row: &[usize], k: usize| row.get(k).copied().unwrap_or(usize::MAX / 2);
+            let mut best =
+                (get(&old, j) + usize::from(x != y)).min(get(&old, j + 1) + 1).min(get(&new, j) + 1);
+            let swapped = i > 0 && j > 0 && a.get(i - 1) == Some(y) && b.get(j - 1) == Some(x);
+            if swapped {
+                best = best.min(get(&older, j - 1) + 1);
+            }
+            new.push(best);
+        }
+        older = std::mem::replace(&mut old, new);
+    }
+    old.last().copied().unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misspelt_words_find_their_neighbour() {
+        assert_eq!(nearest("exee", ["exe", "user"].into_iter()), Some("exe"));
+        assert_eq!(nearest("usre", ["exe", "user"].into_iter()), Some("user"));
+        assert_eq!(nearest("colour", ["exe", "user"].into_iter()), None);
+    }
+
+    #[test]
+    fn control_characters_reach_no_terminal() {
+        assert_eq!(escape("a\u{1b}[31mb\u{202e}c"), "a\\u{1b}[31mb\\u{202e}c");
+    }
+}

@@ -1,0 +1,505 @@
+//! Tokens to the syntax tree. Reports every error of a file: after one, it goes on with the next
+//! statement.
+
+mod principal;
+
+use portcullis_types::Lane;
+
+use crate::{
+    diagnostic::{Diagnostic, Diagnostics, nearest},
+    source::Span,
+    syntax::{Date, Expectation, Item, Name, Options, RuleItem, ServiceItem, Spanned, TestItem},
+    tokens::{self, Kind, Token},
+};
+
+/// An error was reported and the statement is lost.
+struct Lost;
+type Parsed<T> = Result<T, Lost>;
+
+/// Deeper nesting is refused; a person's policy has a tenth of it.
+const DEEPEST: usize = 64;
+
+const STATEMENTS: [&str; 5] = ["allow", "deny", "service", "test", "include"];
+const OPTIONS: [&str; 7] = ["using", "expires", "audit", "with", "related", "as", "because"];
+
+/// Parses one file.
+pub(crate) fn parse(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Item> {
+    let tokens = tokens::tokens(file, text, errors);
+    let mut parser = Parser::new(text, tokens, errors);
+    let mut items = Vec::new();
+    while parser.peek().kind != Kind::End {
+        match parser.item() {
+            Ok(item) => items.push(item),
+            Err(Lost) => parser.recover(),
+        }
+    }
+    items
+}
+
+/// Parses a principal that stands alone, as on a command line.
+pub(crate) fn parse_principal(text: &str, errors: &mut Diagnostics) -> Option<crate::syntax::Expr> {
+    let tokens = tokens::tokens(0, text, errors);
+    let mut parser = Parser::new(text, tokens, errors);
+    let expr = parser.expr().ok()?;
+    parser.expect(Kind::End, "after the principal").ok()?;
+    Some(expr)
+}
+
+/// Parses a service that stands alone.
+pub(crate) fn parse_service(text: &str, errors: &mut Diagnostics) -> Option<Vec<ServiceItem>> {
+    let tokens = tokens::tokens(0, text, errors);
+    let mut parser = Parser::new(text, tokens, errors);
+    let items = parser.service_items().ok()?;
+    parser.expect(Kind::End, "after the service").ok()?;
+    Some(items)
+}
+
+struct Parser<'a> {
+    text: &'a str,
+    tokens: Vec<Token>,
+    at: usize,
+    depth: usize,
+    errors: &'a mut Diagnostics,
+}
+
+impl<'a> Parser<'a> {
+    fn new(text: &'a str, mut tokens: Vec<Token>, errors: &'a mut Diagnostics) -> Self {
+        tokens.retain(|t| t.kind != Kind::Comment);
+        Self { text, tokens, at: 0, depth: 0, errors }
+    }
+
+    fn peek_at(&self, n: usize) -> Token {
+        let last = self.tokens.len().saturating_sub(1);
+        let end = Token { kind: Kind::End, span: Span::default() };
+        self.tokens.get((self.at + n).min(last)).copied().unwrap_or(end)
+    }
+
+    fn peek(&self) -> Token {
+        self.peek_at(0)
+    }
+
+    fn slice(&self, token: Token) -> &'a str {
+        self.text.get(token.span.range()).unwrap_or("")
+    }
+
+    fn word(&self) -> &'a str {
+        let token = self.peek();
+        if token.kind == Kind::Name { self.slice(token) } else { "" }
+    }
+
+    fn take(&mut self) -> Token {
+        let token = self.peek();
+        if self.at + 1 < self.tokens.len() {
+            self.at += 1;
+        }
+        token
+    }
+
+    fn accept(&mut self, kind: Kind) -> Option<Token> {
+        (self.peek().kind == kind).then(|| self.take())
+    }
+
+    fn lost<T>(&mut self, diagnostic: Diagnostic) -> Parsed<T> {
+        self.errors.push(diagnostic);
+        Err(Lost)
+    }
+
+    fn unexpected<T>(&mut self, wanted: &str) -> Parsed<T> {
+        let token = self.peek();
+        let found = match token.kind {
+            Kind::Name | Kind::Word => format!("`{}`", self.slice(token)),
+            kind => kind.describe().to_owned(),
+        };
+        self.lost(Diagnostic::error(format!("expected {wanted}, found {found}"), token.span))
+    }
+
+    fn expect(&mut self, kind: Kind, place: &str) -> Parsed<Token> {
+        match self.accept(kind) {
+            Some(token) => Ok(token),
+            None => self.unexpected(&format!("{} {place}", kind.describe())),
+        }
+    }
+
+    fn name(&mut self, wanted: &str) -> Parsed<Name> {
+        if self.peek().kind != Kind::Name {
+            return self.unexpected(wanted);
+        }
+        let token = self.take();
+        Ok(Spanned { value: self.slice(token).to_owned(), span: token.span })
+    }
+
+    fn text_token(&mut self, wanted: &str) -> Parsed<Name> {
+        if self.peek().kind != Kind::Text {
+            return self.unexpected(wanted);
+        }
+        let token = self.take();
+        match tokens::unquote(self.slice(token)) {
+            Ok(value) => Ok(Spanned { value, span: token.span }),
+            Err((offset, c)) => {
+                let start = token.span.start + offset;
+                let span = Span { start, end: start + 1, ..token.span };
+                self.errors.push(
+                    Diagnostic::error(format!("unknown escape `\\{}`", c.escape_debug()), span)
+                        .label("only `\\\"`, `\\\\` and `\\*` exist"),
+                );
+                Ok(Spanned { value: String::new(), span: token.span })
+            }
+        }
+    }
+
+    /// Goes to what looks like the next statement.
+    fn recover(&mut self) {
+        let mut braces = 0_usize;
+        loop {
+            let token = self.peek();
+            match token.kind {
+                Kind::End => return,
+                Kind::Semicolon if braces == 0 => {
+                    self.take();
+                    return;
+                }
+                Kind::BraceOpen => braces += 1,
+                Kind::BraceClose => {
+                    braces = braces.saturating_sub(1);
+                    // The end of a test block, after which there need be no semicolon.
+                    if braces == 0 && self.starts_statement(1) {
+                        self.take();
+                        return;
+                    }
+                }
+                Kind::Name if braces == 0 && self.starts_statement(0) => return,
+                _ => {}
+            }
+            self.take();
+        }
+    }
+
+    /// Whether a statement's keyword, or `name =`, stands there as the first thing on its line.
+    fn starts_statement(&self, n: usize) -> bool {
+        let token = self.peek_at(n);
+        let first = |t: Token| {
+            let before = self.text.get(..t.span.range().start).unwrap_or("");
+            before.bytes().rev().find(|b| !matches!(b, b' ' | b'\t')).is_none_or(|b| b == b'\n')
+        };
+        let keyword = STATEMENTS.contains(&self.slice(token)) || self.peek_at(n + 1).kind == Kind::Equal;
+        token.kind == Kind::Name && keyword && first(token)
+    }
+
+    fn semicolon(&mut self) {
+        if self.accept(Kind::Semicolon).is_some() {
+            return;
+        }
+        let previous = self.at.checked_sub(1).and_then(|n| self.tokens.get(n)).map(|t| t.span);
+        let span = previous.unwrap_or_default();
+        let span = Span { start: span.end, end: span.end + 1, ..span };
+        self.errors.push(Diagnostic::error("this statement does not end", span).label("`;` expected here"));
+        if !self.starts_statement(0) && self.peek().kind != Kind::End && self.peek().kind != Kind::BraceClose
+        {
+            self.recover();
+        }
+    }
+
+    fn item(&mut self) -> Parsed<Item> {
+        let next = self.peek_at(1).kind;
+        let item = match self.word() {
+            _ if next == Kind::Equal => self.set()?,
+            "allow" | "deny" => Item::Rule(self.rule()?),
+            "service" => self.service()?,
+            "include" => {
+                self.take();
+                Item::Include(self.text_token("the file to include, as a string")?)
+            }
+            "test" => return Ok(Item::Test(self.test()?)),
+            "" => return self.unexpected("a statement"),
+            other => {
+                let span = self.peek().span;
+                let guess = nearest(other, STATEMENTS.into_iter());
+                let mut error = Diagnostic::error(format!("no statement begins with `{other}`"), span);
+                error.label = guess.map(|g| format!("did you mean `{g}`?"));
+                error.help = guess.is_none().then(|| {
+                    "a statement is `name = …;`, `allow …;`, `deny …;`, `service …;`, `include …;` or `test …`"
+                        .to_owned()
+                });
+                return self.lost(error);
+            }
+        };
+        self.semicolon();
+        Ok(item)
+    }
+
+    fn set(&mut self) -> Parsed<Item> {
+        let name = self.name("a name")?;
+        if STATEMENTS.contains(&name.value.as_str()) || principal::PRINCIPALS.contains(&name.value.as_str()) {
+            let error = Diagnostic::error(format!("`{}` is a word of the language", name.value), name.span);
+            return self.lost(error.label("choose another name"));
+        }
+        self.expect(Kind::Equal, "after the name")?;
+        Ok(Item::Set { name, value: self.expr()? })
+    }
+
+    fn service(&mut self) -> Parsed<Item> {
+        self.take();
+        let name = self.name("the service's name")?;
+        self.expect(Kind::Equal, "after the service's name")?;
+        Ok(Item::Service { name, items: self.service_items()? })
+    }
+
+    fn service_items(&mut self) -> Parsed<Vec<ServiceItem>> {
+        let mut items = Vec::new();
+        let mut protocol: Option<Name> = None;
+        loop {
+            match self.peek().kind {
+                Kind::Star => items.push(ServiceItem::Any(self.take().span)),
+                Kind::Word => {
+                    let Some(protocol) = protocol.clone() else {
+                        let span = self.peek().span;
+                        let port = self.slice(self.peek());
+                        return self.lost(
+                            Diagnostic::error("a port needs its protocol", span)
+                                .label(format!("write `tcp/{port}` or `udp/{port}`")),
+                        );
+                    };
+                    let ports = Some(self.ports()?);
+                    items.push(ServiceItem::Protocol { protocol, ports });
+                }
+                Kind::Name => {
+                    let name = self.name("a service")?;
+                    if self.accept(Kind::Slash).is_some() {
+                        protocol = Some(name.clone());
+                        let ports =
+                            if self.accept(Kind::Star).is_some() { None } else { Some(self.ports()?) };
+                        items.push(ServiceItem::Protocol { protocol: name, ports });
+                    } else if name.value == "related" {
+                        items.push(ServiceItem::Related(name.span));
+                    } else if crate::services::protocol(&name.value).is_some() {
+                        items.push(ServiceItem::Protocol { protocol: name, ports: None });
+                    } else {
+                        items.push(ServiceItem::Named(name));
+                    }
+                }
+                _ => return self.unexpected("a service such as `smtp`, `tcp/25` or `*`"),
+            }
+            if self.accept(Kind::Comma).is_none() && self.accept(Kind::Or).is_none() {
+                return Ok(items);
+            }
+        }
+    }
+
+    fn ports(&mut self) -> Parsed<Spanned<(u16, u16)>> {
+        let token = self.expect(Kind::Word, "(a port) after the protocol")?;
+        let mut span = token.span;
+        let mut text = self.slice(token).to_owned();
+        if self.accept(Kind::Minus).is_some() {
+            let end = self.expect(Kind::Word, "(a port) after `-`")?;
+            span = span.to(end.span);
+            text = format!("{text}-{}", self.slice(end));
+        }
+        let (low, high) = text.split_once('-').unwrap_or((&text, &text));
+        let (Ok(low), Ok(high)) = (low.parse::<u16>(), high.parse::<u16>()) else {
+            return self.lost(
+                Diagnostic::error(format!("`{text}` is no port"), span)
+                    .label("a number from 0 to 65535, or a range such as `1000-2000`"),
+            );
+        };
+        if low > high {
+            let right = format!("did you mean `{high}-{low}`?");
+            return self.lost(Diagnostic::error("this range ends before it begins", span).label(right));
+        }
+        Ok(Spanned { value: (low, high), span })
+    }
+
+    fn flow(&mut self) -> Parsed<(Vec<ServiceItem>, Span, crate::syntax::Expr, crate::syntax::Expr)> {
+        let start = self.peek().span;
+        let services = self.service_items()?;
+        let service_span = match self.at.checked_sub(1).and_then(|n| self.tokens.get(n)) {
+            Some(token) => start.to(token.span),
+            None => start,
+        };
+        self.expect(Kind::ParenOpen, "after the service")?;
+        let from = self.expr()?;
+        if self.peek().kind == Kind::ParenClose {
+            let span = self.peek().span;
+            return self.lost(
+                Diagnostic::error("a rule names who opens and who accepts", span)
+                    .label("`, TO` expected here; `*` is everyone"),
+            );
+        }
+        self.expect(Kind::Comma, "between who opens and who accepts")?;
+        let to = self.expr()?;
+        self.expect(Kind::ParenClose, "after who accepts")?;
+        Ok((services, service_span, from, to))
+    }
+
+    fn rule(&mut self) -> Parsed<RuleItem> {
+        let keyword = self.take();
+        let allow = self.slice(keyword) == "allow";
+        let (services, service_span, from, to) = self.flow()?;
+        let options = self.options()?;
+        let end = self.peek();
+        let end = if end.kind == Kind::Semicolon {
+            end.span
+        } else {
+            self.at.checked_sub(1).and_then(|n| self.tokens.get(n)).map_or(keyword.span, |t| t.span)
+        };
+        Ok(RuleItem { allow, services, service_span, from, to, options, span: keyword.span.to(end) })
+    }
+
+    fn options(&mut self) -> Parsed<Options> {
+        let mut options = Options::default();
+        while self.peek().kind == Kind::Name && !self.starts_statement(0) {
+            let keyword = self.take();
+            let span = keyword.span;
+            let again = match self.slice(keyword) {
+                "using" => options.lane.replace(self.lane()?).map(|o| o.span),
+                "audit" => options.audit.replace(span),
+                "related" => options.related.replace(span),
+                "with" => {
+                    if self.word() != "related" {
+                        return self.unexpected("`related` after `with`");
+                    }
+                    options.related.replace(self.take().span)
+                }
+                "expires" => options.expires.replace(self.date()?).map(|o| o.span),
+                "as" => {
+                    let name = if self.peek().kind == Kind::Text {
+                        self.text_token("the rule's name")?
+                    } else {
+                        self.name("the rule's name")?
+                    };
+                    options.name.replace(name).map(|o| o.span)
+                }
+                "because" => {
+                    options.description.replace(self.text_token("the reason, as a string")?).map(|o| o.span)
+                }
+                other => {
+                    let guess = nearest(other, OPTIONS.into_iter());
+                    let mut error = Diagnostic::error(format!("a rule has no option `{other}`"), span);
+                    error.label = guess.map(|g| format!("did you mean `{g}`?"));
+                    error.help = Some(
+                        "there are `using LANE`, `related`, `audit`, `expires DATE`, `as NAME`, `because \"…\"`"
+                            .to_owned(),
+                    );
+                    return self.lost(error);
+                }
+            };
+            if let Some(first) = again {
+                let text = self.slice(keyword);
+                self.errors.push(
+                    Diagnostic::error(format!("`{text}` is given twice"), span).related("first here", first),
+                );
+            }
+        }
+        Ok(options)
+    }
+
+    fn lane(&mut self) -> Parsed<Spanned<Lane>> {
+        let name = self.name("a lane after `using`")?;
+        let value = match name.value.as_str() {
+            "plain" => Lane::Plain,
+            "tls" => Lane::Tls,
+            "ktls" => Lane::Ktls,
+            "ipsec" => Lane::Ipsec,
+            other => {
+                let guess = nearest(other, ["plain", "tls", "ktls", "ipsec"].into_iter());
+                let mut error = Diagnostic::error(format!("there is no lane `{other}`"), name.span);
+                error.label = Some(guess.map_or_else(
+                    || "one of `plain`, `tls`, `ktls`, `ipsec`".to_owned(),
+                    |g| format!("did you mean `{g}`?"),
+                ));
+                return self.lost(error);
+            }
+        };
+        Ok(Spanned { value, span: name.span })
+    }
+
+    fn date(&mut self) -> Parsed<Spanned<Date>> {
+        let token = self.expect(Kind::Word, "(a date such as `2027-01-31`) after `expires`")?;
+        let text = self.slice(token);
+        match Date::parse(text) {
+            Some(value) => Ok(Spanned { value, span: token.span }),
+            None => self.lost(
+                Diagnostic::error(format!("`{text}` is no date"), token.span)
+                    .label("year-month-day, such as `2027-01-31`"),
+            ),
+        }
+    }
+
+    fn test(&mut self) -> Parsed<TestItem> {
+        self.take();
+        let name = self.text_token("the test's name, as a string")?;
+        self.expect(Kind::BraceOpen, "after the test's name")?;
+        let mut expectations = Vec::new();
+        while self.peek().kind != Kind::BraceClose {
+            if self.peek().kind == Kind::End {
+                return self.unexpected("`}` at the end of the test");
+            }
+            expectations.push(self.expectation()?);
+        }
+        self.take();
+        self.accept(Kind::Semicolon);
+        Ok(TestItem { name, expectations })
+    }
+
+    fn expectation(&mut self) -> Parsed<Expectation> {
+        let keyword = self.peek();
+        let allow = match self.word() {
+            "allow" => true,
+            "refuse" => false,
+            "deny" => {
+                let error = Diagnostic::error("a test expects `allow` or `refuse`", keyword.span);
+                return self.lost(error.label("did you mean `refuse`?"));
+            }
+            _ => return self.unexpected("`allow` or `refuse`"),
+        };
+        self.take();
+        let (services, service_span, from, to) = self.flow()?;
+        let span = keyword.span.to(self.peek().span);
+        self.semicolon();
+        Ok(Expectation { allow, services, service_span, from, to, span })
+    }
+}
+
+impl Date {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('-');
+        let (year, month, day) = (parts.next()?, parts.next()?, parts.next()?);
+        if parts.next().is_some() || year.len() != 4 || month.len() != 2 || day.len() != 2 {
+            return None;
+        }
+        let date = Self { year: year.parse().ok()?, month: month.parse().ok()?, day: day.parse().ok()? };
+        let leap = date.year % 4 == 0 && (date.year % 100 != 0 || date.year % 400 == 0);
+        let days = match date.month {
+            4 | 6 | 9 | 11 => 30,
+            2 if leap => 29,
+            2 => 28,
+            1..=12 => 31,
+            _ => return None,
+        };
+        (date.year >= 1970 && (1..=days).contains(&date.day)).then_some(date)
+    }
+
+    /// The first second, since the Unix epoch, on which the day is over (UTC).
+    pub(crate) fn end(self) -> u64 {
+        // Days from civil, after Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+        let (month, day) = (u64::from(self.month), u64::from(self.day));
+        let year = u64::from(self.year) - u64::from(month <= 2);
+        let (era, of_era) = (year / 400, year % 400);
+        let of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+        let days = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year;
+        (days + 1).saturating_sub(719_468) * 86_400
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_date_ends_with_its_last_second() {
+        assert_eq!(Date::parse("1970-01-01").unwrap().end(), 86_400);
+        assert_eq!(Date::parse("2027-01-31").unwrap().end(), 1_801_440_000);
+        assert_eq!(Date::parse("2024-02-29").unwrap().end(), 1_709_251_200);
+        assert!(Date::parse("2027-02-29").is_none());
+        assert!(Date::parse("2027-1-31").is_none());
+    }
+}

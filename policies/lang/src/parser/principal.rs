@@ -1,0 +1,175 @@
+//! Principals: `x509{…}`, `IPv4{…}`, `IPv6{…}`, `process{…}`, names, `& | !` and parentheses.
+
+use super::{DEEPEST, Parsed, Parser};
+use crate::{
+    diagnostic::{Diagnostic, nearest},
+    syntax::{Attribute, Comparison, Expr, Spanned, Value},
+    tokens::Kind,
+};
+
+pub(super) const PRINCIPALS: [&str; 4] = ["x509", "IPv4", "IPv6", "process"];
+
+impl Parser<'_> {
+    pub(super) fn expr(&mut self) -> Parsed<Expr> {
+        let mut list = vec![self.conjunction()?];
+        while self.accept(Kind::Or).is_some() {
+            list.push(self.conjunction()?);
+        }
+        Ok(if list.len() == 1 { list.remove(0) } else { Expr::Or(list) })
+    }
+
+    fn conjunction(&mut self) -> Parsed<Expr> {
+        let mut list = vec![self.unary()?];
+        while self.accept(Kind::And).is_some() {
+            list.push(self.unary()?);
+        }
+        Ok(if list.len() == 1 { list.remove(0) } else { Expr::And(list) })
+    }
+
+    fn unary(&mut self) -> Parsed<Expr> {
+        // `!` in a row is a loop, so that only parentheses nest.
+        let mut nots = Vec::new();
+        while let Some(token) = self.accept(Kind::Not) {
+            nots.push(token.span);
+        }
+        let mut expr = self.primary()?;
+        if nots.len() > 1 {
+            let span = nots.first().copied().unwrap_or_default().to(expr.span());
+            return self
+                .lost(Diagnostic::error("more than one `!` in a row", span).label("write none, or one"));
+        }
+        if let Some(span) = nots.pop() {
+            let span = span.to(expr.span());
+            expr = Expr::Not(Box::new(expr), span);
+        }
+        Ok(expr)
+    }
+
+    fn primary(&mut self) -> Parsed<Expr> {
+        let token = self.peek();
+        match token.kind {
+            Kind::Star => {
+                self.take();
+                Ok(Expr::Any(token.span))
+            }
+            Kind::ParenOpen => {
+                if self.depth >= DEEPEST {
+                    return self.lost(
+                        Diagnostic::error(format!("nested more than {DEEPEST} deep"), token.span)
+                            .help("give the inner parts names: `inner = …;`"),
+                    );
+                }
+                self.take();
+                self.depth += 1;
+                let expr = self.expr();
+                self.depth -= 1;
+                let expr = expr?;
+                self.expect(Kind::ParenClose, "to end the parenthesis")?;
+                Ok(expr)
+            }
+            Kind::Name if self.peek_at(1).kind == Kind::BraceOpen => self.braces(),
+            Kind::Name => {
+                let name = self.name("a principal")?;
+                if let Some(right) = PRINCIPALS.iter().find(|p| p.eq_ignore_ascii_case(&name.value)) {
+                    let error = Diagnostic::error(format!("`{}` needs its braces", name.value), name.span);
+                    return self.lost(error.label(format!("such as `{right}{{…}}`")));
+                }
+                Ok(Expr::Named(name))
+            }
+            Kind::Text => self.lost(
+                Diagnostic::error("a string alone is no principal", token.span)
+                    .label(format!("did you mean `x509{{name={}}}`?", self.slice(token))),
+            ),
+            Kind::Word => self.lost(
+                Diagnostic::error("an address alone is no principal", token.span)
+                    .label(format!("did you mean `IPv4{{{}}}`?", self.slice(token))),
+            ),
+            _ => self.unexpected("a principal"),
+        }
+    }
+
+    fn braces(&mut self) -> Parsed<Expr> {
+        let name = self.name("a principal")?;
+        match name.value.as_str() {
+            "x509" | "process" => self.attributes(name.value == "process", name.span),
+            "IPv4" | "IPv6" => self.addresses(name.value == "IPv6", name.span),
+            other => {
+                let guess = nearest(other, PRINCIPALS.into_iter());
+                let mut error = Diagnostic::error(format!("unknown principal `{other}`"), name.span);
+                error.label = Some(guess.map_or_else(
+                    || "one of `x509`, `IPv4`, `IPv6`, `process`".to_owned(),
+                    |g| format!("did you mean `{g}`?"),
+                ));
+                self.lost(error)
+            }
+        }
+    }
+
+    fn addresses(&mut self, v6: bool, start: crate::source::Span) -> Parsed<Expr> {
+        self.expect(Kind::BraceOpen, "after the principal")?;
+        let mut words = Vec::new();
+        loop {
+            if let Some(close) = self.accept(Kind::BraceClose) {
+                return Ok(Expr::Addresses { v6, words, span: start.to(close.span) });
+            }
+            if self.peek().kind != Kind::Word {
+                return self.unexpected("an address, a prefix, or `}`");
+            }
+            let token = self.take();
+            words.push(Spanned { value: self.slice(token).to_owned(), span: token.span });
+            if self.peek().kind == Kind::Word {
+                return self.unexpected("`,` between addresses");
+            }
+            if self.accept(Kind::Comma).is_none() && self.peek().kind != Kind::BraceClose {
+                return self.unexpected("`,` or `}`");
+            }
+        }
+    }
+
+    fn attributes(&mut self, process: bool, start: crate::source::Span) -> Parsed<Expr> {
+        self.expect(Kind::BraceOpen, "after the principal")?;
+        let mut list = Vec::new();
+        loop {
+            if let Some(close) = self.accept(Kind::BraceClose) {
+                return Ok(Expr::Attributes { process, list, span: start.to(close.span) });
+            }
+            list.push(self.attribute()?);
+            if self.accept(Kind::Comma).is_none() && self.peek().kind != Kind::BraceClose {
+                return self.unexpected("`,` or `}`");
+            }
+        }
+    }
+
+    fn attribute(&mut self) -> Parsed<Attribute> {
+        let name = self.name("an attribute or `}`")?;
+        let op = match self.peek().kind {
+            Kind::Equal => Comparison::Equal,
+            Kind::NotEqual => Comparison::NotEqual,
+            Kind::Less => Comparison::Less,
+            Kind::LessEqual => Comparison::LessEqual,
+            Kind::Greater => Comparison::Greater,
+            Kind::GreaterEqual => Comparison::GreaterEqual,
+            _ => return self.unexpected("`=` or another comparison"),
+        };
+        self.take();
+        let token = self.peek();
+        let value = match token.kind {
+            Kind::Text => Value::Text(self.text_token("a value")?),
+            Kind::Word => {
+                self.take();
+                Value::Number(Spanned { value: self.slice(token).to_owned(), span: token.span })
+            }
+            Kind::Name => {
+                let error = Diagnostic::error("a value stands in quotes", token.span);
+                return self.lost(error.label(format!("did you mean \"{}\"?", self.slice(token))));
+            }
+            Kind::Star => {
+                let error = Diagnostic::error("a value stands in quotes", token.span);
+                return self.lost(error.label("did you mean \"*\"?"));
+            }
+            _ => return self.unexpected("a value"),
+        };
+        let span = name.span.to(value.span());
+        Ok(Attribute { name, op, value, span })
+    }
+}

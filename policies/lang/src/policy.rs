@@ -1,0 +1,130 @@
+//! The compiled policy and what can be asked of it.
+
+use std::path::Path;
+
+use portcullis_types::{Protocol, RuleId};
+
+use crate::{
+    check::{Checked, Names, Test},
+    decision::{Decision, ListenerScope, Region},
+    diagnostic::Diagnostics,
+    explain::Explanation,
+    facts::{Flow, Party, Side},
+    load::{self, LoadError},
+    model::{Atom, Rule},
+    source::{Source, to_u32, to_usize},
+};
+
+/// A policy: compiled, immutable, shared by reference.
+///
+/// Its own tests have passed and it has no errors: there is no other way to get one.
+#[derive(Debug)]
+pub struct Policy {
+    pub(crate) rules: Vec<Rule>,
+    pub(crate) tests: Vec<Test>,
+    pub(crate) names: Names,
+    pub(crate) sources: Vec<Source>,
+    addresses: [bool; 2],
+}
+
+/// A policy that may be put in force, and what is odd about it.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The policy.
+    pub policy: Policy,
+    /// Warnings; no errors.
+    pub warnings: Diagnostics,
+}
+
+impl Policy {
+    /// Reads a policy and the files it includes, checks it, and runs its own tests.
+    ///
+    /// # Errors
+    /// [`LoadError::Read`] if the file cannot be read or is no regular file; [`LoadError::Policy`]
+    /// with every error of all its files, which it displays in full, failed tests among them.
+    pub fn load(path: &Path) -> Result<Loaded, LoadError> {
+        load::load(path)
+    }
+
+    /// Does the same for a text that includes nothing.
+    ///
+    /// # Errors
+    /// Every error of the text, and every failed test.
+    pub fn parse(name: &str, text: &str) -> Result<Loaded, Diagnostics> {
+        load::parse(name, text)
+    }
+
+    pub(crate) fn compile(checked: Checked, sources: Vec<Source>) -> Self {
+        let Checked { rules, tests, names } = checked;
+        let by_address = |side: Side| {
+            let is_address = |a: &Atom| matches!(a, Atom::Address(_));
+            rules.iter().any(|r| match side {
+                Side::From => r.from.mentions(is_address),
+                Side::To => r.to.mentions(is_address),
+            })
+        };
+        let addresses = [by_address(Side::From), by_address(Side::To)];
+        Self { rules, tests, names, sources, addresses }
+    }
+
+    /// Decides one flow. Total, deterministic, and without allocation.
+    ///
+    /// Precedence follows LANGUAGE.md, section "Verdicts".
+    #[must_use]
+    pub fn evaluate(&self, flow: &Flow<'_>) -> Decision {
+        crate::reference::evaluate(&self.rules, flow)
+    }
+
+    /// Decides one flow, and says how far around it the same holds.
+    #[must_use]
+    pub fn evaluate_region(&self, flow: &Flow<'_>) -> (Decision, Region) {
+        (self.evaluate(flow), crate::region::point(flow))
+    }
+
+    /// Who may open flows to this process on this port, at the time `now`.
+    #[must_use]
+    pub fn listener(&self, local: &Party<'_>, protocol: Protocol, port: u16, now: u64) -> ListenerScope {
+        crate::listener::scope(&self.rules, local, protocol, port, now)
+    }
+
+    /// A rule by its number.
+    ///
+    /// # Panics
+    /// Never for a number that this policy gave.
+    #[must_use]
+    #[expect(clippy::indexing_slicing, reason = "rule numbers come from this policy; see the doc")]
+    pub fn rule(&self, id: RuleId) -> &Rule {
+        &self.rules[to_usize(id.0)]
+    }
+
+    /// A rule by its number, if there is one.
+    #[must_use]
+    pub fn get(&self, id: RuleId) -> Option<&Rule> {
+        self.rules.get(to_usize(id.0))
+    }
+
+    /// All rules, in the order of the file.
+    pub fn rules(&self) -> impl Iterator<Item = (RuleId, &Rule)> {
+        self.rules.iter().enumerate().map(|(i, rule)| (RuleId(to_u32(i)), rule))
+    }
+
+    /// Why a flow is decided as it is, and what would permit it.
+    #[must_use]
+    pub fn explain(&self, flow: &Flow<'_>) -> Explanation {
+        crate::explain::explain(self, flow)
+    }
+
+    /// Whether some rule has a condition on the address of who opens a flow, so that the source
+    /// address of an outgoing one must be known before it is judged.
+    #[must_use]
+    pub fn uses_local_addresses(&self) -> bool {
+        self.uses_addresses_of(Side::From)
+    }
+
+    /// Whether some rule has a condition on the address of that side.
+    #[must_use]
+    pub fn uses_addresses_of(&self, side: Side) -> bool {
+        let [from, to] = self.addresses;
+        if side == Side::From { from } else { to }
+    }
+}

@@ -1,0 +1,202 @@
+//! How one condition stands for one party. The only place that knows what the facts mean.
+
+use crate::{
+    facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side},
+    model::{Address, Atom, CertificateField, Expr, ProcessField, Truth},
+    pattern::{Pattern, Step},
+};
+
+/// One party as conditions see it.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) address: Address,
+    pub(crate) process: ProcessFact<'a>,
+    pub(crate) certificate: CertificateFact<'a>,
+    /// It is the remote end, whose process may be unknown without anything being wrong.
+    pub(crate) far: bool,
+}
+
+impl<'a> View<'a> {
+    pub(crate) fn of(flow: &Flow<'a>, side: Side) -> Self {
+        let party: &Party<'a> = match side {
+            Side::From => flow.from,
+            Side::To => flow.to,
+        };
+        let address = Address::new(party.addr);
+        Self {
+            address,
+            process: party.process,
+            certificate: party.certificate,
+            // What is at a loopback address is a process of this host, remote or not.
+            far: flow.far == side && !address.is_loopback(),
+        }
+    }
+
+    /// Whether its process is one of this host.
+    pub(crate) const fn is_local(&self) -> bool {
+        !matches!(self.process, ProcessFact::Unknown)
+    }
+
+    /// How a formula stands.
+    pub(crate) fn expr(&self, expr: &Expr, negated: bool) -> Truth {
+        match expr {
+            Expr::Any => known(!negated),
+            Expr::Nothing => known(negated),
+            Expr::Atom(atom) => self.atom(atom, negated),
+            Expr::Not(inner) => self.expr(inner, !negated),
+            Expr::And(list) if !negated => self.all(list, negated),
+            Expr::Or(list) if negated => self.all(list, negated),
+            Expr::And(list) | Expr::Or(list) => {
+                let mut truth = Truth::FALSE;
+                for expr in list.iter() {
+                    truth = truth | self.expr(expr, negated);
+                }
+                truth
+            }
+        }
+    }
+
+    fn all(&self, list: &[Expr], negated: bool) -> Truth {
+        let mut truth = Truth::TRUE;
+        for expr in list {
+            truth = truth & self.expr(expr, negated);
+            if truth == Truth::FALSE {
+                break;
+            }
+        }
+        truth
+    }
+
+    /// How a condition, or its negation, stands.
+    pub(crate) fn atom(&self, atom: &Atom, negated: bool) -> Truth {
+        match atom {
+            Atom::Address(set) => match self.address {
+                Address::V4(v4) => known(set.has_v4(v4) != negated),
+                Address::V6(v6) => known(set.has_v6(v6) != negated),
+                Address::Absent => known(negated),
+                Address::Unknown => Truth::UNKNOWN,
+            },
+            Atom::Shown => self.shown(negated, |_| true),
+            Atom::Version(low, high) => {
+                self.shown(negated, |c| c.ver.is_some_and(|v| (*low..=*high).contains(&v)))
+            }
+            Atom::Certificate(field, pattern) => self.shown(negated, |c| certificate(c, *field, pattern)),
+            Atom::Sha256(hash) => self.process(
+                negated,
+                |p| match &p.sha256 {
+                    Fact::Known(found) => Some(found == hash),
+                    Fact::Unknown => None,
+                },
+                |_, _| None,
+                Some(|c: &CertificateFacts| c.sha256.map(|found| found == *hash)),
+            ),
+            Atom::Process(field, pattern) => {
+                let attested = |c: &CertificateFacts| match field {
+                    ProcessField::Exe => c.exe.as_deref().map(|t| pattern.matches(t)),
+                    ProcessField::User => c.user.as_deref().map(|t| pattern.matches(t)),
+                    ProcessField::Unit => c.unit.as_deref().map(|t| pattern.matches(t)),
+                    ProcessField::Group | ProcessField::Cmdline | ProcessField::Ancestor => None,
+                };
+                let is_attested =
+                    matches!(field, ProcessField::Exe | ProcessField::User | ProcessField::Unit);
+                self.process(
+                    negated,
+                    |p| process(p, *field, pattern),
+                    |uid, user| (*field == ProcessField::User).then(|| is_user(pattern, uid, user)),
+                    is_attested.then_some(attested),
+                )
+            }
+        }
+    }
+
+    fn shown(&self, negated: bool, holds: impl Fn(&CertificateFacts) -> bool) -> Truth {
+        match self.certificate {
+            CertificateFact::None => known(negated),
+            CertificateFact::Pending => Truth::PENDING,
+            CertificateFact::Shown(facts) => known(holds(facts) != negated),
+        }
+    }
+
+    /// `None` from one of the functions: it cannot be told.
+    fn process(
+        &self,
+        negated: bool,
+        of_process: impl Fn(&ProcessFacts) -> Option<bool>,
+        of_user: impl Fn(u32, &str) -> Option<bool>,
+        attested: Option<impl Fn(&CertificateFacts) -> Option<bool>>,
+    ) -> Truth {
+        let told = match self.process {
+            ProcessFact::Known(facts) => of_process(facts),
+            ProcessFact::UserOnly { uid, user } => of_user(uid, user),
+            ProcessFact::Unknown if !self.far => None,
+            ProcessFact::Unknown => {
+                let told = match (self.certificate, attested) {
+                    (CertificateFact::Pending, Some(_)) => return Truth::PENDING,
+                    (CertificateFact::Shown(facts), Some(attested)) => attested(facts),
+                    _ => None,
+                };
+                return told.map_or(Truth::INVISIBLE, |holds| known(holds != negated));
+            }
+        };
+        told.map_or(Truth::UNKNOWN, |holds| known(holds != negated))
+    }
+}
+
+fn known(holds: bool) -> Truth {
+    if holds { Truth::TRUE } else { Truth::FALSE }
+}
+
+fn certificate(facts: &CertificateFacts, field: CertificateField, pattern: &Pattern) -> bool {
+    let one = |text: &Option<String>| text.as_deref().is_some_and(|t| pattern.matches(t));
+    match field {
+        CertificateField::Name => facts.names.iter().any(|t| pattern.matches(t)),
+        CertificateField::Group => facts.groups.iter().any(|t| pattern.matches(t)),
+        CertificateField::Org => one(&facts.org),
+        CertificateField::Process => one(&facts.process),
+        CertificateField::Unit => one(&facts.unit),
+        CertificateField::User => one(&facts.user),
+        CertificateField::Issuer => one(&facts.issuer),
+    }
+}
+
+fn process(facts: &ProcessFacts, field: ProcessField, pattern: &Pattern) -> Option<bool> {
+    Some(match field {
+        ProcessField::Exe => match &facts.exe {
+            Fact::Known(path) => pattern.matches(path),
+            Fact::Unknown => return None,
+        },
+        ProcessField::User => is_user(pattern, facts.uid, &facts.user),
+        ProcessField::Group => facts.groups.iter().any(|g| pattern.matches(g)),
+        ProcessField::Unit => facts.unit.as_deref().is_some_and(|u| pattern.matches(u)),
+        ProcessField::Cmdline => pattern.matches(&facts.cmdline),
+        ProcessField::Ancestor => {
+            let mut all_known = true;
+            for ancestor in &facts.ancestors {
+                match ancestor {
+                    Fact::Known(path) if pattern.matches(path) => return Some(true),
+                    Fact::Known(_) => {}
+                    Fact::Unknown => all_known = false,
+                }
+            }
+            return all_known.then_some(false);
+        }
+    })
+}
+
+/// A pattern of digits alone is also held against the number.
+fn is_user(pattern: &Pattern, uid: u32, user: &str) -> bool {
+    pattern.matches(user) || number(pattern) == Some(uid)
+}
+
+/// The number that a pattern of digits alone stands for; `4294967295` (no user) is none.
+pub(crate) fn number(pattern: &Pattern) -> Option<u32> {
+    if !(1..=10).contains(&pattern.steps.len()) {
+        return None;
+    }
+    let mut n = 0_u64;
+    for step in &pattern.steps {
+        let Step::Byte(digit @ b'0'..=b'9') = step else { return None };
+        n = n * 10 + u64::from(digit - b'0');
+    }
+    u32::try_from(n).ok().filter(|n| *n != u32::MAX)
+}
