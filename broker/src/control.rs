@@ -3,8 +3,10 @@
 //! A client writes one JSON object and a newline, and reads one JSON object and a newline; it may
 //! go on with the next. Root and the owner of the state folder are answered, others are cut off.
 //!
-//!     {"request":"why","seq":17}
-//!     {"ok":{"why":{…}}}      or      {"error":"no refusal 17 is on record"}
+//! ```text
+//! {"request":"why","seq":17}
+//! {"ok":{"why":{…}}}      or      {"error":"no refusal 17 is on record"}
+//! ```
 
 use serde::{Deserialize, Serialize};
 
