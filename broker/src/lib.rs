@@ -9,6 +9,12 @@
 
 pub mod control;
 mod error;
+mod escape;
+mod process;
+
+mod settings;
+mod sys;
+mod udp_filter;
 
 use std::{os::fd::OwnedFd, path::PathBuf};
 

@@ -164,16 +164,17 @@ mod tests {
 
     #[test]
     fn the_kernel_buries_the_one_who_vowed() {
-        let page: &'static _ = Box::leak(Box::new(Shared::<StatePage>::new().unwrap()));
-        std::thread::spawn(move || {
+        let alive = std::thread::spawn(move || {
+            let page: &'static _ = Box::leak(Box::new(Shared::<StatePage>::new().unwrap()));
             vow(page).unwrap();
             assert_ne!(page.alive.load(Ordering::Relaxed), 0);
+            &page.alive
         })
         .join()
         .unwrap();
         // The thread's own exit is what the kernel sees; join may return a moment earlier.
         for _ in 0..100 {
-            if page.alive.load(Ordering::Relaxed) & OWNER_DIED != 0 {
+            if alive.load(Ordering::Relaxed) & OWNER_DIED != 0 {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
