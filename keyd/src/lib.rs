@@ -1,1 +1,20 @@
 //! Privileged side: kernel filters, keys, relays.
+//!
+//! [`run`] is the whole daemon. It takes orders from the broker alone (see `portcullis_wire::keyd` for
+//! what may be asked), and keeps nothing that a restart would lose. It runs as its own user with
+//! CAP_NET_ADMIN (cut flows) and CAP_BPF (filters: longest-prefix maps need it), no file within
+//! reach, and the system calls that `sandbox` lists.
+
+mod asm;
+mod bpf;
+mod cut;
+mod error;
+mod filter;
+mod privileges;
+mod program;
+mod sandbox;
+mod server;
+mod sock;
+
+pub use error::KeydError;
+pub use server::{Config, run};

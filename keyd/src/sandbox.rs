@@ -1,0 +1,88 @@
+//! What the daemon may still ask of the kernel once it serves.
+
+use std::collections::BTreeMap;
+
+use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+use crate::{KeydError, bpf};
+
+/// System calls without which the daemon, its allocator or its end cannot be.
+const CALLS: &[i64] = &[
+    // the broker, sockets that came from it, sock_diag
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_connect,
+    libc::SYS_shutdown,
+    // lists that came as a file
+    libc::SYS_read,
+    libc::SYS_pread64,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_close,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_clock_gettime,
+    // memory, threads, signals, the end
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_tgkill,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Shuts the door: no file, no new socket of the network, no signal, no abstract socket outside
+/// (Landlock, as far as this kernel has it), and only the listed system calls; others fail with `EPERM`.
+pub fn enter() -> Result<(), KeydError> {
+    no_files().map_err(|e| KeydError::Sandbox(e.to_string()))?;
+    let program = calls().map_err(|e| KeydError::Sandbox(e.to_string()))?;
+    // For threads too that a library might have started.
+    seccompiler::apply_filter_all_threads(&program).map_err(|e| KeydError::Sandbox(e.to_string()))
+}
+
+fn no_files() -> Result<(), landlock::RulesetError> {
+    let abi = ABI::V6;
+    Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))?
+        .handle_access(AccessNet::from_all(abi))?
+        .scope(Scope::from_all(abi))?
+        .create()?
+        .set_compatibility(CompatLevel::BestEffort)
+        .restrict_self()?;
+    Ok(())
+}
+
+fn calls() -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
+    let commands = bpf::COMMANDS.iter().map(|command| {
+        let command = u64::from(command.cast_unsigned());
+        SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command)?])
+    });
+    rules.insert(libc::SYS_bpf, commands.collect::<Result<_, _>>()?);
+    let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, std::env::consts::ARCH.try_into()?)?;
+    filter.try_into()
+}

@@ -1,0 +1,297 @@
+//! Serves the broker: one request at a time, reports in between.
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, IoSliceMut},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        socket::{ControlMessage, MsgFlags, recvmsg, sendmsg},
+        time::TimeSpec,
+    },
+    time::{ClockId, clock_gettime},
+};
+use portcullis_wire::keyd::{FRAME, Flow, Head, Kind, MOST_NETS, Net, Stage, Stranger, permitted};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::{
+    KeydError,
+    cut::Cutter,
+    filter::{self, FilterError, Watch},
+    privileges, sandbox,
+};
+
+/// What the daemon is started with.
+#[derive(Debug)]
+pub struct Config {
+    /// One end of a `SOCK_SEQPACKET` pair; whoever holds the other gives the orders.
+    pub broker: OwnedFd,
+}
+
+/// How long after a report attempts without one may stay untold.
+const MISSED_AFTER: Duration = Duration::from_millis(1100);
+
+/// Serves the broker until it closes the connection.
+///
+/// Takes the calling process over: its user, capabilities and sandbox change for good.
+///
+/// # Errors
+/// [`KeydError`] if privileges cannot be given up, or if the broker does what is not permitted.
+pub fn run(config: Config) -> Result<(), KeydError> {
+    let cutter = Cutter::new().ok();
+    privileges::drop()?;
+    // Opened as the daemon's own user: what works now goes on working.
+    sandbox::enter()?;
+    match serve(&config.broker, cutter) {
+        Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => Ok(()),
+        ended => ended,
+    }
+}
+
+struct Server<'a> {
+    broker: &'a OwnedFd,
+    cutter: Option<Cutter>,
+    watch: Option<Watch>,
+    stage: Stage,
+}
+
+/// The answer to one request: what its `Head` says, and descriptors.
+#[derive(Default)]
+struct Answer {
+    flags: u32,
+    count: u32,
+    errno: i32,
+    descriptor: Option<OwnedFd>,
+    keep: bool,
+}
+
+impl Answer {
+    fn failed(errno: i32) -> Self {
+        Self { errno, ..Self::default() }
+    }
+}
+
+/// Serves without giving anything up; [`run`] without its first half.
+pub(crate) fn serve(broker: &OwnedFd, cutter: Option<Cutter>) -> Result<(), KeydError> {
+    let mut server = Server { broker, cutter, watch: None, stage: Stage::Hello };
+    let mut look_for_missed: Option<Instant> = None;
+    loop {
+        let timeout = look_for_missed.map_or(PollTimeout::NONE, |at| {
+            let left = at.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let (asked, reported) = {
+            let mut fds = vec![PollFd::new(broker.as_fd(), PollFlags::POLLIN)];
+            fds.extend(server.watch.as_ref().map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+            match poll(&mut fds, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(e) => return Err(KeydError::Broker(e.into())),
+            }
+            let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
+            (ready(0), ready(1))
+        };
+        if asked && !server.answer_one()? {
+            return Ok(());
+        }
+        let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
+        if (reported || due) && server.report()? {
+            look_for_missed = Some(Instant::now() + MISSED_AFTER);
+        } else if due {
+            look_for_missed = None;
+        }
+    }
+}
+
+impl Server<'_> {
+    /// Takes one request and answers it. `false`: the broker has closed the connection.
+    fn answer_one(&mut self) -> Result<bool, KeydError> {
+        let mut frame = vec![0; FRAME];
+        let (length, descriptors) = match receive(self.broker.as_fd(), &mut frame) {
+            Ok(Some(message)) => message,
+            Ok(None) => return Err(KeydError::TooLong),
+            Err(Errno::EAGAIN | Errno::EINTR) => return Ok(true),
+            Err(Errno::ECONNRESET) => return Ok(false),
+            Err(e) => return Err(KeydError::Broker(e.into())),
+        };
+        if length == 0 {
+            return Ok(false);
+        }
+        let (kind, head, rest) = Head::decode(frame.get(..length).unwrap_or_default())?;
+        if !permitted(self.stage, kind) {
+            return Err(KeydError::NotPermitted { kind, stage: self.stage });
+        }
+        let answer = self.perform(kind, &head, rest, descriptors)?;
+        let mut reply = Head::new(kind, head.seq);
+        (reply.flags, reply.count, reply.errno, reply.tag) =
+            (answer.flags, answer.count, answer.errno, head.tag);
+        let kept = self.watch.as_ref().filter(|_| answer.keep).map(Watch::keep);
+        let descriptors: Vec<_> =
+            answer.descriptor.iter().map(AsFd::as_fd).chain(kept.into_iter().flatten()).collect();
+        send(self.broker.as_fd(), &[reply.as_bytes()], &descriptors)?;
+        Ok(true)
+    }
+
+    fn perform(
+        &mut self,
+        kind: Kind,
+        head: &Head,
+        rest: &[u8],
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Answer, KeydError> {
+        let misfit = KeydError::Shape { kind, bytes: rest.len(), descriptors: descriptors.len() };
+        let mut attached = descriptors.into_iter();
+        let answer = match kind {
+            Kind::Hello => {
+                let kept: Vec<_> = attached.by_ref().collect();
+                let watch = match <[OwnedFd; 3]>::try_from(kept) {
+                    Ok(kept) => Watch::adopt(kept).or_else(|_| Watch::new()),
+                    Err(none) if none.is_empty() => Watch::new(),
+                    Err(_) => return Err(misfit),
+                };
+                self.watch = watch.ok();
+                self.stage = Stage::Serving;
+                let filters = if self.watch.is_some() { Head::FILTERS } else { 0 };
+                let destroys = if self.can_destroy() { Head::DESTROYS } else { 0 };
+                Answer { flags: filters | destroys, keep: true, ..Answer::default() }
+            }
+            Kind::Filter | Kind::Refill => {
+                let target = attached.next().ok_or(misfit)?;
+                let file = if head.flags & Head::LIST_ATTACHED == 0 { None } else { attached.next() };
+                let nets = match list(head, rest, file) {
+                    Ok(nets) => nets,
+                    Err(e) => return Ok(Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL))),
+                };
+                let done = match (kind, &self.watch) {
+                    (Kind::Refill, _) => filter::refill(target, &nets).map(|()| None),
+                    (_, Some(watch)) => filter::attach(watch, target.as_fd(), head.tag, &nets).map(Some),
+                    (_, None) => Err(FilterError::Kernel(Errno::EPERM.into())),
+                };
+                match done {
+                    Ok(descriptor) => Answer { descriptor, ..Answer::default() },
+                    Err(e) => Answer::failed(e.errno()),
+                }
+            }
+            Kind::Cut => {
+                let socket = attached.next();
+                let flow = Flow::read_from_bytes(rest).map_err(|_| misfit)?;
+                let cut = match &mut self.cutter {
+                    Some(cutter) => cutter.cut(&flow, socket.as_ref().map(AsFd::as_fd)),
+                    None => Err(Errno::EPERM.into()),
+                };
+                match cut {
+                    Ok(by) => Answer { count: by as u32, ..Answer::default() },
+                    Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
+                }
+            }
+            Kind::Stranger => return Err(misfit),
+        };
+        Ok(answer)
+    }
+
+    /// Whether the kernel lets us destroy: asked for a flow that cannot be.
+    fn can_destroy(&mut self) -> bool {
+        let nobody = portcullis_wire::Addr::v4(std::net::Ipv4Addr::UNSPECIFIED, 0);
+        let flow = Flow { cookie: 1, protocol: 6, reserved: [0; 7], local: nobody, remote: nobody };
+        self.cutter.as_mut().is_some_and(|cutter| cutter.cut(&flow, None).is_ok())
+    }
+
+    /// Tells the broker whom filters dropped. Whether there was anybody.
+    fn report(&mut self) -> Result<bool, KeydError> {
+        let Some(watch) = &mut self.watch else {
+            return Ok(false);
+        };
+        let epoch = epoch();
+        let mut any = false;
+        let mut missed = watch.missed();
+        while let Some(stranger) = watch.next(epoch) {
+            any = true;
+            report(self.broker, &Stranger { missed: std::mem::take(&mut missed), ..stranger })?;
+        }
+        if missed > 0 {
+            any = true;
+            let none = portcullis_wire::Addr::NONE;
+            let stranger = Stranger {
+                time: 0,
+                missed,
+                protocol: 0,
+                reserved: [0; 7],
+                source: none,
+                destination: none,
+                tag: 0,
+            };
+            report(self.broker, &stranger)?;
+        }
+        Ok(any)
+    }
+}
+
+fn report(broker: &OwnedFd, stranger: &Stranger) -> Result<(), KeydError> {
+    let mut head = Head::new(Kind::Stranger, 0);
+    head.tag = stranger.tag;
+    send(broker.as_fd(), &[head.as_bytes(), stranger.as_bytes()], &[])
+}
+
+/// Unix time, in nanoseconds, at which CLOCK_MONOTONIC was 0.
+fn epoch() -> u64 {
+    let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap_or(TimeSpec::new(0, 0));
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.saturating_sub(Duration::from(monotonic)).as_nanos()).unwrap_or(0)
+}
+
+/// A list of nets, from the frame or from a file. Read once: the file may change meanwhile.
+fn list(head: &Head, rest: &[u8], file: Option<OwnedFd>) -> io::Result<Vec<Net>> {
+    let einval = || io::Error::from_raw_os_error(libc::EINVAL);
+    let count = usize::try_from(head.count).ok().filter(|count| *count <= MOST_NETS).ok_or_else(einval)?;
+    let length = count * size_of::<Net>();
+    let read;
+    let bytes = match file {
+        None if head.flags & Head::LIST_ATTACHED != 0 || rest.len() != length => return Err(einval()),
+        None => rest,
+        Some(file) => {
+            let mut bytes = vec![0; length];
+            File::from(file).read_exact_at(&mut bytes, 0)?;
+            read = bytes;
+            &read
+        }
+    };
+    Ok(bytes.chunks_exact(size_of::<Net>()).filter_map(|net| Net::read_from_bytes(net).ok()).collect())
+}
+
+/// Takes one message with its descriptors; 0 bytes when the other end is closed; `None` if it was cut
+/// off, because it was longer than a frame or had more descriptors than any.
+fn receive(socket: BorrowedFd<'_>, frame: &mut [u8]) -> nix::Result<Option<(usize, Vec<OwnedFd>)>> {
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
+    let mut slices = [IoSliceMut::new(frame)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let cut_off = message.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
+    let mut descriptors = Vec::new();
+    if let Ok(control) = message.cmsgs() {
+        for one in control {
+            descriptors.extend(crate::sock::received(one));
+        }
+    }
+    Ok((!cut_off).then_some((message.bytes, descriptors)))
+}
+
+fn send(socket: BorrowedFd<'_>, parts: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> Result<(), KeydError> {
+    let slices: Vec<_> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control: &[_] = if raw.is_empty() { &[] } else { &rights };
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(e) => return Err(KeydError::Broker(e.into())),
+        }
+    }
+}
