@@ -10,6 +10,7 @@
 pub mod control;
 mod error;
 mod escape;
+pub mod keyd;
 mod process;
 
 mod settings;

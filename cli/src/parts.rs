@@ -71,11 +71,10 @@ pub fn keyd(args: KeydArgs, out: &mut Out) -> u8 {
         inherit(&fds).and_then(|()| Ok([sys::adopt(args.broker_fd)?, sys::adopt(args.ready_fd)?]));
     match adopted {
         Ok([broker, ready]) => {
-            let told = nix::unistd::write(&ready, b"ready\n");
-            drop(ready);
-            let mut end = [0; 1];
-            let ended = nix::unistd::read(&broker, &mut end);
-            u8::from(told.is_err() || ended.is_err())
+            match portcullis_keyd::run(portcullis_keyd::Config { broker, ready: Some(ready) }) {
+                Ok(()) => 0,
+                Err(error) => fail(&error, out),
+            }
         }
         Err(error) => fail(&error, out),
     }

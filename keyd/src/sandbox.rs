@@ -22,7 +22,8 @@ const CALLS: &[i64] = &[
     libc::SYS_getpeername,
     libc::SYS_connect,
     libc::SYS_shutdown,
-    // lists that came as a file
+    // readiness; lists that came as a file
+    libc::SYS_write,
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_fstat,

@@ -34,6 +34,8 @@ use crate::{
 pub struct Config {
     /// One end of a `SOCK_SEQPACKET` pair; whoever holds the other gives the orders.
     pub broker: OwnedFd,
+    /// Gets `ready\n` once the daemon serves, or one line that says why it cannot; then it is closed.
+    pub ready: Option<OwnedFd>,
 }
 
 /// How long after a report attempts without one may stay untold.
@@ -46,14 +48,24 @@ const MISSED_AFTER: Duration = Duration::from_millis(1100);
 /// # Errors
 /// [`KeydError`] if privileges cannot be given up, or if the broker does what is not permitted.
 pub fn run(config: Config) -> Result<(), KeydError> {
-    let cutter = Cutter::new().ok();
-    privileges::drop()?;
-    // Opened as the daemon's own user: what works now goes on working.
-    sandbox::enter()?;
-    match serve(&config.broker, cutter) {
+    let cutter = prepare();
+    if let Some(ready) = config.ready {
+        let line = cutter.as_ref().map_or_else(|e| format!("{e}\n"), |_| "ready\n".to_owned());
+        // Nobody to tell is no reason not to serve.
+        let _ = nix::unistd::write(&ready, line.as_bytes());
+    }
+    match serve(&config.broker, cutter?) {
         Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => Ok(()),
         ended => ended,
     }
+}
+
+/// Opens what needs privileges, then gives them up.
+fn prepare() -> Result<Option<Cutter>, KeydError> {
+    let cutter = Cutter::new().ok();
+    privileges::drop()?;
+    sandbox::enter()?;
+    Ok(cutter)
 }
 
 struct Server<'a> {
@@ -79,8 +91,7 @@ impl Answer {
     }
 }
 
-/// Serves without giving anything up; [`run`] without its first half.
-pub(crate) fn serve(broker: &OwnedFd, cutter: Option<Cutter>) -> Result<(), KeydError> {
+fn serve(broker: &OwnedFd, cutter: Option<Cutter>) -> Result<(), KeydError> {
     let mut server = Server { broker, cutter, watch: None, stage: Stage::Hello };
     let mut look_for_missed: Option<Instant> = None;
     loop {

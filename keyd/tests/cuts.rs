@@ -1,5 +1,7 @@
 //! Live flows that end because the broker says so: what the far side and the program see.
 
+#![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
 #[cfg(test)]
 mod common;
 

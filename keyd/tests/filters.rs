@@ -1,5 +1,7 @@
 //! Filters on real sockets: who gets a SYN-ACK, who does not, and who is told of it.
 
+#![expect(clippy::unwrap_used, reason = "a test says what went wrong by panicking")]
+
 #[cfg(test)]
 mod common;
 

@@ -65,6 +65,10 @@ impl Daemon {
     }
 
     pub fn silent() -> Self {
+        Self::starting(None)
+    }
+
+    pub fn starting(ready: Option<OwnedFd>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         // SAFETY: the child does nothing but run the daemon, which takes no lock that a thread of the
@@ -73,7 +77,7 @@ impl Daemon {
             ForkResult::Parent { child } => Self { pid: child, broker: ours, seq: 0, strangers: Vec::new() },
             ForkResult::Child => {
                 drop(ours);
-                let status = match run(Config { broker: theirs }) {
+                let status = match run(Config { broker: theirs, ready }) {
                     Ok(()) => 0,
                     Err(e) => {
                         let _ = writeln!(std::io::stderr(), "keyd: {e}: {e:?}");
