@@ -1,0 +1,167 @@
+//! The log's files, read in order, and followed.
+
+use std::{
+    collections::VecDeque,
+    fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::inotify::{AddWatchFlags, InitFlags, Inotify},
+};
+use std::os::fd::AsFd;
+
+use super::Record;
+use crate::{control::AskError, place::Place};
+
+/// What a line turned out to be.
+#[derive(Debug)]
+pub enum Entry {
+    /// A record.
+    Record(Record),
+    /// Something else: a line that a crash tore, say.
+    Broken {
+        /// In which file.
+        file: PathBuf,
+        /// Which line, from 1.
+        line: u64,
+    },
+}
+
+/// The log of one state folder.
+#[derive(Debug)]
+pub struct Log {
+    folder: PathBuf,
+    /// Files not begun yet, oldest first.
+    waiting: VecDeque<PathBuf>,
+    /// Those begun, so that a later look finds only new ones.
+    known: Vec<PathBuf>,
+    current: Option<Current>,
+    watch: Option<Inotify>,
+}
+
+#[derive(Debug)]
+struct Current {
+    path: PathBuf,
+    lines: BufReader<fs::File>,
+    number: u64,
+    /// Beginning of a line whose end is not written yet.
+    part: String,
+}
+
+/// Longest line that is read; a longer one is no record.
+const LONGEST: usize = 1 << 20;
+
+impl Log {
+    /// Opens the log at its beginning. A folder without log has an empty one.
+    ///
+    /// # Errors
+    /// [`AskError::Log`].
+    pub fn open(place: &Place) -> Result<Self, AskError> {
+        let folder = place.state.join("audit");
+        let mut log =
+            Self { folder, waiting: VecDeque::new(), known: Vec::new(), current: None, watch: None };
+        log.look()?;
+        Ok(log)
+    }
+
+    /// The next line. `None`: nothing more is written yet.
+    ///
+    /// # Errors
+    /// [`AskError::Log`].
+    pub fn next(&mut self) -> Result<Option<Entry>, AskError> {
+        loop {
+            if self.current.is_none() {
+                let Some(path) = self.waiting.pop_front() else { return Ok(None) };
+                let file = fs::File::open(&path).map_err(unreadable(&path))?;
+                self.current = Some(Current { path, lines: BufReader::new(file), number: 0, part: String::new() });
+            }
+            let Some(current) = &mut self.current else { return Ok(None) };
+            if let Some(entry) = current.next().map_err(unreadable(&current.path))? {
+                return Ok(Some(entry));
+            }
+            // At the end of the newest file, more may come; an older one is over.
+            if self.waiting.is_empty() {
+                return Ok(None);
+            }
+            self.current = None;
+        }
+    }
+
+    /// Waits until something was written.
+    ///
+    /// # Errors
+    /// [`AskError::Log`].
+    pub fn wait(&mut self) -> Result<(), AskError> {
+        let io = |e: nix::errno::Errno| unreadable(&self.folder)(e.into());
+        if self.watch.is_none() {
+            let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(io)?;
+            let events = AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO;
+            // The log's folder may come into being later; then looking once a second has to do.
+            if watch.add_watch(&self.folder, events).is_ok() {
+                self.watch = Some(watch);
+            }
+        } else if let Some(watch) = &self.watch {
+            let mut fds = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::from(1000_u16)).map_err(io)?;
+            let _which = watch.read_events();
+        }
+        if self.watch.is_none() {
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+        self.look()
+    }
+
+    /// Finds files that are new, in the order of their first records.
+    fn look(&mut self) -> Result<(), AskError> {
+        let entries = match fs::read_dir(&self.folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(unreadable(&self.folder))?,
+        };
+        let mut fresh = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(unreadable(&self.folder))?.path();
+            if path.extension().is_some_and(|e| e == "jsonl")
+                && !self.known.contains(&path)
+                && let Some(seq) = first_seq(&path)
+            {
+                fresh.push((seq, path));
+            }
+        }
+        fresh.sort();
+        for (_, path) in fresh {
+            self.known.push(path.clone());
+            self.waiting.push_back(path);
+        }
+        Ok(())
+    }
+}
+
+impl Current {
+    fn next(&mut self) -> std::io::Result<Option<Entry>> {
+        let mut bytes = std::mem::take(&mut self.part).into_bytes();
+        self.lines.read_until(b'\n', &mut bytes)?;
+        let text = String::from_utf8_lossy(&bytes);
+        let Some(line) = text.strip_suffix('\n') else {
+            self.part = text.into_owned();
+            return Ok(None);
+        };
+        self.number += 1;
+        let record = (line.len() <= LONGEST).then(|| Record::parse(line)).flatten();
+        let broken = || Entry::Broken { file: self.path.clone(), line: self.number };
+        Ok(Some(record.map_or_else(broken, Entry::Record)))
+    }
+}
+
+fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> AskError {
+    let path = path.to_owned();
+    move |source| AskError::Log { path, source }
+}
+
+/// Number of a file's first record; `None` while it has none.
+fn first_seq(path: &Path) -> Option<u64> {
+    let mut lines = BufReader::new(fs::File::open(path).ok()?).lines();
+    lines.find_map(|line| Record::parse(&line.ok()?)?.seq())
+}

@@ -1,0 +1,141 @@
+//! One record of the log.
+
+use std::net::{IpAddr, SocketAddr};
+
+use serde_json::Value;
+
+use crate::output::{Ink, Out, escape};
+
+/// One line of `STATE/audit/*.jsonl`, with the fields that DESIGN names; others are kept as they are.
+#[derive(Clone, Debug)]
+pub struct Record(Value);
+
+impl Record {
+    /// Reads one line; `None` if it is not a JSON object.
+    pub fn parse(line: &str) -> Option<Self> {
+        serde_json::from_str::<Value>(line).ok().filter(Value::is_object).map(Self)
+    }
+
+    /// The object itself.
+    pub const fn value(&self) -> &Value {
+        &self.0
+    }
+
+    /// A text field, as it was written.
+    pub fn text(&self, field: &str) -> Option<&str> {
+        self.0.get(field)?.as_str()
+    }
+
+    /// A text or number field, safe for a terminal.
+    pub fn shown(&self, field: &str) -> Option<String> {
+        match self.0.get(field)? {
+            Value::String(text) => Some(escape(text)),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        }
+    }
+
+    /// Number of the record.
+    pub fn seq(&self) -> Option<u64> {
+        self.0.get("seq")?.as_u64()
+    }
+
+    /// When it happened.
+    pub fn time(&self) -> Option<jiff::Timestamp> {
+        self.text("time")?.parse().ok()
+    }
+
+    /// `permit`, `protect`, `refuse` or `would-refuse`.
+    pub fn verdict(&self) -> &str {
+        self.text("verdict").unwrap_or_default()
+    }
+
+    /// Whether somebody was, or would have been, refused.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self.verdict(), "refuse" | "would-refuse")
+    }
+
+    /// The far address.
+    pub fn remote(&self) -> Option<(IpAddr, Option<u16>)> {
+        let text = self.text("remote")?;
+        let whole = text.parse::<SocketAddr>().map(|a| (a.ip(), Some(a.port())));
+        whole.or_else(|_| text.parse::<IpAddr>().map(|ip| (ip, None))).ok()
+    }
+
+    /// Name of the executable without its folders.
+    pub fn program(&self) -> Option<&str> {
+        self.text("exe")?.rsplit('/').next()
+    }
+
+    /// The record as one line for people.
+    pub fn line(&self, out: &Out) -> String {
+        let verdict = self.verdict();
+        let ink = match verdict {
+            "permit" | "protect" => Ink::Good,
+            "would-refuse" => Ink::Note,
+            _ => Ink::Bad,
+        };
+        let field = |name: &str| self.shown(name).unwrap_or_else(|| "-".into());
+        let time = self.time().map_or_else(
+            || field("time"),
+            |t| t.to_zoned(jiff::tz::TimeZone::system()).strftime("%m-%d %H:%M:%S%.3f").to_string(),
+        );
+        let program = self.program().map_or_else(|| "?".into(), escape);
+        let mut line = format!(
+            "{:>6} {} {} {:<7} {:<4} {}[{}]",
+            field("seq"),
+            out.ink(Ink::Faint, &time),
+            out.ink(ink, &format!("{verdict:<12}")),
+            field("op"),
+            field("proto"),
+            program,
+            field("pid"),
+        );
+        for (arrow, name) in self.flow() {
+            if let Some(address) = self.shown(name) {
+                line.push_str(arrow);
+                line.push_str(&address);
+            }
+        }
+        let rule = self.shown("rule").map(|rule| format!("rule {rule}"));
+        let reason = self.shown("reason");
+        let why: Vec<String> = rule.into_iter().chain(reason).collect();
+        if !why.is_empty() {
+            line.push_str("  ");
+            line.push_str(&out.ink(Ink::Faint, &why.join(": ")));
+        }
+        for extra in ["closed", "assurance", "session", "via"] {
+            if let Some(value) = self.shown(extra).filter(|v| !["none", "shim"].contains(&v.as_str())) {
+                line.push_str(&out.ink(Ink::Faint, &format!(" {extra}={value}")));
+            }
+        }
+        line
+    }
+
+    /// The two addresses in the direction in which the flow was opened.
+    fn flow(&self) -> [(&'static str, &'static str); 2] {
+        match self.text("op") {
+            Some("accept" | "receive") => [(" ", "remote"), (" -> ", "local")],
+            _ => [(" ", "local"), (" -> ", "remote")],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_from_outside_is_escaped() {
+        let record = Record::parse(r#"{"seq":1,"exe":"/tmp/\u001b[2Jx","verdict":"refuse"}"#).unwrap();
+        let line = record.line(&Out::new());
+        assert!(line.contains("\\u{1b}[2Jx"), "{line}");
+    }
+
+    #[test]
+    fn a_flow_is_shown_in_the_direction_of_its_opening() {
+        let text = r#"{"seq":2,"op":"accept","local":"10.0.0.1:21","remote":"10.0.0.2:5","verdict":"permit"}"#;
+        let line = Record::parse(text).unwrap().line(&Out::new());
+        assert!(line.contains("10.0.0.2:5 -> 10.0.0.1:21"), "{line}");
+    }
+}
