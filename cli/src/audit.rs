@@ -83,8 +83,8 @@ fn print(args: Args, out: &mut Out) -> Result<(), AskError> {
         peer: args.peer,
     };
     let mut log = Log::open(&place)?;
+    let mut last = None;
     loop {
-        let mut last = None;
         while let Some(entry) = log.next()? {
             match entry {
                 Entry::Record(record) => {

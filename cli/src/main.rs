@@ -4,7 +4,9 @@
 //! standard descriptors) would be the program's to notice: hence `no_main`.
 #![cfg_attr(not(test), no_main)]
 
+mod audit;
 mod ca;
+mod control;
 mod guard;
 mod link;
 mod output;
@@ -14,6 +16,7 @@ mod policy;
 mod run;
 mod supervise;
 mod sys;
+mod view;
 
 use std::{ffi::c_int, path::PathBuf};
 
@@ -34,6 +37,12 @@ struct Cli {
 enum Command {
     /// Run a program under the policy; its exit status is the program's
     Run(run::Args),
+    /// Print the audit log
+    Audit(audit::Args),
+    /// List wrapped processes, their listeners and associations
+    Ps(view::Args),
+    /// Say what is in force, and what is not held
+    Status(view::Args),
     /// Check, explain, test, compare, format and query policies
     #[command(subcommand)]
     Policy(policy::Command),
@@ -93,6 +102,9 @@ pub const COULD_NOT: u8 = 2;
 fn dispatch(command: Command, out: &mut Out) -> u8 {
     match command {
         Command::Run(args) => run::run(args, out),
+        Command::Audit(args) => audit::run(args, out),
+        Command::Ps(args) => view::ps(&args, out),
+        Command::Status(args) => view::status(&args, out),
         Command::Policy(command) => policy::run(command, out),
         Command::Ca(command) => ca::run(command, out),
         Command::Supervise(args) => supervise::run(args, out),

@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     fs,
     io::{BufRead, BufReader},
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -11,7 +12,6 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
 };
-use std::os::fd::AsFd;
 
 use super::Record;
 use crate::{control::AskError, place::Place};
@@ -36,8 +36,8 @@ pub struct Log {
     folder: PathBuf,
     /// Files not begun yet, oldest first.
     waiting: VecDeque<PathBuf>,
-    /// Those begun, so that a later look finds only new ones.
-    known: Vec<PathBuf>,
+    /// Device and inode of those seen, so that a later look finds only new ones, whatever they are called.
+    known: Vec<(u64, u64)>,
     current: Option<Current>,
     watch: Option<Inotify>,
 }
@@ -124,17 +124,16 @@ impl Log {
         for entry in entries {
             let path = entry.map_err(unreadable(&self.folder))?.path();
             if path.extension().is_some_and(|e| e == "jsonl")
-                && !self.known.contains(&path)
+                && let Ok(meta) = fs::metadata(&path)
+                && !self.known.contains(&(meta.dev(), meta.ino()))
                 && let Some(seq) = first_seq(&path)
             {
+                self.known.push((meta.dev(), meta.ino()));
                 fresh.push((seq, path));
             }
         }
         fresh.sort();
-        for (_, path) in fresh {
-            self.known.push(path.clone());
-            self.waiting.push_back(path);
-        }
+        self.waiting.extend(fresh.into_iter().map(|(_, path)| path));
         Ok(())
     }
 }

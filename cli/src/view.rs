@@ -1,0 +1,154 @@
+//! `portcullis ps` and `portcullis status`: what is wrapped, and what holds it.
+
+use portcullis_broker::control::{Answer, ProcessRow, Request, Status};
+use serde::Serialize;
+
+use crate::{
+    COULD_NOT, Format, StateArg,
+    control::{self, AskError},
+    output::{Ink, Out, escape},
+    place::Place,
+};
+
+/// Options of `portcullis ps` and `portcullis status`.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// How the result is printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+/// Exit status of `status` when something is not as it should be.
+const FINDINGS: u8 = 1;
+
+/// Lists wrapped processes; the result is the exit status.
+pub fn ps(args: &Args, out: &mut Out) -> u8 {
+    let rows = match ask(args, &Request::Ps) {
+        Ok(Some(Answer::Ps(rows))) => rows,
+        Ok(_) => Vec::new(),
+        Err(error) => {
+            out.error(&error);
+            return COULD_NOT;
+        }
+    };
+    match args.format {
+        Format::Json => rows.iter().for_each(|row| out.json(row)),
+        Format::Text => table(&rows, out),
+    }
+    0
+}
+
+fn ask(args: &Args, request: &Request) -> Result<Option<Answer>, AskError> {
+    let place = Place::find(args.state.state.as_deref())?;
+    control::ask(&place, request)
+}
+
+fn table(rows: &[ProcessRow], out: &mut Out) {
+    let head = format!("{:>7}  {:<10} {:<20} {:>9} {:>7}  COMMAND", "PID", "USER", "HELD BY", "PERMITTED", "REFUSED");
+    out.line(out.ink(Ink::Strong, &head));
+    for row in rows {
+        let held = if row.held_by.is_empty() { "nothing".to_owned() } else { row.held_by.join(",") };
+        let refused = format!("{:>7}", row.refused);
+        let refused = if row.refused > 0 { out.ink(Ink::Bad, &refused) } else { refused };
+        out.line(format!(
+            "{:>7}  {:<10} {:<20} {:>9} {refused}  {}",
+            row.pid,
+            escape(&row.user),
+            escape(&held),
+            row.permitted,
+            // The broker has escaped it already.
+            row.cmdline,
+        ));
+        for it in &row.listeners {
+            out.line(out.ink(Ink::Faint, &format!("         listens on {} for {}, by {}", it.local, it.scope, it.held_by)));
+        }
+        for it in &row.associations {
+            let address = |a: &Option<String>| a.as_deref().map_or_else(|| "?".into(), escape);
+            let rule = it.rule.as_deref().map_or_else(String::new, |r| format!(", rule {}", escape(r)));
+            let text = format!(
+                "         {} {} - {} {}, assurance {}, generation {}{rule}",
+                it.proto,
+                address(&it.local),
+                address(&it.remote),
+                it.lane,
+                it.assurance,
+                it.generation,
+            );
+            out.line(out.ink(Ink::Faint, &text));
+        }
+    }
+}
+
+/// `status` as JSON.
+#[derive(Serialize)]
+struct Report<'a> {
+    state: String,
+    running: bool,
+    #[serde(flatten)]
+    broker: Option<&'a Status>,
+}
+
+/// Says how the folder's broker is; the result is the exit status.
+pub fn status(args: &Args, out: &mut Out) -> u8 {
+    let place = match Place::find(args.state.state.as_deref()) {
+        Ok(place) => place,
+        Err(error) => {
+            out.error(&error);
+            return COULD_NOT;
+        }
+    };
+    let status = match control::ask(&place, &Request::Status) {
+        Ok(Some(Answer::Status(status))) => Some(*status),
+        Ok(_) => None,
+        Err(error) => {
+            out.error(&error);
+            return COULD_NOT;
+        }
+    };
+    let state = place.state.display().to_string();
+    match args.format {
+        Format::Json => out.json(&Report { state, running: status.is_some(), broker: status.as_ref() }),
+        Format::Text => describe(&state, status.as_ref(), out),
+    }
+    status.map_or(0, |s| if is_sound(&s) { 0 } else { FINDINGS })
+}
+
+fn is_sound(status: &Status) -> bool {
+    status.generation > 0 && status.diagnostic.is_none() && status.audit_lost == 0 && status.audit_error.is_none()
+}
+
+fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
+    out.line(format!("state        {}", escape(state)));
+    let Some(s) = status else {
+        out.line("broker       not running; it starts with the first `portcullis run`");
+        return;
+    };
+    out.line(format!("broker       process {}, uid {}", s.pid, s.uid));
+    out.line(format!("mode         {}", if s.mode == portcullis_broker::Mode::Audit { "audit" } else { "enforce" }));
+    out.line(format!("policy       {}", escape(&s.policy)));
+    let loaded = s.loaded.as_deref().map_or_else(String::new, |t| format!(", since {}", escape(t)));
+    match s.generation {
+        0 => out.line(out.ink(Ink::Bad, "generation   none in force: everything is refused")),
+        n => out.line(format!("generation   {n}{loaded}")),
+    }
+    out.line(format!("serves       {} processes, {} associations", s.processes, s.associations));
+    out.line(format!("audit        {} records, {} lost", s.audit_seq, s.audit_lost));
+    out.line(format!("key daemon   {}", if s.keyd { "answers" } else { "none" }));
+    if let Some(error) = &s.audit_error {
+        out.line(out.ink(Ink::Bad, &format!("the audit log cannot be written: {}", escape(error))));
+    }
+    if let Some(text) = &s.diagnostic {
+        out.line(out.ink(Ink::Bad, "the policy file as it is now is not in force:"));
+        for line in text.lines() {
+            out.line(format!("  {}", escape(line)));
+        }
+    }
+    if !s.gaps.is_empty() {
+        out.line(out.ink(Ink::Strong, "not held here:"));
+        for gap in &s.gaps {
+            out.line(format!("  - {}", escape(gap)));
+        }
+    }
+}
