@@ -109,7 +109,7 @@ fn dispatch(command: Command, out: &mut Out) -> u8 {
         Command::Ca(command) => ca::run(command, out),
         Command::Supervise(args) => supervise::run(args, out),
         Command::Broker(args) => parts::broker(args, out),
-        Command::Keyd(args) => parts::keyd(args, out),
+        Command::Keyd(args) => parts::keyd(&args, out),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The hidden commands under which the supervisor starts broker and key daemon.
 
-use std::{io, os::fd::OwnedFd, path::PathBuf};
+use std::{io, path::PathBuf};
 
 use nix::sys::signal::SigSet;
 
@@ -30,8 +30,6 @@ pub struct BrokerArgs {
 pub struct KeydArgs {
     #[arg(long)]
     broker_fd: i32,
-    #[arg(long)]
-    ready_fd: i32,
 }
 
 impl From<Mode> for portcullis_broker::Mode {
@@ -65,17 +63,11 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
 }
 
 /// Is the key daemon until the broker's end of the pair is closed.
-pub fn keyd(args: KeydArgs, out: &mut Out) -> u8 {
-    let fds = [Some(args.broker_fd), Some(args.ready_fd)];
-    let adopted: io::Result<[OwnedFd; 2]> =
-        inherit(&fds).and_then(|()| Ok([sys::adopt(args.broker_fd)?, sys::adopt(args.ready_fd)?]));
-    match adopted {
-        Ok([broker, ready]) => {
-            match portcullis_keyd::run(portcullis_keyd::Config { broker, ready: Some(ready) }) {
-                Ok(()) => 0,
-                Err(error) => fail(&error, out),
-            }
-        }
+pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
+    let broker = inherit(&[Some(args.broker_fd)]).and_then(|()| sys::adopt(args.broker_fd));
+    match broker.map(|broker| portcullis_keyd::run(portcullis_keyd::Config { broker })) {
+        Ok(Ok(())) => 0,
+        Ok(Err(error)) => fail(&error, out),
         Err(error) => fail(&error, out),
     }
 }

@@ -1,0 +1,1 @@
+//! FTP daemons and clients.
