@@ -7,8 +7,8 @@ mod select;
 use clap::{Args as ClapArgs, ValueEnum};
 use portcullis_broker::control::Request;
 
-pub use self::{log::Log, record::Record};
 use self::{log::Entry, select::Selection};
+pub use self::{log::Log, record::Record};
 use crate::{
     COULD_NOT, Format, StateArg,
     control::{self, AskError},

@@ -30,6 +30,8 @@ pub struct BrokerArgs {
 pub struct KeydArgs {
     #[arg(long)]
     broker_fd: i32,
+    #[arg(long)]
+    ready_fd: i32,
 }
 
 impl From<Mode> for portcullis_broker::Mode {
@@ -64,8 +66,11 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
 
 /// Is the key daemon until the broker's end of the pair is closed.
 pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
-    let broker = inherit(&[Some(args.broker_fd)]).and_then(|()| sys::adopt(args.broker_fd));
-    match broker.map(|broker| portcullis_keyd::run(portcullis_keyd::Config { broker })) {
+    let config = inherit(&[Some(args.broker_fd), Some(args.ready_fd)]).and_then(|()| {
+        let (broker, ready) = (sys::adopt(args.broker_fd)?, Some(sys::adopt(args.ready_fd)?));
+        Ok(portcullis_keyd::Config { broker, ready })
+    });
+    match config.map(portcullis_keyd::run) {
         Ok(Ok(())) => 0,
         Ok(Err(error)) => fail(&error, out),
         Err(error) => fail(&error, out),

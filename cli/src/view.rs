@@ -46,7 +46,10 @@ fn ask(args: &Args, request: &Request) -> Result<Option<Answer>, AskError> {
 }
 
 fn table(rows: &[ProcessRow], out: &mut Out) {
-    let head = format!("{:>7}  {:<10} {:<20} {:>9} {:>7}  COMMAND", "PID", "USER", "HELD BY", "PERMITTED", "REFUSED");
+    let head = format!(
+        "{:>7}  {:<10} {:<20} {:>9} {:>7}  COMMAND",
+        "PID", "USER", "HELD BY", "PERMITTED", "REFUSED"
+    );
     out.line(out.ink(Ink::Strong, &head));
     for row in rows {
         let held = if row.held_by.is_empty() { "nothing".to_owned() } else { row.held_by.join(",") };
@@ -62,7 +65,10 @@ fn table(rows: &[ProcessRow], out: &mut Out) {
             row.cmdline,
         ));
         for it in &row.listeners {
-            out.line(out.ink(Ink::Faint, &format!("         listens on {} for {}, by {}", it.local, it.scope, it.held_by)));
+            out.line(out.ink(
+                Ink::Faint,
+                &format!("         listens on {} for {}, by {}", it.local, it.scope, it.held_by),
+            ));
         }
         for it in &row.associations {
             let address = |a: &Option<String>| a.as_deref().map_or_else(|| "?".into(), escape);
@@ -116,7 +122,10 @@ pub fn status(args: &Args, out: &mut Out) -> u8 {
 }
 
 fn is_sound(status: &Status) -> bool {
-    status.generation > 0 && status.diagnostic.is_none() && status.audit_lost == 0 && status.audit_error.is_none()
+    status.generation > 0
+        && status.diagnostic.is_none()
+        && status.audit_lost == 0
+        && status.audit_error.is_none()
 }
 
 fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
@@ -126,7 +135,10 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
         return;
     };
     out.line(format!("broker       process {}, uid {}", s.pid, s.uid));
-    out.line(format!("mode         {}", if s.mode == portcullis_broker::Mode::Audit { "audit" } else { "enforce" }));
+    out.line(format!(
+        "mode         {}",
+        if s.mode == portcullis_broker::Mode::Audit { "audit" } else { "enforce" }
+    ));
     out.line(format!("policy       {}", escape(&s.policy)));
     let loaded = s.loaded.as_deref().map_or_else(String::new, |t| format!(", since {}", escape(t)));
     match s.generation {

@@ -211,7 +211,9 @@ impl Host {
             let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
-            if words.contains(&needle) && words.get(1).is_some_and(|w| [b"supervise".as_slice(), b"broker"].contains(w)) {
+            if words.contains(&needle)
+                && words.get(1).is_some_and(|w| [b"supervise".as_slice(), b"broker"].contains(w))
+            {
                 found.push((pid, String::from_utf8_lossy(words[1]).into_owned()));
             }
         }

@@ -76,7 +76,8 @@ impl Log {
             if self.current.is_none() {
                 let Some(path) = self.waiting.pop_front() else { return Ok(None) };
                 let file = fs::File::open(&path).map_err(unreadable(&path))?;
-                self.current = Some(Current { path, lines: BufReader::new(file), number: 0, part: String::new() });
+                self.current =
+                    Some(Current { path, lines: BufReader::new(file), number: 0, part: String::new() });
             }
             let Some(current) = &mut self.current else { return Ok(None) };
             if let Some(entry) = current.next().map_err(unreadable(&current.path))? {

@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn a_flow_is_shown_in_the_direction_of_its_opening() {
-        let text = r#"{"seq":2,"op":"accept","local":"10.0.0.1:21","remote":"10.0.0.2:5","verdict":"permit"}"#;
+        let text =
+            r#"{"seq":2,"op":"accept","local":"10.0.0.1:21","remote":"10.0.0.2:5","verdict":"permit"}"#;
         let line = Record::parse(text).unwrap().line(&Out::new());
         assert!(line.contains("10.0.0.2:5 -> 10.0.0.1:21"), "{line}");
     }

@@ -82,7 +82,8 @@ pub fn since(text: &str) -> Result<Timestamp, String> {
         return at.to_zoned(jiff::tz::TimeZone::system()).map(|z| z.timestamp()).map_err(|e| e.to_string());
     }
     let ago = text.trim_end_matches(" ago");
-    let ago: jiff::Span = ago.parse().map_err(|_| "neither a time nor a duration such as `10m`".to_string())?;
+    let ago: jiff::Span =
+        ago.parse().map_err(|_| "neither a time nor a duration such as `10m`".to_string())?;
     Zoned::now().checked_sub(ago.abs()).map(|z| z.timestamp()).map_err(|e| e.to_string())
 }
 

@@ -137,7 +137,7 @@ impl Parts {
             let mut command = command("keyd");
             let _pass = Pass::on(&theirs)?;
             command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
-            self.keyd = Some(Part { child: command.spawn()?, born: Instant::now(), ready: None, said: Vec::new() });
+            self.keyd = Some(spawn(command)?);
             broker_end = Some(ours);
         }
         let mut command = command("broker");
@@ -169,8 +169,9 @@ impl Parts {
                 _ => part.ready = None,
             }
         }
-        let ready = self.broker.as_ref().is_some_and(|p| p.said == b"ready\n");
-        if self.health == Health::Starting && ready {
+        let ready = |part: &Option<Part>| part.as_ref().is_some_and(|p| p.said == b"ready\n");
+        let keyd_is_there = !geteuid().is_root() || ready(&self.keyd);
+        if self.health == Health::Starting && keyd_is_there && ready(&self.broker) {
             self.health = Health::Serving;
             self.served = true;
         }
