@@ -7,7 +7,9 @@
 //! The broker is started by the supervisor with its sockets inherited, see [`Config`]. It holds no
 //! key, and as root drops to its own user with `CAP_SYS_PTRACE` and `CAP_DAC_READ_SEARCH` alone.
 
+mod audit;
 pub mod control;
+mod decide;
 mod error;
 mod escape;
 pub mod keyd;

@@ -13,6 +13,7 @@ use std::{
 };
 
 use nix::unistd::{Gid, Group, Uid, User};
+use portcullis_policy::{Fact, ProcessFacts};
 use ring::digest;
 
 use crate::{
@@ -57,20 +58,8 @@ pub struct Ancestor {
 pub struct Context {
     /// Which process.
     pub key: ProcessKey,
-    /// Path of its executable; `None` if this host cannot vouch for one.
-    pub exe: Option<String>,
-    /// SHA-256 of its executable in hex.
-    pub sha256: Option<String>,
-    /// Effective user id.
-    pub uid: u32,
-    /// That user's name, or the number as text.
-    pub user: String,
-    /// Names (or numbers) of its groups.
-    pub groups: Vec<String>,
-    /// systemd unit, or control group.
-    pub unit: Option<String>,
-    /// Command line, bounded.
-    pub cmdline: String,
+    /// What a policy may ask of it. `exe` is unknown if this host cannot vouch for a path.
+    pub facts: ProcessFacts,
     /// From the parent up.
     pub ancestors: Vec<Ancestor>,
     /// The executable's file, to notice execve(2).
@@ -81,12 +70,46 @@ pub struct Context {
     pub json: String,
 }
 
+impl Context {
+    /// Path of the executable, if this host vouches for it.
+    #[must_use]
+    pub fn exe(&self) -> Option<&str> {
+        match &self.facts.exe {
+            Fact::Known(path) => Some(path),
+            Fact::Unknown => None,
+        }
+    }
+
+    /// SHA-256 of the executable in hex.
+    #[must_use]
+    pub fn sha256(&self) -> Option<String> {
+        match &self.facts.sha256 {
+            Fact::Known(hash) => Some(hex(hash)),
+            Fact::Unknown => None,
+        }
+    }
+
+    /// It as the policy language would say: `process{exe="/usr/bin/nc", user="root"}`.
+    #[must_use]
+    pub fn principal(&self) -> String {
+        let exe = self.exe().map_or_else(|| "?".to_owned(), escape::sentence);
+        format!("process{{exe=\"{exe}\", user=\"{}\"}}", escape::sentence(&self.facts.user))
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
 /// Reads contexts, and remembers what costs time.
 #[derive(Debug, Default)]
 pub struct Inspector {
-    hashes: HashMap<FileId, String>,
+    hashes: HashMap<FileId, [u8; 32]>,
     /// Executables seen under their own path, by content: hash and inode to path.
-    verified: HashMap<(String, u64), String>,
+    verified: HashMap<([u8; 32], u64), String>,
     users: HashMap<u32, (Instant, String)>,
     groups: HashMap<u32, (Instant, String)>,
 }
@@ -120,10 +143,10 @@ impl Inspector {
         let key = ProcessKey { pid, start: birth.start };
         let credentials = at.credentials().ok()?;
         let (file, exe, sha256) = self.executable(at, true);
-        let mut context = Context {
-            key,
-            exe,
-            sha256,
+        let ancestors = self.ancestors(birth.parent);
+        let facts = ProcessFacts {
+            exe: exe.map_or(Fact::Unknown, Fact::Known),
+            sha256: sha256.map_or(Fact::Unknown, Fact::Known),
             uid: credentials.uid,
             user: self.user(credentials.uid),
             groups: credentials.groups.iter().map(|g| self.group(*g)).collect(),
@@ -132,13 +155,10 @@ impl Inspector {
                 .command_line(4 * COMMAND_LINE as u64)
                 .map(|raw| escape::command_line(&raw, COMMAND_LINE))
                 .unwrap_or_default(),
-            ancestors: self.ancestors(birth.parent),
-            file,
-            credentials,
-            json: String::new(),
+            ancestors: ancestors.iter().map(|a| a.exe.clone().map_or(Fact::Unknown, Fact::Known)).collect(),
         };
-        context.json = fragment(&context);
-        Some(context)
+        let json = fragment(key, &facts);
+        Some(Context { key, facts, ancestors, file, credentials, json })
     }
 
     /// Parents of a process, from `pid` up.
@@ -155,7 +175,11 @@ impl Inspector {
     }
 
     /// File, path and hash of an executable.
-    fn executable(&mut self, at: &ProcDir, hashed: bool) -> (Option<FileId>, Option<String>, Option<String>) {
+    fn executable(
+        &mut self,
+        at: &ProcDir,
+        hashed: bool,
+    ) -> (Option<FileId>, Option<String>, Option<[u8; 32]>) {
         let Ok(executable) = at.executable() else { return (None, None, None) };
         let id = executable.id;
         if executable.foreign {
@@ -168,23 +192,23 @@ impl Inspector {
         let name = found.map(|p| escape::text(p.as_bytes()));
         let unnamed_but_once_seen = name.is_none() && deleted;
         let sha256 = if hashed || unnamed_but_once_seen { self.hash(at, id) } else { None };
-        let name = match (name, &sha256) {
+        let name = match (name, sha256) {
             (Some(name), Some(hash)) => {
-                remember(&mut self.verified, (hash.clone(), id.ino), name.clone());
+                remember(&mut self.verified, (hash, id.ino), name.clone());
                 Some(name)
             }
             (None, Some(hash)) if deleted => {
                 let told = escape::text(path.as_bytes());
-                self.verified.get(&(hash.clone(), id.ino)).filter(|seen| **seen == told).cloned()
+                self.verified.get(&(hash, id.ino)).filter(|seen| **seen == told).cloned()
             }
             (name, _) => name,
         };
         (Some(id), name, sha256)
     }
 
-    fn hash(&mut self, at: &ProcDir, id: FileId) -> Option<String> {
+    fn hash(&mut self, at: &ProcDir, id: FileId) -> Option<[u8; 32]> {
         if let Some(known) = self.hashes.get(&id) {
-            return Some(known.clone());
+            return Some(*known);
         }
         let mut file = at.open_executable().ok()?;
         let same = |file: &std::fs::File| nix::sys::stat::fstat(file).is_ok_and(|s| FileId::from(&s) == id);
@@ -204,11 +228,8 @@ impl Inspector {
         if !same(&file) {
             return None;
         }
-        let hash = sum.finish().as_ref().iter().fold(String::with_capacity(64), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        });
-        remember(&mut self.hashes, id, hash.clone());
+        let hash: [u8; 32] = sum.finish().as_ref().try_into().ok()?;
+        remember(&mut self.hashes, id, hash);
         Some(hash)
     }
 
@@ -245,7 +266,7 @@ fn remember<K: Eq + std::hash::Hash, V>(cache: &mut HashMap<K, V>, key: K, value
 }
 
 /// `"pid":…,"start":…,"exe":…,"sha256":…,"uid":…,"user":…,"unit":…`
-fn fragment(of: &Context) -> String {
+fn fragment(key: ProcessKey, of: &ProcessFacts) -> String {
     let mut out = String::with_capacity(256);
     let optional = |out: &mut String, name: &str, value: Option<&str>| {
         let _ = write!(out, ",\"{name}\":");
@@ -254,9 +275,11 @@ fn fragment(of: &Context) -> String {
             None => out.push_str("null"),
         }
     };
-    let _ = write!(out, "\"pid\":{},\"start\":{}", of.key.pid, of.key.start);
-    optional(&mut out, "exe", of.exe.as_deref());
-    optional(&mut out, "sha256", of.sha256.as_deref());
+    let _ = write!(out, "\"pid\":{},\"start\":{}", key.pid, key.start);
+    let exe = if let Fact::Known(path) = &of.exe { Some(path.as_str()) } else { None };
+    optional(&mut out, "exe", exe);
+    let hash = if let Fact::Known(hash) = &of.sha256 { Some(hex(hash)) } else { None };
+    optional(&mut out, "sha256", hash.as_deref());
     let _ = write!(out, ",\"uid\":{}", of.uid);
     optional(&mut out, "user", Some(&of.user));
     optional(&mut out, "unit", of.unit.as_deref());
@@ -289,9 +312,9 @@ mod tests {
     fn a_process_is_named_by_its_file_user_and_parents() {
         let mut child = sleeper("/bin/sleep".as_ref());
         let seen = look(&mut Inspector::default(), &child);
-        assert_eq!(seen.exe.as_deref(), fs::canonicalize("/bin/sleep").unwrap().to_str());
-        assert_eq!(seen.sha256.as_ref().unwrap().len(), 64);
-        assert_eq!(seen.cmdline, "/bin/sleep 60");
+        assert_eq!(seen.exe(), fs::canonicalize("/bin/sleep").unwrap().to_str());
+        assert_eq!(seen.sha256().unwrap().len(), 64);
+        assert_eq!(seen.facts.cmdline, "/bin/sleep 60");
         assert_eq!(seen.ancestors[0].key.pid, std::process::id().cast_signed());
         assert!(seen.json.starts_with("\"pid\":"));
         child.kill().unwrap();
@@ -314,15 +337,15 @@ mod tests {
         fs::write(&program, bytes).unwrap();
         let after = look(&mut inspector, &old);
         // Renamed before it was unlinked, so the kernel now tells another path.
-        assert_eq!((after.exe, after.sha256.clone()), (None, before.sha256.clone()));
+        assert_eq!((after.exe(), after.sha256()), (None, before.sha256()));
         let mut new = sleeper(&program);
         let upgraded = look(&mut inspector, &new);
-        assert_eq!(upgraded.exe, before.exe);
-        assert_ne!(upgraded.sha256, before.sha256);
+        assert_eq!(upgraded.exe(), before.exe());
+        assert_ne!(upgraded.sha256(), before.sha256());
         fs::remove_file(&program).unwrap();
         let unlinked = look(&mut inspector, &new);
-        assert_eq!((unlinked.exe, unlinked.sha256), (upgraded.exe, upgraded.sha256));
-        assert_eq!(look(&mut Inspector::default(), &new).exe, None, "never verified");
+        assert_eq!((unlinked.exe(), unlinked.sha256()), (upgraded.exe(), upgraded.sha256()));
+        assert_eq!(look(&mut Inspector::default(), &new).exe(), None, "never verified");
         for child in [&mut old, &mut new] {
             child.kill().unwrap();
             child.wait().unwrap();

@@ -1,0 +1,368 @@
+//! From what is known of one call to what becomes of it. Pure: equal arguments give equal answers.
+//!
+//! It does not matter how the question arrived (shim, later the guard), nor what is done about the
+//! answer; see the modules of [`crate::broker`] for both.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use portcullis_policy::{
+    CertificateFact, Decision, Effect, Flow, Party, Policy, ProcessFact, ProcessFacts, Region, Side,
+};
+use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId, Verdict};
+
+/// The process at the far end, if that is on this host.
+#[derive(Clone, Copy, Debug)]
+pub enum FarProcess<'a> {
+    /// A wrapped process.
+    Known(&'a ProcessFacts),
+    /// Another, by the user its socket belongs to.
+    User {
+        /// Numeric.
+        uid: u32,
+        /// Name.
+        name: &'a str,
+    },
+}
+
+/// The far end.
+#[derive(Clone, Copy, Debug)]
+pub enum Far<'a> {
+    /// On another host (or in another network namespace).
+    Remote,
+    /// On this host: whoever holds the socket there; nobody, if there is none.
+    Local(&'a [FarProcess<'a>]),
+}
+
+/// One flow to judge.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// The judged process opens the flow.
+    pub outbound: bool,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Service port: the remote one if outbound, else the local one; 0 without ports.
+    pub port: u16,
+    /// Seconds since the epoch.
+    pub now: u64,
+    /// The judged process.
+    pub me: &'a ProcessFacts,
+    /// Its address on this flow, if known.
+    pub near: Option<IpAddr>,
+    /// The far address.
+    pub far_addr: Option<IpAddr>,
+    /// The far end.
+    pub far: Far<'a>,
+}
+
+/// What becomes of it.
+#[derive(Clone, Debug)]
+pub struct Judgement {
+    /// It may go on.
+    pub permitted: bool,
+    /// What the policy said.
+    pub verdict: Verdict,
+    /// The rule that decided.
+    pub rule: Option<RuleId>,
+    /// How it travels.
+    pub lane: Lane,
+    /// What proves the far side.
+    pub assurance: Assurance,
+    /// It opens related channels.
+    pub related: bool,
+    /// A `deny` decided, which nothing overrules.
+    pub denied: bool,
+    /// Permitted, but to be recorded as would-refuse because of this rule.
+    pub observed: Option<RuleId>,
+    /// Why it is refused, in plain words.
+    pub reason: Option<String>,
+    /// How far around the same holds. `None` if it must be asked again each time.
+    pub region: Option<Region>,
+}
+
+impl Judgement {
+    /// A refusal for a reason outside the policy.
+    #[must_use]
+    pub fn refusal(reason: impl Into<String>) -> Self {
+        Self {
+            permitted: false,
+            verdict: Verdict::Refuse,
+            rule: None,
+            lane: Lane::Plain,
+            assurance: Assurance::None,
+            related: false,
+            denied: false,
+            observed: None,
+            reason: Some(reason.into()),
+            region: None,
+        }
+    }
+}
+
+/// What the program gets to see for a refused call.
+///
+/// `EACCES` where Linux gives it for a local firewall's sake (connect(2): "connection request failed
+/// because of a local firewall rule"), `EPERM` where netfilter does (send(2)) or where privilege is
+/// missing (socket(2)), `ECONNABORTED` for a flow that ended before it could be accepted (accept(2)).
+#[must_use]
+pub const fn errno(op: Op) -> i32 {
+    match op {
+        Op::Connect | Op::Bind | Op::Listen => libc::EACCES,
+        Op::Accept => libc::ECONNABORTED,
+        Op::Send | Op::Receive | Op::Socket => libc::EPERM,
+    }
+}
+
+/// Judges one flow.
+#[must_use]
+pub fn judge(policy: &Policy, question: &Question<'_>) -> Judgement {
+    match question.far {
+        Far::Remote => remote(policy, question),
+        Far::Local([]) => settle(policy, question, local(policy, question, ProcessFact::Unknown), false),
+        Far::Local(holders) => {
+            // Whoever of them takes the flow: one that is denied spoils it for all, since the kernel
+            // chooses; one that is permitted suffices, since accept is judged again.
+            let mut best: Option<Judgement> = None;
+            for holder in holders {
+                let fact = match *holder {
+                    FarProcess::Known(facts) => ProcessFact::Known(facts),
+                    FarProcess::User { uid, name } => ProcessFact::UserOnly { uid, user: name },
+                };
+                let user_only = matches!(holder, FarProcess::User { .. });
+                let one = settle(policy, question, local(policy, question, fact), user_only);
+                if one.denied {
+                    return one;
+                }
+                if best.as_ref().is_none_or(|b| !b.permitted && one.permitted) {
+                    best = Some(one);
+                }
+            }
+            best.unwrap_or_else(|| Judgement::refusal("nobody is there"))
+        }
+    }
+}
+
+fn flow<'a>(question: &Question<'a>, near: &'a Party<'a>, far: &'a Party<'a>) -> Flow<'a> {
+    let (from, to, side) = if question.outbound { (near, far, Side::To) } else { (far, near, Side::From) };
+    Flow { from, to, protocol: question.protocol, port: question.port, now: question.now, far: side }
+}
+
+fn near<'a>(question: &Question<'a>) -> Party<'a> {
+    Party {
+        addr: question.near,
+        process: ProcessFact::Known(question.me),
+        certificate: CertificateFact::None,
+    }
+}
+
+fn local(policy: &Policy, question: &Question<'_>, process: ProcessFact<'_>) -> Decision {
+    let (near, far) =
+        (near(question), Party { addr: question.far_addr, process, certificate: CertificateFact::None });
+    policy.evaluate(&flow(question, &near, &far))
+}
+
+fn remote(policy: &Policy, question: &Question<'_>) -> Judgement {
+    let near = near(question);
+    let far =
+        Party { addr: question.far_addr, process: ProcessFact::Unknown, certificate: CertificateFact::None };
+    let (decision, region) = policy.evaluate_region(&flow(question, &near, &far));
+    let mut judgement = settle(policy, question, decision, false);
+    if judgement.permitted
+        && !judgement.related
+        && judgement.observed.is_none()
+        && question.far_addr.is_some()
+    {
+        judgement.region = Some(region);
+    }
+    if !judgement.permitted && judgement.rule.is_none() && question.protocol == Protocol::TCP {
+        let shown = Party { certificate: CertificateFact::Pending, ..far };
+        let asked = policy.evaluate(&flow(question, &near, &shown));
+        if asked.verdict == Verdict::Protect {
+            judgement.verdict = Verdict::Protect;
+            judgement.rule = asked.rule;
+            judgement.lane = asked.lane;
+            judgement.reason = Some(format!("needs certificate; lane {} not available", asked.lane));
+        }
+    }
+    judgement
+}
+
+fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_only: bool) -> Judgement {
+    let by_rule = decision.rule.and_then(|id| policy.get(id));
+    let denied = decision.verdict == Verdict::Refuse && by_rule.is_some_and(|r| r.effect == Effect::Deny);
+    let far = if question.outbound { "to" } else { "from" };
+    let reason = match decision.verdict {
+        Verdict::Permit => None,
+        Verdict::Protect => Some(format!("needs certificate; lane {} not available", decision.lane)),
+        Verdict::Refuse if denied => Some("a rule denies it".to_owned()),
+        Verdict::Refuse if user_only => Some(format!(
+            "no rule permits it {far} a process of this host that is known by its user only, as it is not wrapped"
+        )),
+        Verdict::Refuse => Some(match question.far {
+            Far::Local(&[]) => {
+                format!("no rule permits it {far} an address of this host where nobody listens")
+            }
+            _ => "no rule permits it".to_owned(),
+        }),
+    };
+    // On lanes other than plain a permit is one without a handshake, which this host cannot give.
+    let plain = decision.lane == Lane::Plain;
+    let permitted = decision.verdict == Verdict::Permit && plain;
+    let reason = if decision.verdict == Verdict::Permit && !plain {
+        Some(format!("lane {} not available", decision.lane))
+    } else {
+        reason
+    };
+    Judgement {
+        permitted,
+        verdict: decision.verdict,
+        rule: decision.rule,
+        lane: decision.lane,
+        assurance: decision.assurance,
+        related: decision.related,
+        denied,
+        observed: decision.observed.filter(|_| decision.observe_only),
+        reason,
+        region: None,
+    }
+}
+
+/// What is left of `region` around `far` when `holes` are not to be in it, as a prefix length over
+/// 128-bit addresses in which IPv4 is mapped ([`portcullis_wire::Addr::key`]). `None`: nothing, `far` is in
+/// a hole itself.
+///
+/// A prefix that must shrink does so in steps of four, so that tables hold few distinct lengths.
+#[must_use]
+pub fn around(region: &Region, far: IpAddr, holes: impl IntoIterator<Item = IpNet>) -> Option<u8> {
+    let far = far.to_canonical();
+    let mut length = match region.prefix {
+        IpNet::V4(net) => 96 + net.prefix_len(),
+        IpNet::V6(net) => net.prefix_len(),
+    };
+    let mapped = IpNet::V6(ipnet::Ipv6Net::new_assert(std::net::Ipv4Addr::UNSPECIFIED.to_ipv6_mapped(), 96));
+    let mapped = far.is_ipv6().then_some(mapped);
+    for hole in holes.into_iter().chain(mapped) {
+        let (at, bits) = match hole {
+            IpNet::V4(net) => (key(IpAddr::V4(net.network())), 96 + net.prefix_len()),
+            IpNet::V6(net) => (key(IpAddr::V6(net.network())), net.prefix_len()),
+        };
+        let common = u8::try_from((key(far) ^ at).leading_zeros()).unwrap_or(128);
+        if common >= bits {
+            return None;
+        }
+        if common >= length {
+            length = (common + 1).next_multiple_of(4).min(128);
+        }
+    }
+    Some(length)
+}
+
+fn key(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(ip) => ip.to_bits(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use portcullis_policy::Fact;
+
+    use super::*;
+
+    fn process(exe: &str, user: &str) -> ProcessFacts {
+        ProcessFacts {
+            exe: Fact::Known(exe.to_owned()),
+            sha256: Fact::Unknown,
+            uid: 33,
+            user: user.to_owned(),
+            groups: vec![],
+            unit: None,
+            cmdline: String::new(),
+            ancestors: vec![],
+        }
+    }
+
+    fn policy(text: &str) -> Policy {
+        Policy::parse("t.pol", text).unwrap().policy
+    }
+
+    fn ask<'a>(me: &'a ProcessFacts, outbound: bool, far: &str, port: u16, end: Far<'a>) -> Question<'a> {
+        Question {
+            outbound,
+            protocol: Protocol::TCP,
+            port,
+            now: 0,
+            me,
+            near: None,
+            far_addr: Some(far.parse().unwrap()),
+            far: end,
+        }
+    }
+
+    #[test]
+    fn only_the_named_process_reaches_a_local_service() {
+        let policy = policy(
+            "allow tcp/6379(process{exe=\"/usr/sbin/nginx\", user=\"www-data\"}, process{exe=\"/usr/bin/redis-server\"});",
+        );
+        let (nginx, root) = (process("/usr/sbin/nginx", "www-data"), process("/usr/sbin/nginx", "root"));
+        let redis = process("/usr/bin/redis-server", "redis");
+        let there = [FarProcess::Known(&redis)];
+        let out = |me, end| judge(&policy, &ask(me, true, "127.0.0.1", 6379, end));
+        let good = out(&nginx, Far::Local(&there));
+        assert!(good.permitted && good.region.is_none());
+        assert_eq!(good.assurance, Assurance::Kernel);
+        assert!(!out(&root, Far::Local(&there)).permitted);
+        assert!(!out(&nginx, Far::Local(&[])).permitted);
+        let user = [FarProcess::User { uid: 33, name: "redis" }];
+        let refused = out(&nginx, Far::Local(&user));
+        assert!(!refused.permitted && refused.reason.unwrap().contains("not wrapped"));
+        let from = [FarProcess::Known(&nginx)];
+        assert!(judge(&policy, &ask(&redis, false, "127.0.0.1", 6379, Far::Local(&from))).permitted);
+    }
+
+    #[test]
+    fn of_several_holders_one_permitted_suffices_and_one_denied_spoils_it() {
+        let policy =
+            policy("allow tcp/80(*, process{user=\"www-data\"}); deny tcp/80(*, process{exe=\"/tmp/**\"});");
+        let me = process("/usr/bin/curl", "u");
+        let (master, worker) = (process("/usr/sbin/nginx", "root"), process("/usr/sbin/nginx", "www-data"));
+        let evil = process("/tmp/x", "root");
+        let (m, w, e) = (FarProcess::Known(&master), FarProcess::Known(&worker), FarProcess::Known(&evil));
+        let out = |holders: &[_]| judge(&policy, &ask(&me, true, "127.0.0.1", 80, Far::Local(holders)));
+        assert!(out(&[m, w]).permitted);
+        assert!(!out(&[m]).permitted);
+        assert!(out(&[w, e]).denied);
+    }
+
+    #[test]
+    fn who_needs_a_certificate_is_told_so() {
+        let policy = policy("allow tcp/80(*, x509{name=\"*.example.com\"}); allow tcp/81(*, *) using tls;");
+        let me = process("/usr/bin/curl", "u");
+        for port in [80, 81] {
+            let refused = judge(&policy, &ask(&me, true, "192.0.2.1", port, Far::Remote));
+            assert!(!refused.permitted && refused.rule.is_some(), "{port}");
+            assert!(refused.reason.unwrap().contains("lane tls not available"));
+        }
+    }
+
+    #[test]
+    fn regions_keep_clear_of_holes() {
+        let region = Region { prefix: "0.0.0.0/0".parse().unwrap(), ports: 1..=9 };
+        let holes = || ["127.0.0.0/8", "10.0.0.1/32"].map(|n| n.parse::<IpNet>().unwrap());
+        for far in ["10.0.0.2", "10.0.0.0", "10.0.1.1", "126.0.0.1", "192.0.2.1", "128.0.0.1"] {
+            let far: IpAddr = far.parse().unwrap();
+            let length = around(&region, far, holes()).unwrap();
+            let IpAddr::V4(v4) = far else { unreachable!() };
+            let net = ipnet::Ipv4Net::new(v4, length - 96).unwrap().trunc();
+            assert!(
+                holes().iter().all(|h| !h.contains(&IpNet::V4(net)) && !IpNet::V4(net).contains(h)),
+                "{net}"
+            );
+        }
+        assert_eq!(around(&region, "127.0.0.9".parse().unwrap(), holes()), None);
+        let all = Region { prefix: "::/0".parse().unwrap(), ports: 1..=9 };
+        let length = around(&all, "2001:db8::1".parse().unwrap(), []).unwrap();
+        assert!(length > 0, "IPv4 is not in it");
+    }
+}
