@@ -7,8 +7,11 @@ mod select;
 use clap::{Args as ClapArgs, ValueEnum};
 use portcullis_broker::control::Request;
 
-use self::{log::Entry, select::Selection};
-pub use self::{log::Log, record::Record};
+use self::select::Selection;
+pub use self::{
+    log::{Entry, Log},
+    record::Record,
+};
 use crate::{
     COULD_NOT, Format, StateArg,
     control::{self, AskError},

@@ -7,6 +7,7 @@
 mod audit;
 mod ca;
 mod control;
+mod demo;
 mod guard;
 mod link;
 mod output;
@@ -49,6 +50,9 @@ enum Command {
     /// Manage a local trust domain
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Show what Portcullis does, live
+    #[command(subcommand)]
+    Demo(demo::Command),
     #[command(hide = true)]
     Supervise(supervise::Args),
     #[command(hide = true)]
@@ -107,6 +111,7 @@ fn dispatch(command: Command, out: &mut Out) -> u8 {
         Command::Status(args) => view::status(&args, out),
         Command::Policy(command) => policy::run(command, out),
         Command::Ca(command) => ca::run(command, out),
+        Command::Demo(command) => demo::run(command, out),
         Command::Supervise(args) => supervise::run(args, out),
         Command::Broker(args) => parts::broker(args, out),
         Command::Keyd(args) => parts::keyd(&args, out),

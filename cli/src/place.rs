@@ -113,10 +113,6 @@ impl Place {
     pub fn supervisor_socket(&self) -> PathBuf {
         self.runtime.join("supervisor.sock")
     }
-    /// Where the broker finds the key daemon.
-    pub fn keyd_socket(&self) -> PathBuf {
-        self.runtime.join("keyd.sock")
-    }
     /// Held by the supervisor as long as it lives.
     pub fn lock(&self) -> PathBuf {
         self.state.join("lock")

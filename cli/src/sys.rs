@@ -5,9 +5,13 @@ use std::{
     ffi::{c_int, c_uint, c_ulong},
     io,
     os::fd::{FromRawFd, OwnedFd, RawFd},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
-use nix::unistd::Pid;
+use nix::{
+    sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    unistd::Pid,
+};
 
 /// Which of the two a [`fork_quietly`] has returned in.
 #[derive(Debug)]
@@ -66,21 +70,6 @@ pub fn close_others(keep: &[RawFd]) {
     }
 }
 
-/// Asks the kernel to send us `signal` when our parent dies. Lost on a change of credentials, so call after.
-///
-/// # Errors
-/// As prctl(2); `ESRCH` if `parent` has died already.
-pub fn die_with_parent(signal: nix::sys::signal::Signal, parent: Pid) -> io::Result<()> {
-    // SAFETY: PR_SET_PDEATHSIG takes a number.
-    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as c_ulong) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if nix::unistd::getppid() != parent {
-        return Err(io::Error::from_raw_os_error(libc::ESRCH));
-    }
-    Ok(())
-}
-
 /// Opens a process by its id.
 ///
 /// # Errors
@@ -104,4 +93,29 @@ pub fn close_on_exec(fd: RawFd) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT, SIGTERM and SIGHUP only leave a note for [`was_interrupted`], and SIGPIPE nothing.
+///
+/// # Errors
+/// As sigaction(2).
+pub fn notice_interrupts() -> io::Result<()> {
+    extern "C" fn note(_signal: c_int) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    }
+    let of = |handler| SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
+        unsafe { sigaction(signal, &of(SigHandler::Handler(note))) }?;
+    }
+    // SAFETY: ignoring installs no handler.
+    unsafe { sigaction(Signal::SIGPIPE, &of(SigHandler::SigIgn)) }?;
+    Ok(())
+}
+
+/// Whether one of the signals of [`notice_interrupts`] has come.
+pub fn was_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
 }

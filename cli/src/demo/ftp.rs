@@ -1,0 +1,355 @@
+//! The FTP story.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Instant,
+};
+
+use super::{
+    probe::{Port, Seen},
+    stage::{DemoError, Host, Stage, finish, own_path, start, wait_for},
+};
+use crate::{
+    COULD_NOT,
+    audit::Record,
+    output::{Ink, Out},
+    sys,
+};
+
+const POLICY: &str = "\
+service ftp = tcp/21, related;
+clients = IPv4{10.77.0.1};
+servers = IPv4{10.77.0.2};
+
+allow ftp(clients, servers);
+";
+
+/// Bytes of the file that is transferred, and how many of them a second: it takes about two.
+const SIZE: usize = 6 << 20;
+const RATE: usize = 3 << 20;
+
+/// Exit status when the story did not go as it should.
+const FINDINGS: u8 = 1;
+/// Exit status after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Tells the story; the result is the exit status.
+pub fn run(out: &mut Out) -> u8 {
+    if let Err(error) = sys::notice_interrupts() {
+        out.error(&error);
+        return COULD_NOT;
+    }
+    let begun = Instant::now();
+    match Story::begin(out).and_then(Story::tell) {
+        Ok(0) => {
+            let time = format!(
+                "all of it in {:.1} s, and nothing of it is left on this machine",
+                begun.elapsed().as_secs_f32()
+            );
+            out.line(out.ink(Ink::Faint, &time));
+            0
+        }
+        Ok(wrong) => {
+            out.note(format!("{wrong} of the things above did not go as they should"));
+            FINDINGS
+        }
+        Err(DemoError::Interrupted) => INTERRUPTED,
+        Err(error) => {
+            out.error(&error);
+            COULD_NOT
+        }
+    }
+}
+
+struct Story<'a> {
+    out: &'a mut Out,
+    client: Host,
+    server: Host,
+    stranger: Host,
+    wrong: u32,
+    // Last, so that it is taken down after what plays on it.
+    _stage: Stage,
+}
+
+/// Who makes the data connection.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Way {
+    /// The client connects to a port that the server opens.
+    Passive,
+    /// The server connects to a port that the client opens.
+    Active,
+}
+
+impl<'a> Story<'a> {
+    fn begin(out: &'a mut Out) -> Result<Self, DemoError> {
+        for program in ["/usr/sbin/vsftpd", "/usr/bin/lftp"] {
+            if !Path::new(program).exists() {
+                return Err(DemoError::Missing(program));
+            }
+        }
+        let (stage, hosts) = Stage::set(&["client", "server", "stranger"])?;
+        let Ok([client, server, stranger]) = <[Host; 3]>::try_from(hosts) else {
+            return Err(DemoError::Late("three hosts were there".into()));
+        };
+        Ok(Self { out, client, server, stranger, wrong: 0, _stage: stage })
+    }
+
+    fn tell(mut self) -> Result<u32, DemoError> {
+        self.scene();
+        let content: Vec<u8> =
+            (0..SIZE).map(|i| (i.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect();
+        self.server.write("files/report.bin", &content)?;
+        let daemon = self.open_server()?;
+        self.transfer(Way::Passive, &content)?;
+        self.transfer(Way::Active, &content)?;
+        self.wrong_process()?;
+        self.log()?;
+        drop(daemon);
+        self.out.line("");
+        Ok(self.wrong)
+    }
+
+    fn scene(&mut self) {
+        let title = "Portcullis: FTP through closed ports, with unmodified programs";
+        self.out.line("");
+        self.out.line(self.out.ink(Ink::Strong, title));
+        self.out.text(concat!(
+            "\n",
+            "     client                server               stranger\n",
+            "   10.77.0.1             10.77.0.2             10.77.0.3\n",
+            "  ┌───────────┐         ┌───────────┐         ┌───────────┐\n",
+            "  │   lftp    │         │  vsftpd   │         │  scanner  │\n",
+            "  │  wrapped  │         │  wrapped  │         │           │\n",
+            "  └─────┬─────┘         └─────┬─────┘         └─────┬─────┘\n",
+            "        └─────────────────────┴─────────────────────┘\n",
+            "\n",
+        ));
+        self.head("The policy, the same on client and server");
+        for line in POLICY.lines() {
+            self.out.line(self.out.ink(Ink::Note, &format!("    {line}")));
+        }
+        self.say("`related`: while a control connection lives, its two ends may open data connections.");
+        self.say("No port range, no FTP parser. Everything else is refused.");
+    }
+
+    fn open_server(&mut self) -> Result<Daemon, DemoError> {
+        for host in [&self.client, &self.server] {
+            host.write("policy.pol", POLICY)?;
+        }
+        let empty = self.server.path("empty");
+        fs::create_dir_all(&empty).map_err(|source| DemoError::File { path: empty.clone(), source })?;
+        let files = self.server.path("files");
+        let config = format!(
+            "listen=YES\nbackground=NO\nanonymous_enable=YES\nlocal_enable=NO\nanon_root={}\n\
+             no_anon_password=YES\nsecure_chroot_dir={}\nanon_max_rate={RATE}\nport_enable=YES\n\
+             connect_from_port_20=YES\npasv_enable=YES\nxferlog_enable=NO\n",
+            files.display(),
+            empty.display(),
+        );
+        let config = self.server.write("vsftpd.conf", config)?;
+        self.head("The server starts");
+        self.shell("server", "portcullis run -- vsftpd vsftpd.conf");
+        let words = ["/usr/sbin/vsftpd", &config.display().to_string()];
+        let daemon = Daemon(start(self.server.wrapped(&words)?, "vsftpd")?);
+        let listens = self.server.record("vsftpd listens", 0, |r| r.text("op") == Some("listen"))?;
+        self.show(&listens);
+        let seen = self.probe(&self.stranger, &self.server, &[21])?;
+        self.shell("stranger", "connect 10.77.0.2:21");
+        self.seen(&seen, 21);
+        Ok(daemon)
+    }
+
+    /// One download, and what the stranger gets of it.
+    fn transfer(&mut self, way: Way, content: &[u8]) -> Result<(), DemoError> {
+        let (title, mode) = match way {
+            Way::Passive => ("A passive transfer: the server opens a port for the data", "on"),
+            Way::Active => ("An active transfer: the client opens a port for the data", "off"),
+        };
+        self.head(title);
+        let copy = self.client.path("copy.bin");
+        let _absent = fs::remove_file(&copy);
+        let (opener, who) = match way {
+            Way::Passive => (&self.server, "server"),
+            Way::Active => (&self.client, "client"),
+        };
+        let after = opener.last()?;
+        let script = format!(
+            "set ftp:passive-mode {mode}; set net:max-retries 1; set net:timeout 8; open 10.77.0.2; get report.bin -o {}",
+            copy.display()
+        );
+        let lftp = start(self.client.wrapped(&["/usr/bin/lftp", "-c", &script])?, "lftp")?;
+        let port = opener.record(&format!("the {who} opens a data port"), after, is_data_listener)?;
+        let number = port.text("local").and_then(|l| l.rsplit(':').next()?.parse().ok());
+        let number: u16 = number.ok_or_else(|| DemoError::Late("the data port had a number".into()))?;
+        self.shell(
+            "client",
+            &format!("portcullis run -- lftp -c 'set ftp:passive-mode {mode}; get report.bin'"),
+        );
+        let opener = if way == Way::Passive { &self.server } else { &self.client };
+        let line = port.line(self.out);
+        let around: Vec<u16> = (number.saturating_sub(100)..=number.saturating_add(100)).collect();
+        // The transfer is under way: its file grows.
+        wait_for("data arrives", || fs::metadata(&copy).ok().filter(|m| m.len() > 0))?;
+        let seen = self.probe(&self.stranger, opener, &around)?;
+        let still = fs::metadata(&copy).is_ok_and(|m| usize::try_from(m.len()).is_ok_and(|n| n < SIZE));
+        let address = opener.address;
+        let caught = opener.record("the stranger is on record", after, |r| {
+            r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.stranger.address)
+        })?;
+        self.out.line(format!("    {line}"));
+        self.shell(
+            "stranger",
+            &format!("scan {address}:{}-{}", around.first().unwrap_or(&0), around.last().unwrap_or(&0)),
+        );
+        let open = seen.iter().filter(|p| p.seen == Seen::Open).count();
+        self.check(
+            open == 0 && still,
+            &format!("{} ports scanned while the data flowed, {open} open", seen.len()),
+        );
+        self.seen(&seen, number);
+        self.show(&caught);
+        finish(lftp, "lftp")?;
+        let same = fs::read(&copy).is_ok_and(|got| got == content);
+        let sums = [self.checksum(&self.server.path("files/report.bin"))?, self.checksum(&copy)?];
+        let [sent, got] = &sums;
+        self.check(
+            same && sent == got,
+            &format!("{} MiB arrived; SHA-256 {sent} sent, {got} received", SIZE >> 20),
+        );
+        let opener = if way == Way::Passive { &self.server } else { &self.client };
+        let other = if way == Way::Passive { &self.client } else { &self.server };
+        let gone = self.probe(other, opener, &[number])?;
+        let closed = gone.first().is_some_and(|p| p.seen != Seen::Open);
+        self.check(closed, &format!("after the session, port {number} is closed to everybody"));
+        Ok(())
+    }
+
+    /// Another program on the server, wrapped like vsftpd.
+    fn wrong_process(&mut self) -> Result<(), DemoError> {
+        self.head("Another program on the server wants to send the data elsewhere");
+        self.shell("server", "portcullis run -- portcullis demo probe 10.77.0.3 80");
+        let after = self.server.last()?;
+        let own = own_path()?.display().to_string();
+        let mut command = self.server.wrapped(&[&own, "demo", "probe", "10.77.0.3", "80"])?;
+        command.stdout(Stdio::piped());
+        finish(start(command, "the probe")?, "the probe")?;
+        let refused = self
+            .server
+            .record("the call was refused", after, |r| r.is_refusal() && r.text("op") == Some("connect"))?;
+        self.show(&refused);
+        let number = refused.seq().unwrap_or(0).to_string();
+        self.shell("server", &format!("portcullis why {number}"));
+        let mut why = Command::new(own_path()?);
+        why.args(["why", &number, "--state"])
+            .arg(self.server.state())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        for line in finish(start(why, "portcullis why")?, "portcullis why")?.lines() {
+            self.out.line(format!("    {line}"));
+        }
+        self.check(true, "refused before a packet left, and explained");
+        Ok(())
+    }
+
+    fn log(&mut self) -> Result<(), DemoError> {
+        self.head("The server's audit log");
+        self.shell("server", "portcullis audit");
+        let (mut last, mut times) = (None, 0_u32);
+        for record in self.server.records()? {
+            // A scan leaves a line for each port; one stands for all.
+            let key = record.is_refusal().then(|| record.remote().map(|(ip, _)| ip));
+            if key.is_some() && key == last {
+                times += 1;
+                continue;
+            }
+            self.more(times);
+            (last, times) = (key, 0);
+            self.show(&record);
+        }
+        self.more(times);
+        Ok(())
+    }
+
+    fn more(&mut self, times: u32) {
+        if times > 0 {
+            self.out.line(self.out.ink(Ink::Faint, &format!("           and {times} more like this")));
+        }
+    }
+
+    fn probe(&self, from: &Host, whom: &Host, ports: &[u16]) -> Result<Vec<Port>, DemoError> {
+        let mut command = from.command(&own_path()?);
+        command
+            .args(["demo", "probe", &whom.address.to_string()])
+            .args(ports.iter().map(ToString::to_string));
+        command.stdout(Stdio::piped());
+        let said = finish(start(command, "the scanner")?, "the scanner")?;
+        serde_json::from_str(&said)
+            .map_err(|e| DemoError::Program { program: "the scanner".into(), said: e.to_string() })
+    }
+
+    fn checksum(&self, path: &Path) -> Result<String, DemoError> {
+        let mut command = Command::new("sha256sum");
+        command.arg(path).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let said = finish(start(command, "sha256sum")?, "sha256sum")?;
+        Ok(said.get(..12).unwrap_or_default().to_owned())
+    }
+
+    fn seen(&mut self, ports: &[Port], port: u16) {
+        let seen = ports.iter().find(|p| p.port == port).map(|p| p.seen);
+        let text = match seen {
+            Some(Seen::Filtered) => "filtered: not even a SYN-ACK",
+            Some(Seen::Closed) => "closed",
+            Some(Seen::Open) => "OPEN",
+            None => "not tried",
+        };
+        self.check(
+            seen != Some(Seen::Open) && seen.is_some(),
+            &format!("port {port} is {text} to the stranger"),
+        );
+    }
+
+    fn show(&mut self, record: &Record) {
+        let line = record.line(self.out);
+        self.out.line(format!("    {line}"));
+    }
+
+    fn check(&mut self, right: bool, text: &str) {
+        let mark = if right { self.out.ink(Ink::Good, "✓") } else { self.out.ink(Ink::Bad, "✗") };
+        self.wrong += u32::from(!right);
+        self.out.line(format!("  {mark} {text}"));
+    }
+
+    fn head(&mut self, text: &str) {
+        self.out.line("");
+        self.out.line(self.out.ink(Ink::Strong, text));
+    }
+
+    fn say(&mut self, text: &str) {
+        self.out.line(format!("  {text}"));
+    }
+
+    fn shell(&mut self, host: &str, command: &str) {
+        let ink = if host == "stranger" { Ink::Bad } else { Ink::Good };
+        let host = self.out.ink(ink, &format!("{host:>8}"));
+        self.out.line(format!("{host} $ {command}"));
+    }
+}
+
+/// Whether the record is of a port opened for data.
+fn is_data_listener(record: &Record) -> bool {
+    record.text("op") == Some("listen")
+        && record.verdict() == "permit"
+        && record.text("local").is_some_and(|l| !l.ends_with(":21"))
+}
+
+/// vsftpd, until the story is over.
+struct Daemon(Child);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _buried = self.0.wait();
+    }
+}
