@@ -18,6 +18,7 @@ mod run;
 mod supervise;
 mod sys;
 mod view;
+mod why;
 
 use std::{ffi::c_int, path::PathBuf};
 
@@ -40,6 +41,8 @@ enum Command {
     Run(run::Args),
     /// Print the audit log
     Audit(audit::Args),
+    /// Explain a refusal, and which rule would allow it
+    Why(why::Args),
     /// List wrapped processes, their listeners and associations
     Ps(view::Args),
     /// Say what is in force, and what is not held
@@ -107,6 +110,7 @@ fn dispatch(command: Command, out: &mut Out) -> u8 {
     match command {
         Command::Run(args) => run::run(args, out),
         Command::Audit(args) => audit::run(args, out),
+        Command::Why(args) => why::run(&args, out),
         Command::Ps(args) => view::ps(&args, out),
         Command::Status(args) => view::status(&args, out),
         Command::Policy(command) => policy::run(command, out),

@@ -17,6 +17,7 @@ use nix::{
     sys::{resource, wait},
     unistd,
 };
+use portcullis_policy::{LoadError, Policy};
 use portcullis_wire::frame::{ENV_BROKER, ENV_DOOR, LOWEST_FD};
 
 use crate::{
@@ -77,6 +78,9 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
+    /// The policy is no valid policy; the text brings its own layout.
+    #[error("{0}")]
+    BadPolicy(String),
     /// The folder's broker serves another policy or mode.
     #[error("{0}")]
     Conflict(String),
@@ -135,7 +139,10 @@ pub fn run(args: Args, out: &mut Out) -> u8 {
     match prepare(&args) {
         Ok(environment) => become_program(&args.command, &environment, out),
         Err(error) => {
-            out.error(&error);
+            match &error {
+                RunError::BadPolicy(text) => out.diagnostic(text),
+                error => out.error(error),
+            }
             if matches!(error, RunError::Conflict(_)) { COULD_NOT } else { RUN_FAILED }
         }
     }
@@ -229,6 +236,12 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         Some(path) => readable(path)?,
         None => default_policy(place)?,
     };
+    // The broker would refuse everything and say why in its log; here the user sees it.
+    match Policy::load(&policy) {
+        Ok(_) => {}
+        Err(LoadError::Policy(text)) => return Err(RunError::BadPolicy(text.to_string())),
+        Err(error) => return Err(RunError::BadPolicy(format!("portcullis: error: {error}\n"))),
+    }
     let shim = supervise::place_shim(place)?;
     let socket =
         link::bind_private(&place.supervisor_socket()).map_err(failed("bind the supervisor's socket"))?;

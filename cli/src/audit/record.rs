@@ -97,14 +97,17 @@ impl Record {
                 line.push_str(&address);
             }
         }
-        let rule = self.shown("rule").map(|rule| format!("rule {rule}"));
-        let reason = self.shown("reason");
-        let why: Vec<String> = rule.into_iter().chain(reason).collect();
-        if !why.is_empty() {
-            line.push_str("  ");
-            line.push_str(&out.ink(Ink::Faint, &why.join(": ")));
+        if let Some(peer) = self.shown("peer") {
+            line.push_str(&format!(" ({peer})"));
         }
-        for extra in ["closed", "assurance", "session", "via"] {
+        // Why it was refused says more than the rule; why it was permitted is the rule.
+        let why = if self.is_refusal() { ["reason", "rule"] } else { ["rule", "reason"] };
+        if let Some(why) = why.into_iter().find_map(|name| self.shown(name)) {
+            line.push_str("  ");
+            line.push_str(&out.ink(Ink::Faint, &why));
+        }
+        for extra in ["assurance", "session", "via", "bytes_in", "bytes_out", "duration", "delay_ms", "lost"]
+        {
             if let Some(value) = self.shown(extra).filter(|v| !["none", "shim"].contains(&v.as_str())) {
                 line.push_str(&out.ink(Ink::Faint, &format!(" {extra}={value}")));
             }
