@@ -1,0 +1,176 @@
+//! Where in the cgroup v2 hierarchy a process is, and folders of our own below that.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::fd::{AsFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use crate::error::BackstopError;
+
+/// A cgroup of ours, held open.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    folder: File,
+}
+
+impl Cgroup {
+    /// Opens an existing cgroup by its folder.
+    ///
+    /// # Errors
+    /// [`BackstopError::Cgroup`].
+    pub fn open(path: &Path) -> Result<Self, BackstopError> {
+        let folder = File::open(path).map_err(failed("open", path))?;
+        Ok(Self { path: path.to_path_buf(), folder })
+    }
+
+    /// Makes (or finds) the child `name` of the cgroup that `pid` is in.
+    ///
+    /// A process that is in a cgroup of that name already stays there: nested runs share one.
+    ///
+    /// # Errors
+    /// [`BackstopError::NoHierarchy`], [`BackstopError::NoCgroup`], [`BackstopError::Cgroup`].
+    pub fn below(pid: u32, name: &str) -> Result<Self, BackstopError> {
+        let at = folder_of(pid)?;
+        if at.file_name().is_some_and(|last| last == name) {
+            return Self::open(&at);
+        }
+        let path = at.join(name);
+        match fs::create_dir(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("make", &path)(e)),
+            _ => Self::open(&path),
+        }
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Moves a process with all its threads in.
+    ///
+    /// Only sockets that it makes from now on are held: the kernel remembers for each socket the
+    /// cgroup that it was made in.
+    ///
+    /// # Errors
+    /// [`BackstopError::Cgroup`].
+    pub fn enter(&self, pid: u32) -> Result<(), BackstopError> {
+        let file = self.path.join("cgroup.procs");
+        OpenOptions::new()
+            .write(true)
+            .open(&file)
+            .and_then(|mut procs| procs.write_all(pid.to_string().as_bytes()))
+            .map_err(failed("enter", &self.path))
+    }
+
+    /// Whether `pid` is in it or below it.
+    ///
+    /// # Errors
+    /// [`BackstopError::NoCgroup`]: the process has ended.
+    pub fn holds(&self, pid: u32) -> Result<bool, BackstopError> {
+        Ok(folder_of(pid)?.starts_with(&self.path))
+    }
+
+    /// Removes it if no process is in it or below it; `false` if one is.
+    ///
+    /// # Errors
+    /// [`BackstopError::Cgroup`].
+    pub fn remove_if_empty(&self) -> Result<bool, BackstopError> {
+        match fs::remove_dir(&self.path) {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
+            Err(e) => Err(failed("remove", &self.path)(e)),
+        }
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> BackstopError {
+    move |source| BackstopError::Cgroup { what, path: path.to_path_buf(), source }
+}
+
+/// The folder of the cgroup that `pid` is in.
+///
+/// # Errors
+/// [`BackstopError::NoHierarchy`], [`BackstopError::NoCgroup`].
+pub fn folder_of(pid: u32) -> Result<PathBuf, BackstopError> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| BackstopError::NoHierarchy)?;
+    let (root, point) = hierarchy(&mounts).ok_or(BackstopError::NoHierarchy)?;
+    let groups =
+        fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| BackstopError::NoCgroup(pid))?;
+    membership(&groups, &root).map(|below| point.join(below)).ok_or(BackstopError::NoCgroup(pid))
+}
+
+/// Root and mount point of the cgroup v2 hierarchy in the text of proc_pid_mountinfo(5).
+fn hierarchy(mountinfo: &str) -> Option<(String, PathBuf)> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        if kind.split(' ').next() != Some("cgroup2") {
+            return None;
+        }
+        let mut fields = mount.split(' ').skip(3);
+        Some((unescape(fields.next()?), PathBuf::from(unescape(fields.next()?))))
+    })
+}
+
+/// Path below the mount's root in the text of cgroups(7)'s `/proc/PID/cgroup`.
+fn membership(groups: &str, root: &str) -> Option<String> {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = if root == "/" { path } else { path.strip_prefix(root)? };
+    if !below.is_empty() && !below.starts_with('/') {
+        return None;
+    }
+    // "/../x": the process is outside our cgroup namespace.
+    if below.split('/').any(|part| part == "..") || below.ends_with(" (deleted)") {
+        return None;
+    }
+    Some(below.trim_start_matches('/').to_owned())
+}
+
+/// Undoes the octal escapes of mountinfo.
+fn unescape(field: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .into_iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
+";
+
+    #[test]
+    fn the_hierarchy_is_found_wherever_it_is_mounted() {
+        assert_eq!(hierarchy(HYBRID), Some(("/".into(), "/sys/fs/cgroup/unified".into())));
+        let odd = "5 1 0:9 /a\\040b /mnt/c\\040d rw - cgroup2 none rw";
+        assert_eq!(hierarchy(odd), Some(("/a b".into(), "/mnt/c d".into())));
+        assert_eq!(hierarchy("5 1 0:9 / /x rw - cgroup cgroup rw"), None);
+    }
+
+    #[test]
+    fn membership_is_relative_to_what_is_mounted() {
+        let groups = "4:memory:/elsewhere\n0::/system.slice/vsftpd.service\n";
+        assert_eq!(membership(groups, "/").as_deref(), Some("system.slice/vsftpd.service"));
+        assert_eq!(membership(groups, "/system.slice").as_deref(), Some("vsftpd.service"));
+        assert_eq!(membership(groups, "/user.slice"), None);
+        assert_eq!(membership(groups, "/system.sl"), None);
+        assert_eq!(membership("0::/\n", "/").as_deref(), Some(""));
+        assert_eq!(membership("0::/../out\n", "/"), None);
+        assert_eq!(membership("4:memory:/x\n", "/"), None);
+    }
+}

@@ -1,0 +1,217 @@
+//! Loading the programs, and putting them on cgroups.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::LazyLock,
+};
+
+use aya::{
+    Btf, EbpfLoader,
+    maps::{MapData, ProgramArray},
+    programs::{Program, ProgramFd},
+};
+
+use crate::{Backstop, Cgroup, error::BackstopError, sys};
+
+/// One program on a cgroup.
+struct Hook {
+    name: &'static str,
+    /// The program that it calls while the broker lives.
+    judge: &'static str,
+    /// The program array that leads there.
+    gate: &'static str,
+    /// `enum bpf_attach_type`
+    kind: u32,
+}
+
+const fn hook(name: &'static str, judge: &'static str, gate: &'static str, kind: u32) -> Hook {
+    Hook { name, judge, gate, kind }
+}
+
+const HOOKS: [Hook; 8] = [
+    hook("ingress", "judge_ingress", "gate_ingress", 0),
+    hook("sock_create", "judge_sock_create", "gate_sock_create", 2),
+    hook("bind4", "judge_bind4", "gate_bind4", 8),
+    hook("bind6", "judge_bind6", "gate_bind6", 9),
+    hook("connect4", "judge_connect4", "gate_connect4", 10),
+    hook("connect6", "judge_connect6", "gate_connect6", 11),
+    hook("sendmsg4", "judge_sendmsg4", "gate_sendmsg4", 14),
+    hook("sendmsg6", "judge_sendmsg6", "gate_sendmsg6", 15),
+];
+
+/// Descriptors of an [`Attacher`].
+const ATTACHER_FDS: usize = HOOKS.len();
+/// Maps of a [`Backstop`], in the order in which they are handed over, before gates and iterator.
+const MAPS: [&str; 7] = ["control", "asleep", "stats", "processes", "grants", "singles", "listeners"];
+/// Descriptors of a [`Backstop`]: maps, ring, gates, iterator.
+const BACKSTOP_FDS: usize = MAPS.len() + 1 + HOOKS.len() + 1;
+
+static OBJECT: LazyLock<&[u8]> =
+    LazyLock::new(|| aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/backstop.bpf.o")));
+
+/// Loads programs and maps into the kernel. Needs `CAP_BPF`, `CAP_PERFMON` and `CAP_NET_ADMIN`.
+///
+/// What is returned is two halves: who keeps the [`Backstop`] may grant, and its death refuses
+/// everything new; who keeps the [`Attacher`] may put more cgroups under it. Both can be handed to
+/// another process as descriptors.
+///
+/// # Errors
+/// [`BackstopError`]; nothing stays loaded then.
+pub fn load() -> Result<(Backstop, Attacher), BackstopError> {
+    if OBJECT.is_empty() {
+        return Err(BackstopError::NotBuiltIn);
+    }
+    let btf = Btf::from_sys_fs().map_err(BackstopError::NoTypes)?;
+    let mut object = EbpfLoader::new().btf(Some(&btf)).load(&OBJECT).map_err(BackstopError::Load)?;
+    let mut descriptor = |program: &'static str| -> Result<ProgramFd, BackstopError> {
+        let loaded = object.program_mut(program).ok_or(BackstopError::Missing(program))?;
+        match loaded {
+            Program::CgroupSockAddr(it) => it.load(),
+            Program::CgroupSock(it) => it.load(),
+            Program::CgroupSkb(it) => it.load(),
+            Program::Iter(it) => it.load("task", &btf),
+            _ => return Err(BackstopError::Missing(program)),
+        }
+        .and_then(|()| loaded.fd()?.try_clone().map_err(Into::into))
+        .map_err(|source| BackstopError::Program { program, source })
+    };
+    let mut attached = Vec::with_capacity(ATTACHER_FDS);
+    let mut judges = Vec::with_capacity(HOOKS.len());
+    for hook in &HOOKS {
+        judges.push(descriptor(hook.judge)?);
+        attached.push(clone(descriptor(hook.name)?.as_fd(), "programs")?);
+    }
+    let identify = clone(descriptor("identify")?.as_fd(), "programs")?;
+    let mut parts = Vec::with_capacity(BACKSTOP_FDS);
+    for name in MAPS.into_iter().chain(["events"]) {
+        let map = object.map(name).ok_or(BackstopError::Missing(name))?;
+        parts.push(clone(data_of(map).ok_or(BackstopError::Missing(name))?.fd().as_fd(), name)?);
+    }
+    for (hook, judge) in HOOKS.iter().zip(&judges) {
+        let map = object.take_map(hook.gate).ok_or(BackstopError::Missing(hook.gate))?;
+        parts.push(clone(data_of(&map).ok_or(BackstopError::Missing(hook.gate))?.fd().as_fd(), hook.gate)?);
+        let mut gate = ProgramArray::try_from(map).map_err(in_map(hook.gate))?;
+        gate.set(0, judge, 0).map_err(in_map(hook.gate))?;
+    }
+    parts.push(identify);
+    Ok((Backstop::from_descriptors(parts)?, Attacher { programs: attached }))
+}
+
+pub(crate) fn in_map(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> BackstopError {
+    move |source| BackstopError::Map { map, source }
+}
+
+fn clone(fd: BorrowedFd<'_>, hook: &'static str) -> Result<OwnedFd, BackstopError> {
+    fd.try_clone_to_owned().map_err(|source| BackstopError::Attach { what: "keep", hook, source })
+}
+
+fn data_of(map: &aya::maps::Map) -> Option<&MapData> {
+    use aya::maps::Map;
+    match map {
+        Map::Array(it)
+        | Map::PerCpuArray(it)
+        | Map::HashMap(it)
+        | Map::LpmTrie(it)
+        | Map::RingBuf(it)
+        | Map::ProgramArray(it) => Some(it),
+        _ => None,
+    }
+}
+
+/// One set of descriptors, taken apart.
+pub(crate) struct Parts {
+    /// As [`MAPS`] has them.
+    pub maps: [OwnedFd; MAPS.len()],
+    pub events: OwnedFd,
+    pub gates: Vec<OwnedFd>,
+    pub identify: OwnedFd,
+}
+
+impl Parts {
+    pub fn new(fds: Vec<OwnedFd>) -> Result<Self, BackstopError> {
+        let found = fds.len();
+        let wrong = || BackstopError::HandedOver { found, wanted: BACKSTOP_FDS };
+        if found != BACKSTOP_FDS {
+            return Err(wrong());
+        }
+        let mut fds = fds.into_iter();
+        let maps: Vec<_> = fds.by_ref().take(MAPS.len()).collect();
+        let maps = maps.try_into().map_err(|_| wrong())?;
+        let events = fds.next().ok_or_else(wrong)?;
+        let gates: Vec<_> = fds.by_ref().take(HOOKS.len()).collect();
+        Ok(Self { maps, events, gates, identify: fds.next().ok_or_else(wrong)? })
+    }
+}
+
+/// Puts the loaded programs on cgroups. Needs `CAP_NET_ADMIN`.
+#[derive(Debug)]
+pub struct Attacher {
+    programs: Vec<OwnedFd>,
+}
+
+impl Attacher {
+    /// Puts every program on the cgroup, for as long as the cgroup exists, and then takes off what an
+    /// earlier broker left there; so at no moment is there nothing.
+    ///
+    /// # Errors
+    /// [`BackstopError::Attach`]. The cgroup may then be held in part: no process should enter it.
+    pub fn attach(&self, cgroup: &Cgroup) -> Result<(), BackstopError> {
+        for (hook, program) in HOOKS.iter().zip(&self.programs) {
+            let failed = |what| move |source| BackstopError::Attach { what, hook: hook.name, source };
+            let before = sys::attached(cgroup.as_fd(), hook.kind).map_err(failed("look for"))?;
+            match sys::attach(cgroup.as_fd(), program.as_fd(), hook.kind) {
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) && before.len() == 1 => {
+                    // This very program is there already.
+                    sys::detach(cgroup.as_fd(), program.as_fd(), hook.kind).map_err(failed("replace"))?;
+                    sys::attach(cgroup.as_fd(), program.as_fd(), hook.kind).map_err(failed("attach"))?;
+                    continue;
+                }
+                done => done.map_err(failed("attach"))?,
+            }
+            for id in before {
+                let old = match sys::program(id) {
+                    Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                    other => other.map_err(failed("replace"))?,
+                };
+                sys::detach(cgroup.as_fd(), old.as_fd(), hook.kind).map_err(failed("replace"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// How many of the programs are on the cgroup: all, or something took them off.
+    ///
+    /// # Errors
+    /// [`BackstopError::Attach`].
+    pub fn missing(cgroup: &Cgroup) -> Result<Vec<&'static str>, BackstopError> {
+        let mut missing = Vec::new();
+        for hook in &HOOKS {
+            let there = sys::attached(cgroup.as_fd(), hook.kind).map_err(|source| BackstopError::Attach {
+                what: "look for",
+                hook: hook.name,
+                source,
+            })?;
+            if there.is_empty() {
+                missing.push(hook.name);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// For handing over to another process of ours.
+    #[must_use]
+    pub fn into_descriptors(self) -> Vec<OwnedFd> {
+        self.programs
+    }
+
+    /// What [`Self::into_descriptors`] gave in another process.
+    ///
+    /// # Errors
+    /// [`BackstopError::HandedOver`].
+    pub fn from_descriptors(programs: Vec<OwnedFd>) -> Result<Self, BackstopError> {
+        match programs.len() {
+            ATTACHER_FDS => Ok(Self { programs }),
+            found => Err(BackstopError::HandedOver { found, wanted: ATTACHER_FDS }),
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! The few bpf(2) commands that aya does not have in the form needed here.
+//!
+//! Programs are attached by `BPF_PROG_ATTACH`, not by a link: such an attachment belongs to the cgroup
+//! and lives until the cgroup is removed, whatever becomes of us, without a file system to pin it in.
+#![expect(unsafe_code, reason = "bpf(2) has no safe wrapper")]
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+// enum bpf_cmd, linux/bpf.h
+const PROG_ATTACH: libc::c_int = 8;
+const PROG_DETACH: libc::c_int = 9;
+const PROG_GET_FD_BY_ID: libc::c_int = 13;
+const PROG_QUERY: libc::c_int = 16;
+const LINK_CREATE: libc::c_int = 28;
+const ITER_CREATE: libc::c_int = 33;
+
+/// `BPF_F_ALLOW_MULTI`: programs of this cgroup and of those above all run, and all must agree.
+const ALLOW_MULTI: u32 = 1 << 1;
+/// `BPF_TRACE_ITER`
+const TRACE_ITER: u32 = 28;
+
+/// `union bpf_attr` as 32-bit words, the widest part used here being 64 bytes.
+type Attr = [u32; 32];
+
+fn bpf(command: libc::c_int, attr: &mut Attr) -> io::Result<libc::c_long> {
+    // SAFETY: bpf(2) reads and writes at most the given size of `attr`, which is live and as long.
+    // Pointers inside are made by the callers below from live buffers of the length they state.
+    let done = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of::<Attr>()) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done) }
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn word(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn attr(words: &[u32]) -> Attr {
+    let mut attr = [0; 32];
+    for (to, from) in attr.iter_mut().zip(words) {
+        *to = *from;
+    }
+    attr
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the halves of an address, in memory order")]
+fn pointer<T>(to: *const T) -> [u32; 2] {
+    let address = to as u64;
+    [address as u32, (address >> 32) as u32]
+}
+
+/// Attaches a program to a cgroup for as long as the cgroup exists.
+pub(crate) fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, hook: u32) -> io::Result<()> {
+    bpf(PROG_ATTACH, &mut attr(&[word(cgroup), word(program), hook, ALLOW_MULTI])).map(drop)
+}
+
+/// Takes one program off a cgroup.
+pub(crate) fn detach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>, hook: u32) -> io::Result<()> {
+    bpf(PROG_DETACH, &mut attr(&[word(cgroup), word(program), hook])).map(drop)
+}
+
+/// Ids of the programs that are attached to this very cgroup.
+pub(crate) fn attached(cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<Vec<u32>> {
+    let mut ids = [0u32; 64]; // BPF_CGROUP_MAX_PROGS, linux/bpf-cgroup.h
+    let [low, high] = pointer(ids.as_mut_ptr());
+    let mut asked = attr(&[word(cgroup), hook, 0, 0, low, high, 64]);
+    bpf(PROG_QUERY, &mut asked)?;
+    let count = asked.get(6).map_or(0, |n| *n as usize);
+    Ok(ids.into_iter().take(count).collect())
+}
+
+/// A program by its id.
+pub(crate) fn program(id: u32) -> io::Result<OwnedFd> {
+    owned(bpf(PROG_GET_FD_BY_ID, &mut attr(&[id]))?)
+}
+
+/// Runs an iterator over tasks, over the one thread `tid` where the kernel can (6.1), else over all,
+/// and returns what the program wrote.
+pub(crate) fn iterate(program: BorrowedFd<'_>, tid: u32, out: &mut [u8]) -> io::Result<usize> {
+    let info = [tid, 0u32, 0]; // union bpf_iter_link_info: task { tid, pid, pid_fd }
+    let [low, high] = pointer(info.as_ptr());
+    let one = attr(&[word(program), 0, TRACE_ITER, 0, low, high, 12]);
+    let link = match bpf(LINK_CREATE, &mut one.clone()) {
+        Ok(link) => owned(link)?,
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(0),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::E2BIG)) => {
+            owned(bpf(LINK_CREATE, &mut attr(&[word(program), 0, TRACE_ITER]))?)?
+        }
+        Err(e) => return Err(e),
+    };
+    let mut file = File::from(owned(bpf(ITER_CREATE, &mut attr(&[word(std::os::fd::AsFd::as_fd(&link))]))?)?);
+    let mut got = 0;
+    loop {
+        let Some(room) = out.get_mut(got..).filter(|room| !room.is_empty()) else { return Ok(got) };
+        match file.read(room) {
+            Ok(0) => return Ok(got),
+            Ok(n) => got += n,
+            // EAGAIN: the kernel paused after a million tasks
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
