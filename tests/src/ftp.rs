@@ -1,1 +1,234 @@
-//! FTP daemons and clients.
+//! FTP daemons and clients as Debian has them, set up for one test.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+
+use crate::{Host, built};
+
+/// The whole policy under which all of them work.
+pub const POLICY: &str = "\
+service ftp = tcp/21, related;
+clients = IPv4{10.77.0.1} | IPv6{fd77::1};
+servers = IPv4{10.77.0.2} | IPv6{fd77::2};
+allow ftp(clients, servers);
+";
+
+/// Name of the file that is there to be fetched.
+pub const FILE: &str = "report.bin";
+
+/// A daemon.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Daemon {
+    /// Its privileged parent makes the data sockets.
+    Vsftpd,
+    /// Its session process makes them.
+    Proftpd,
+    /// A privilege separation helper makes them.
+    PureFtpd,
+    /// One process per session, under inetd.
+    Inetutils,
+    /// One process for all sessions.
+    Pyftpdlib,
+}
+
+/// A client.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Client {
+    /// lftp(1).
+    Lftp,
+    /// curl(1).
+    Curl,
+    /// tnftp(1).
+    Tnftp,
+    /// ftplib of Python.
+    Ftplib,
+}
+
+/// How the data connection comes about.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Mode {
+    /// RFC 2428.
+    Epsv,
+    /// RFC 959.
+    Pasv,
+    /// RFC 2428.
+    Eprt,
+    /// RFC 959.
+    Port,
+}
+
+impl Mode {
+    /// Whether the server opens the port.
+    #[must_use]
+    pub const fn is_passive(self) -> bool {
+        matches!(self, Self::Epsv | Self::Pasv)
+    }
+}
+
+/// Bytes that no other file has.
+#[must_use]
+pub fn content(size: usize) -> Vec<u8> {
+    (0..size).map(|i| (i.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect()
+}
+
+impl Daemon {
+    /// Writes what it needs into the host's folder; the result is its command line. It serves `size` bytes
+    /// as [`FILE`] to anybody, at most `rate` bytes a second (0: as fast as it can).
+    #[must_use]
+    pub fn command(self, host: &Host, size: usize, rate: usize) -> Vec<String> {
+        let file = host.write(&format!("files/{FILE}"), content(size));
+        let files = file.parent().unwrap().to_owned();
+        let words: Vec<String> = match self {
+            Self::Vsftpd => vsftpd(host, &files, rate),
+            Self::Proftpd => proftpd(host, &files, rate),
+            Self::PureFtpd => {
+                let pure = built::unpacked("pure-ftpd/usr/sbin/pure-ftpd").display().to_string();
+                let mut words = vec![pure, "-S".into(), "21".into(), "-e".into(), "-H".into(), "-g".into()];
+                words.push(host.path("pure.pid").display().to_string());
+                if rate > 0 {
+                    words.extend(["-t".into(), format!("{}", rate / 1024)]);
+                }
+                at_home_of_ftp(&files, &words)
+            }
+            Self::Inetutils => {
+                let ftpd = built::unpacked("inetutils-ftpd/usr/sbin/ftpd");
+                let line = format!("21 stream tcp nowait root {} ftpd -A -q\n", ftpd.display());
+                let config = host.write("inetd.conf", line).display().to_string();
+                let words = ["inetutils-inetd", "-d", "--pidfile", "/dev/null", &config].map(Into::into);
+                at_home_of_ftp(&files, &words)
+            }
+            Self::Pyftpdlib => {
+                let script = host.write("server.py", PYFTPDLIB.replace("RATE", &rate.to_string()));
+                ["/usr/bin/python3".into(), script.display().to_string(), files.display().to_string()].into()
+            }
+        };
+        words
+    }
+}
+
+const PYFTPDLIB: &str = r#"
+import sys
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler, ThrottledDTPHandler
+from pyftpdlib.servers import FTPServer
+authorizer = DummyAuthorizer()
+authorizer.add_anonymous(sys.argv[1])
+class Data(ThrottledDTPHandler):
+    write_limit = RATE
+class Handler(FTPHandler):
+    pass
+Handler.authorizer = authorizer
+Handler.dtp_handler = Data
+FTPServer(("", 21), Handler).serve_forever()
+"#;
+
+fn vsftpd(host: &Host, files: &Path, rate: usize) -> Vec<String> {
+    let empty = host.path("empty");
+    fs::create_dir_all(&empty).unwrap();
+    let config = format!(
+        "listen=NO\nlisten_ipv6=YES\nbackground=NO\nanonymous_enable=YES\nlocal_enable=NO\nno_anon_password=YES\n\
+         anon_root={}\nsecure_chroot_dir={}\nanon_max_rate={rate}\nconnect_from_port_20=YES\nxferlog_enable=NO\n",
+        files.display(),
+        empty.display(),
+    );
+    let config = host.write("vsftpd.conf", config);
+    vec!["/usr/sbin/vsftpd".into(), config.display().to_string()]
+}
+
+fn proftpd(host: &Host, files: &Path, rate: usize) -> Vec<String> {
+    let program = built::unpacked("proftpd-core/usr/sbin/proftpd");
+    let modules = built::unpacked("proftpd-core/usr/lib/proftpd");
+    let throttle = if rate > 0 { format!("TransferRate RETR {}\n", rate / 1024) } else { String::new() };
+    let folder = host.path("");
+    let config = format!(
+        "ServerName test\nServerType standalone\nDefaultServer on\nPort 21\nUseIPv6 on\nUser nobody\n\
+         Group nogroup\nModulePath {}\nScoreboardFile {2}scoreboard\nPidFile {2}proftpd.pid\n\
+         DelayTable none\nSystemLog none\nWtmpLog off\nRequireValidShell off\nUseFtpUsers off\nAuthPAM off\n\
+         <Anonymous {1}>\nUser nobody\nGroup nogroup\nUserAlias anonymous nobody\nUserAlias ftp nobody\n{3}\
+         AnonRequirePassword off\n</Anonymous>\n",
+        modules.display(),
+        files.display(),
+        folder.display(),
+        throttle,
+    );
+    let config = host.write("proftpd.conf", config);
+    vec![program.display().to_string(), "--nodaemon".into(), "--config".into(), config.display().to_string()]
+}
+
+/// Some daemons serve the home of user `ftp` to anonymous users and nothing else: it gets our files, in a
+/// mount namespace of the daemon's own.
+fn at_home_of_ftp(files: &Path, words: &[String]) -> Vec<String> {
+    let script = "home=$(getent passwd ftp | cut -d: -f6) && mkdir -p \"$home\" && mount --bind \"$0\" \"$home\" && exec \"$@\"";
+    let mut whole: Vec<String> = ["unshare", "--mount", "sh", "-c", script].map(Into::into).into();
+    whole.push(files.display().to_string());
+    whole.extend_from_slice(words);
+    whole
+}
+
+impl Client {
+    /// All modes this client knows.
+    #[must_use]
+    pub const fn modes(self) -> &'static [Mode] {
+        match self {
+            // lftp speaks the old commands over IPv4 unless told otherwise, and EPRT only over IPv6.
+            Self::Lftp => &[Mode::Epsv, Mode::Pasv, Mode::Port],
+            Self::Curl => &[Mode::Epsv, Mode::Pasv, Mode::Eprt, Mode::Port],
+            Self::Tnftp => &[Mode::Epsv, Mode::Pasv, Mode::Eprt, Mode::Port],
+            Self::Ftplib => &[Mode::Pasv, Mode::Port],
+        }
+    }
+
+    /// Its command line for fetching [`FILE`] from an address to `to`.
+    #[must_use]
+    pub fn fetch(self, host: &Host, from: &str, mode: Mode, to: &Path) -> Vec<String> {
+        let to = to.display().to_string();
+        let yes = |is: bool| if is { "yes" } else { "no" };
+        match self {
+            Self::Lftp => {
+                let script = format!(
+                    "set net:max-retries 1; set net:timeout 10; set ftp:passive-mode {}; set ftp:prefer-epsv {}; \
+                     open {from}; get {FILE} -o {to}",
+                    yes(mode.is_passive()),
+                    yes(mode == Mode::Epsv),
+                );
+                vec!["lftp".into(), "--norc".into(), "-c".into(), script]
+            }
+            Self::Curl => {
+                let mut words: Vec<String> =
+                    ["curl", "-sS", "--max-time", "30", "-o", &to].map(Into::into).into();
+                let how: &[&str] = match mode {
+                    Mode::Epsv => &[],
+                    Mode::Pasv => &["--disable-epsv"],
+                    Mode::Eprt => &["--ftp-port", "-"],
+                    Mode::Port => &["--ftp-port", "-", "--disable-eprt"],
+                };
+                words.extend(how.iter().map(|w| (*w).to_owned()));
+                words.push(format!("ftp://{from}/{FILE}"));
+                words
+            }
+            Self::Tnftp => {
+                let rc = if matches!(mode, Mode::Epsv | Mode::Eprt) { "epsv4 on" } else { "epsv4 off" };
+                host.write(
+                    "home/.netrc",
+                    format!("default login anonymous password x\nmacdef init\n{rc}\n\n"),
+                );
+                fs::set_permissions(host.path("home/.netrc"), fs::Permissions::from_mode(0o600)).unwrap();
+                let way = if mode.is_passive() { "-p" } else { "-A" };
+                let home = format!("HOME={}", host.path("home").display());
+                ["env", &home, "tnftp", way, "-V", "-q", "20", "-o", &to, &format!("ftp://{from}/{FILE}")]
+                    .map(Into::into)
+                    .into()
+            }
+            Self::Ftplib => {
+                let script = "import ftplib, sys\n\
+                    f = ftplib.FTP(sys.argv[1], timeout=20)\n\
+                    f.login()\n\
+                    f.set_pasv(sys.argv[2] == 'yes')\n\
+                    f.retrbinary('RETR ' + sys.argv[3], open(sys.argv[4], 'wb').write)\n\
+                    f.quit()\n";
+                ["/usr/bin/python3", "-c", script, from, yes(mode.is_passive()), FILE, &to]
+                    .map(Into::into)
+                    .into()
+            }
+        }
+    }
+}

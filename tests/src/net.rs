@@ -41,12 +41,12 @@ impl Net {
         let switch = space("switch");
         let mut net = Self { hosts: Vec::new(), namespaces: vec![switch.clone()] };
         let mut first = format!("netns add {switch}\n");
-        let mut inner = "link add br type bridge\nlink set br up\n".to_owned();
+        let mut inner = "link add name sw0 type bridge\nlink set sw0 up\n".to_owned();
         for (n, name) in (1..).zip(names) {
             let host = space(name);
             first += &format!("netns add {host}\n");
             inner += &format!("link add p{n} type veth peer name eth0 netns {host}\n");
-            inner += &format!("link set p{n} master br up\n");
+            inner += &format!("link set p{n} master sw0 up\n");
             net.namespaces.push(host);
         }
         batch(None, &first);

@@ -103,14 +103,14 @@ impl Stage {
         let switch = format!("{id}-switch");
         let mut stage = Self { switch: switch.clone(), hosts: Vec::new(), folder };
         ip(None, &format!("netns add {switch}\n"))?;
-        ip(Some(&switch), "link add br type bridge\nlink set br up\n")?;
+        ip(Some(&switch), "link add name sw0 type bridge\nlink set sw0 up\n")?;
         let mut hosts = Vec::new();
         for (n, name) in (1u8..).zip(names) {
             let namespace = format!("{id}-{name}");
             ip(None, &format!("netns add {namespace}\n"))?;
             stage.hosts.push(namespace.clone());
             let wire = format!("link add p{n} type veth peer name eth0 netns {namespace}\n");
-            ip(Some(&switch), &format!("{wire}link set p{n} master br up\n"))?;
+            ip(Some(&switch), &format!("{wire}link set p{n} master sw0 up\n"))?;
             let address = Ipv4Addr::new(10, 77, 0, n);
             ip(
                 Some(&namespace),
