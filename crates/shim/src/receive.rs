@@ -1,0 +1,177 @@
+//! recvfrom, recvmsg, recvmmsg on datagram sockets whose senders the kernel does not filter (no
+//! privileged side): a datagram from a refused sender is dropped, and the next one taken.
+//!
+//! For every other socket this costs one look at its hint.
+#![expect(unsafe_code, reason = "works on the program's memory and makes its calls")]
+
+use libc::{c_int, c_uint, c_void, mmsghdr, msghdr, sockaddr, socklen_t, timespec};
+
+use crate::{
+    Errno, dgram,
+    gate::call_cancellable,
+    hints::{self, Sock, WATCHED},
+    judge::{Call, Op, judge},
+    peer::Peer,
+    shield,
+    shield::{returned, returned_int},
+    stream,
+    sys::{self, arg},
+};
+
+/// The socket, if its senders are looked at.
+#[inline]
+fn watched(fd: c_int, flags: c_int) -> Option<Sock> {
+    hints::get(fd).filter(|sock| sock.has(WATCHED) && flags & libc::MSG_ERRQUEUE == 0)
+}
+
+/// Whether a datagram from `far` may be seen.
+fn admitted(fd: c_int, sock: Sock, far: &Peer) -> bool {
+    shield(|| {
+        let Some(remote) = far.internet() else { return Ok(()) };
+        if dgram::remembers(Op::Send, sock, &remote) || dgram::remembers(Op::Receive, sock, &remote) {
+            return Ok(());
+        }
+        let mut call = Call::new(Op::Receive, fd, sock);
+        (call.local, call.remote) = (stream::local(fd), remote);
+        judge(&call)?;
+        dgram::remember(Op::Receive, sock, &remote);
+        Ok::<(), Errno>(())
+    })
+    .is_ok()
+}
+
+/// After a look at a refused datagram with `MSG_PEEK`: it is still there, and must go.
+fn discard(fd: c_int, flags: c_int) {
+    if flags & libc::MSG_PEEK != 0 {
+        let args = [arg(fd), 0, 0, arg(libc::MSG_DONTWAIT), 0, 0];
+        // SAFETY: nothing is written: the buffer has no length.
+        unsafe { sys::call(libc::SYS_recvfrom, args) };
+    }
+}
+
+/// recvfrom(2), and recv(2) when `addr` is null.
+///
+/// # Safety
+/// As for recvfrom(2).
+pub unsafe fn recvfrom(
+    fd: c_int,
+    buffer: *mut c_void,
+    size: usize,
+    flags: c_int,
+    addr: *mut sockaddr,
+    len: *mut socklen_t,
+) -> isize {
+    let odd = !addr.is_null() && len.is_null();
+    let Some(sock) = watched(fd, flags).filter(|_| !odd) else {
+        let args = [
+            arg(fd),
+            buffer.expose_provenance(),
+            size,
+            arg(flags),
+            addr.expose_provenance(),
+            len.expose_provenance(),
+        ];
+        // SAFETY: by this function's contract; no destructors.
+        return returned(unsafe { call_cancellable(libc::SYS_recvfrom, &args) });
+    };
+    loop {
+        let mut bytes = [0u8; 128];
+        let mut got = 128u32;
+        let args = [
+            arg(fd),
+            buffer.expose_provenance(),
+            size,
+            arg(flags),
+            (&raw mut bytes).expose_provenance(),
+            (&raw mut got).expose_provenance(),
+        ];
+        // SAFETY: by this function's contract, and both locals are writable; no destructors.
+        let result = returned(unsafe { call_cancellable(libc::SYS_recvfrom, &args) });
+        if result < 0 {
+            return result;
+        }
+        let far = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
+        if admitted(fd, sock, &far) {
+            if !addr.is_null() {
+                // SAFETY: by this function's contract; `len` is not null, see `odd`.
+                unsafe { far.give(addr, len) };
+            }
+            return result;
+        }
+        discard(fd, flags);
+    }
+}
+
+/// recvmsg(2).
+///
+/// # Safety
+/// As for recvmsg(2).
+pub unsafe fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> isize {
+    let Some(sock) = watched(fd, flags).filter(|_| message.addr() >= 4096) else {
+        let args = [arg(fd), message.expose_provenance(), arg(flags), 0, 0, 0];
+        // SAFETY: by this function's contract; no destructors.
+        return returned(unsafe { call_cancellable(libc::SYS_recvmsg, &args) });
+    };
+    loop {
+        let mut bytes = [0u8; 128];
+        // SAFETY: by this function's contract.
+        let asked = unsafe { message.read() };
+        let mut copy = asked;
+        copy.msg_name = (&raw mut bytes).cast();
+        copy.msg_namelen = 128;
+        let args = [arg(fd), (&raw mut copy).expose_provenance(), arg(flags), 0, 0, 0];
+        // SAFETY: the program's buffers by this function's contract, and ours; no destructors.
+        let result = returned(unsafe { call_cancellable(libc::SYS_recvmsg, &args) });
+        if result < 0 {
+            return result;
+        }
+        let far = Peer::from_kernel(bytes, usize::try_from(copy.msg_namelen).unwrap_or(0));
+        if admitted(fd, sock, &far) {
+            let mut length = asked.msg_namelen;
+            if !asked.msg_name.is_null() {
+                // SAFETY: writable for its length by this function's contract.
+                unsafe { far.give(asked.msg_name.cast(), &raw mut length) };
+            }
+            (copy.msg_name, copy.msg_namelen) = (asked.msg_name, length);
+            // SAFETY: by this function's contract.
+            unsafe { message.write(copy) };
+            return result;
+        }
+        discard(fd, flags);
+    }
+}
+
+/// recvmmsg(2). On a watched socket it takes one message at a time, as it may.
+///
+/// # Safety
+/// As for recvmmsg(2).
+pub unsafe fn recvmmsg(
+    fd: c_int,
+    vector: *mut mmsghdr,
+    count: c_uint,
+    flags: c_int,
+    timeout: *mut timespec,
+) -> c_int {
+    if watched(fd, flags).is_none() || vector.addr() < 4096 || count == 0 {
+        let args = [
+            arg(fd),
+            vector.expose_provenance(),
+            arg(count.cast_signed()),
+            arg(flags),
+            timeout.expose_provenance(),
+            0,
+        ];
+        // SAFETY: by this function's contract; no destructors.
+        return returned_int(unsafe { call_cancellable(libc::SYS_recvmmsg, &args) });
+    }
+    // SAFETY: the vector has at least one message.
+    let got = unsafe { recvmsg(fd, &raw mut (*vector).msg_hdr, flags & !libc::MSG_WAITFORONE) };
+    match c_uint::try_from(got) {
+        Ok(got) => {
+            // SAFETY: as above.
+            unsafe { (*vector).msg_len = got };
+            1
+        }
+        Err(_) => -1,
+    }
+}

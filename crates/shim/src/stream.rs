@@ -1,0 +1,403 @@
+//! socket, connect, bind, listen, accept, and the names of sockets.
+#![expect(unsafe_code, reason = "works on the program's memory and makes its calls")]
+
+use libc::{c_int, sockaddr, socklen_t};
+use portcullis_wire::{Addr, Flags, OpCode, Request};
+
+use crate::{
+    Errno, channel, dgram,
+    gate::{call, call_cancellable},
+    hints::{self, CONNECTING, LISTENS, Sock, TOKEN, WATCHED},
+    judge::{Call, Op, Permit, judge},
+    own,
+    peer::Peer,
+    shield,
+    shield::{fail, returned_int},
+    sys::{self, arg},
+};
+
+/// Whether the program's own call goes on as it is, or with this address.
+pub enum Plan {
+    /// As the program said.
+    Pass,
+    /// With the copy that was judged.
+    As(Peer),
+}
+
+fn length(n: socklen_t) -> usize {
+    arg(n.cast_signed())
+}
+
+/// The name of a socket as the kernel has it, for the broker.
+fn name(nr: libc::c_long, fd: c_int) -> Addr {
+    if own::sandboxed() {
+        return Addr::NONE;
+    }
+    sys::name(nr, fd).and_then(|(bytes, n)| Peer::from_kernel(bytes, n).internet()).unwrap_or(Addr::NONE)
+}
+
+/// What a socket is bound to.
+pub fn local(fd: c_int) -> Addr {
+    name(libc::SYS_getsockname, fd)
+}
+
+/// socket(2).
+pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
+    // SAFETY: no pointers.
+    let fd = unsafe { call(libc::SYS_socket, &[arg(domain), arg(kind), arg(protocol), 0, 0, 0]) };
+    let Ok(fd) = c_int::try_from(fd) else { return -1 };
+    if fd < 0 {
+        return returned_int(fd as isize);
+    }
+    let verdict = shield(|| {
+        let Some(sock) = Sock::asked(domain, kind, protocol) else {
+            hints::forget(fd);
+            return Ok(());
+        };
+        hints::set(fd, sock);
+        let raw = matches!(c_int::from(sock.kind), libc::SOCK_RAW | hints::SOCK_PACKET);
+        if sock.passes() || (sock.is_internet() && !raw) {
+            return Ok(());
+        }
+        judge(&Call::new(Op::Socket, fd, sock)).map(|_| ())
+    });
+    if let Err(errno) = verdict {
+        hints::forget(fd);
+        sys::close(fd);
+        return fail(errno);
+    }
+    fd
+}
+
+/// connect(2).
+///
+/// # Safety
+/// As for connect(2).
+pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
+    let mut audit_seq = 0;
+    // SAFETY: by this function's contract.
+    let plan = shield(|| unsafe { plan_connect(fd, addr, len, &mut audit_seq) });
+    let result = match &plan {
+        Err(errno) => return fail(*errno),
+        // SAFETY: by this function's contract; nothing here has a destructor.
+        Ok(Plan::Pass) => unsafe {
+            call_cancellable(libc::SYS_connect, &[arg(fd), addr.expose_provenance(), length(len), 0, 0, 0])
+        },
+        // SAFETY: `peer` is readable for its length and outlives the call; no destructors.
+        Ok(Plan::As(peer)) => unsafe {
+            let args = [arg(fd), peer.as_arg(), peer.len(), 0, 0, 0];
+            call_cancellable(libc::SYS_connect, &args)
+        },
+    };
+    if result < 0
+        && let Ok(Plan::As(peer)) = &plan
+    {
+        connect_failed(fd, peer, c_int::try_from(-result).unwrap_or(0), audit_seq);
+    }
+    returned_int(result)
+}
+
+#[cold]
+fn connect_failed(fd: c_int, peer: &Peer, errno: c_int, audit_seq: u64) {
+    let _ = shield(|| {
+        if matches!(errno, libc::EINPROGRESS | libc::EINTR) {
+            if let (Some(sock), Some(far)) = (hints::get(fd), peer.internet()) {
+                dgram::remember(Op::Connect, sock, &far);
+                hints::mark(fd, CONNECTING, 0);
+            }
+        } else if errno != libc::EALREADY {
+            hints::mark(fd, 0, CONNECTING);
+            if audit_seq != 0 {
+                let mut outcome = Request::new(OpCode::Outcome, 0);
+                (outcome.errno, outcome.audit_seq, outcome.fd) = (errno, audit_seq, fd);
+                channel::tell(&mut outcome);
+            }
+        }
+        Ok(())
+    });
+}
+
+/// # Safety
+/// As for connect(2).
+unsafe fn plan_connect(
+    fd: c_int,
+    addr: *const sockaddr,
+    len: socklen_t,
+    audit_seq: &mut u64,
+) -> Result<Plan, Errno> {
+    // SAFETY: by this function's contract.
+    let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
+    let family = peer.family();
+    if family == libc::AF_UNIX {
+        return Ok(Plan::Pass);
+    }
+    if family == libc::AF_UNSPEC {
+        hints::mark(fd, 0, CONNECTING); // dissolves an association (connect(2))
+        return Ok(Plan::As(peer));
+    }
+    let Some(sock) = find(fd, family) else { return Ok(Plan::As(peer)) };
+    if sock.passes() {
+        return Ok(Plan::As(peer));
+    }
+    let mut call = Call::new(Op::Connect, fd, sock);
+    if sock.is_internet() {
+        // What is too short for its family, or of another one, the kernel answers.
+        let Some(remote) = peer.internet() else { return Ok(Plan::As(peer)) };
+        if sock.has(CONNECTING) && dgram::remembers(Op::Connect, sock, &remote) {
+            return Ok(Plan::As(peer)); // asks how it went
+        }
+        call.remote = remote;
+    } else {
+        call.remote.family = portcullis_wire::Family::Other as u8;
+    }
+    let permit = judge(&call)?;
+    *audit_seq = permit.audit_seq;
+    Ok(Plan::As(rewritten(fd, &permit, peer)))
+}
+
+/// A socket that the program uses with an address of `family`. Where a sandbox forbids to look, it is
+/// taken for a stream, which is what programs go on making there.
+fn find(fd: c_int, family: c_int) -> Option<Sock> {
+    hints::find(fd).or_else(|| {
+        let stream = Sock::asked(family, libc::SOCK_STREAM, 0)?;
+        own::sandboxed().then_some(stream)
+    })
+}
+
+fn rewritten(fd: c_int, permit: &Permit, peer: Peer) -> Peer {
+    match &permit.rewrite {
+        Some(token) => {
+            hints::mark(fd, TOKEN, 0);
+            Peer::from_wire(token)
+        }
+        None => peer,
+    }
+}
+
+/// bind(2).
+///
+/// # Safety
+/// As for bind(2).
+pub unsafe fn bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
+    // SAFETY: by this function's contract.
+    let result = match shield(|| unsafe { plan_bind(fd, addr, len) }) {
+        Err(errno) => return fail(errno),
+        // SAFETY: by this function's contract.
+        Ok(Plan::Pass) => unsafe {
+            call(libc::SYS_bind, &[arg(fd), addr.expose_provenance(), length(len), 0, 0, 0])
+        },
+        // SAFETY: `peer` is readable for its length and outlives the call.
+        Ok(Plan::As(peer)) => unsafe { call(libc::SYS_bind, &[arg(fd), peer.as_arg(), peer.len(), 0, 0, 0]) },
+    };
+    returned_int(result)
+}
+
+/// # Safety
+/// As for bind(2).
+unsafe fn plan_bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> Result<Plan, Errno> {
+    // SAFETY: by this function's contract.
+    let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
+    if peer.family() == libc::AF_UNIX {
+        return Ok(Plan::Pass);
+    }
+    let Some(sock) = find(fd, peer.family()) else { return Ok(Plan::As(peer)) };
+    let domain = c_int::from(sock.domain);
+    if !sock.is_internet() || !matches!(peer.family(), f if f == domain || f == libc::AF_UNSPEC) {
+        return Ok(Plan::As(peer));
+    }
+    let Some(local) = peer.internet_as(domain) else { return Ok(Plan::As(peer)) };
+    let mut call = Call::new(Op::Bind, fd, sock);
+    call.local = local;
+    if !own::sandboxed() && sys::getsockopt(fd, libc::SO_REUSEPORT).is_some_and(|on| on != 0) {
+        call.flags |= Flags::REUSEPORT;
+    }
+    let permit = judge(&call)?;
+    watch(fd, sock, &permit);
+    Ok(Plan::As(rewritten(fd, &permit, peer)))
+}
+
+/// Notes whether the shim must look at the senders of a datagram socket.
+pub fn watch(fd: c_int, sock: Sock, permit: &Permit) {
+    if !sock.is_stream() && sock.is_internet() {
+        if permit.filtered { hints::mark(fd, 0, WATCHED) } else { hints::mark(fd, WATCHED, 0) }
+    }
+}
+
+/// listen(2).
+pub fn listen(fd: c_int, backlog: c_int) -> c_int {
+    let port = match shield(|| judge_listen(fd, backlog)) {
+        Err(errno) => return fail(errno),
+        Ok(port) => port,
+    };
+    // SAFETY: no pointers.
+    let result = unsafe { call(libc::SYS_listen, &[arg(fd), arg(backlog), 0, 0, 0, 0]) };
+    if result == 0
+        && let (Some(port), Some(sock)) = (port, hints::get(fd))
+    {
+        hints::set(fd, Sock { flags: sock.flags | LISTENS, extra: u32::from(port), ..sock });
+    }
+    returned_int(result)
+}
+
+/// Gives the port, for sockets that are judged.
+fn judge_listen(fd: c_int, backlog: c_int) -> Result<Option<u16>, Errno> {
+    let Some(sock) = find(fd, libc::AF_INET).filter(|sock| sock.is_internet()) else { return Ok(None) };
+    let mut at = local(fd);
+    if at.port == 0 && !own::sandboxed() && sock.is_stream() {
+        // listen(2) takes a free port by itself; the verdict is on a port, so it is taken before.
+        let any = Peer::from_wire(&Addr { family: if at.family == 0 { 4 } else { at.family }, ..Addr::NONE });
+        // SAFETY: `any` is readable for its length and outlives the call.
+        unsafe { call(libc::SYS_bind, &[arg(fd), any.as_arg(), any.len(), 0, 0, 0]) };
+        at = local(fd);
+    }
+    let mut call = Call::new(Op::Listen, fd, sock);
+    (call.local, call.backlog) = (at, backlog);
+    judge(&call)?;
+    Ok(Some(at.port))
+}
+
+/// Which of the two calls the program made: a sandbox may know only that one.
+#[derive(Clone, Copy)]
+pub enum Accept {
+    /// accept(2).
+    Plain,
+    /// accept4(2) with its flags.
+    Flags(c_int),
+}
+
+/// accept(2) and accept4(2). A refused peer is reset, and the next one is waited for.
+///
+/// # Safety
+/// As for accept(2).
+pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: Accept) -> c_int {
+    let (nr, flags) = match how {
+        Accept::Plain => (libc::SYS_accept, 0),
+        Accept::Flags(flags) => (libc::SYS_accept4, arg(flags)),
+    };
+    let listener = find(fd, libc::AF_INET).filter(|sock| !sock.passes());
+    // SAFETY: the program's `len` is readable if it wants an address.
+    let odd = !addr.is_null() && (len.is_null() || unsafe { len.read() }.cast_signed() < 0);
+    let Some(listener) = listener.filter(|sock| sock.is_internet() && !odd) else {
+        let args = [arg(fd), addr.expose_provenance(), len.expose_provenance(), flags, 0, 0];
+        // SAFETY: by this function's contract; nothing here has a destructor.
+        let result = returned_int(unsafe { call_cancellable(nr, &args) });
+        if result >= 0 {
+            hints::forget(result);
+        }
+        return result;
+    };
+    loop {
+        let mut bytes = [0u8; 128];
+        let mut got = 128u32;
+        let args =
+            [arg(fd), (&raw mut bytes).expose_provenance(), (&raw mut got).expose_provenance(), flags, 0, 0];
+        // SAFETY: both are writable for what accept(2) writes; nothing here has a destructor.
+        let result = returned_int(unsafe { call_cancellable(nr, &args) });
+        if result < 0 {
+            return result;
+        }
+        let peer = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
+        if shield(|| judge_accept(fd, listener, result, &peer)).is_ok() {
+            if !addr.is_null() {
+                // SAFETY: by this function's contract; `len` is not null, as was seen above.
+                unsafe { peer.give(addr, len) };
+            }
+            return result;
+        }
+        reset(result);
+    }
+}
+
+fn judge_accept(listener_fd: c_int, listener: Sock, fd: c_int, peer: &Peer) -> Result<(), Errno> {
+    let sock = Sock { flags: listener.flags & TOKEN, extra: 0, ..listener };
+    hints::set(fd, sock);
+    let mut call = Call::new(Op::Accept, fd, sock);
+    call.local = local(fd);
+    if call.local.family == 0 {
+        // In a sandbox: the listener's port, as far as it was seen.
+        let port = if listener.has(LISTENS) { u16::try_from(listener.extra).unwrap_or(0) } else { 0 };
+        call.local = Addr { port, ..Addr::NONE };
+    }
+    let _ = listener_fd;
+    call.remote = peer.internet().unwrap_or(Addr::NONE);
+    judge(&call).map(|_| ())
+}
+
+/// Closes a connection that was refused, so that the far side sees a reset.
+pub fn reset(fd: c_int) {
+    hints::forget(fd);
+    if !own::sandboxed() {
+        sys::setsockopt(fd, libc::SO_LINGER, &libc::linger { l_onoff: 1, l_linger: 0 });
+    }
+    sys::close(fd);
+}
+
+/// getsockname(2) and getpeername(2) of a socket on a token: the true name. `None`: the kernel's is true.
+///
+/// # Safety
+/// As for getsockname(2).
+pub unsafe fn true_name(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, remote: bool) -> Option<c_int> {
+    if !hints::get(fd)?.has(TOKEN) || addr.is_null() || len.is_null() {
+        return None;
+    }
+    let told = shield(|| {
+        let mut request = Request::new(OpCode::Name, 0);
+        request.fd = fd;
+        (request.local, request.remote) = (local(fd), name(libc::SYS_getpeername, fd));
+        let reply = channel::ask(&mut request, fd).map_err(|_| Errno(libc::ENOTCONN))?;
+        if reply.errno != 0 {
+            return Err(Errno(reply.errno));
+        }
+        Ok(Peer::from_wire(if remote { &reply.remote } else { &reply.local }))
+    });
+    match told {
+        Err(errno) => Some(fail(errno)),
+        Ok(peer) => {
+            // SAFETY: by this function's contract; both were seen not to be null.
+            unsafe { peer.give(addr, len) };
+            Some(0)
+        }
+    }
+}
+
+/// A connection that was there before this image: inetd, tcpsvd, socket activation. Refused: the program
+/// reads end-of-file there instead.
+pub fn judge_inherited() {
+    for fd in 0..10 {
+        let internet = |domain: &c_int| matches!(*domain, libc::AF_INET | libc::AF_INET6);
+        if sys::getsockopt(fd, libc::SO_DOMAIN).filter(internet).is_none() {
+            continue;
+        }
+        let Some(sock) = hints::find(fd).filter(|sock| sock.is_stream()) else { continue };
+        let remote = name(libc::SYS_getpeername, fd);
+        if remote.family == 0 {
+            continue;
+        }
+        let mut call = Call::new(Op::Accept, fd, sock);
+        call.flags = Flags::INHERITED;
+        (call.local, call.remote) = (local(fd), remote);
+        if judge(&call).is_err() {
+            close_inherited(fd);
+        }
+    }
+}
+
+fn close_inherited(fd: c_int) {
+    // SAFETY: a path that outlives the call.
+    let null = unsafe {
+        let args =
+            [arg(libc::AT_FDCWD), c"/dev/null".as_ptr().expose_provenance(), arg(libc::O_RDWR), 0, 0, 0];
+        sys::call(libc::SYS_openat, args)
+    };
+    // SAFETY: no pointers. Copies of the descriptor elsewhere (the other two of inetd's) end too.
+    unsafe { sys::call(libc::SYS_shutdown, [arg(fd), arg(libc::SHUT_RDWR), 0, 0, 0, 0]) };
+    match c_int::try_from(null) {
+        Ok(null) if null >= 0 => {
+            // SAFETY: no pointers; the number is the refused connection's.
+            unsafe { sys::call(libc::SYS_dup2, [arg(null), arg(fd), 0, 0, 0, 0]) };
+            sys::close(null);
+        }
+        _ => sys::close(fd),
+    }
+    hints::forget(fd);
+}
