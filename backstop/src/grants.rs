@@ -92,7 +92,7 @@ impl std::fmt::Debug for Backstop {
 }
 
 impl Backstop {
-    /// Makes it out of what [`crate::load`] made, here or in the process that handed it over.
+    /// Makes it out of what [`crate::load_for_another`] made, in the process that it was handed to.
     ///
     /// # Errors
     /// [`BackstopError::HandedOver`], [`BackstopError::Map`], [`BackstopError::ForeignPids`].

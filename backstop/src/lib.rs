@@ -35,4 +35,4 @@ pub use error::BackstopError;
 pub use events::{Cause, Event, Events};
 pub use grants::{Backstop, Once, Stats, monotonic};
 pub use model::{Holder, Region};
-pub use programs::{Attacher, load};
+pub use programs::{Attacher, load, load_for_another};

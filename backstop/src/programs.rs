@@ -52,12 +52,22 @@ static OBJECT: LazyLock<&[u8]> =
 /// Loads programs and maps into the kernel. Needs `CAP_BPF`, `CAP_PERFMON` and `CAP_NET_ADMIN`.
 ///
 /// What is returned is two halves: who keeps the [`Backstop`] may grant, and its death refuses
-/// everything new; who keeps the [`Attacher`] may put more cgroups under it. Both can be handed to
-/// another process as descriptors.
+/// everything new; who keeps the [`Attacher`] may put more cgroups under it.
 ///
 /// # Errors
 /// [`BackstopError`]; nothing stays loaded then.
 pub fn load() -> Result<(Backstop, Attacher), BackstopError> {
+    let (descriptors, attacher) = load_for_another()?;
+    Ok((Backstop::from_descriptors(descriptors)?, attacher))
+}
+
+/// As [`load`], for a process that must not load them itself: the descriptors, in this order, make a
+/// [`Backstop`] there. In the kernel's eyes the broker ends when their last copy is closed, so the
+/// loader drops its own once they are sent.
+///
+/// # Errors
+/// [`BackstopError`]; nothing stays loaded then.
+pub fn load_for_another() -> Result<(Vec<OwnedFd>, Attacher), BackstopError> {
     if OBJECT.is_empty() {
         return Err(BackstopError::NotBuiltIn);
     }
@@ -94,7 +104,7 @@ pub fn load() -> Result<(Backstop, Attacher), BackstopError> {
         gate.set(0, judge, 0).map_err(in_map(hook.gate))?;
     }
     parts.push(identify);
-    Ok((Backstop::from_descriptors(parts)?, Attacher { programs: attached }))
+    Ok((parts, Attacher { programs: attached }))
 }
 
 pub(crate) fn in_map(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> BackstopError {

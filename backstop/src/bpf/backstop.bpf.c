@@ -339,15 +339,14 @@ SEC("cgroup_skb/ingress") int judge_ingress(struct __sk_buff *skb)
 		event.suppressed = *last & 0xfffff;
 	time &= ~0xfffffull;
 	update(&strangers, &cookie, &time, 0);
-	/* All read before the branch: the verifier wants constant offsets into the context. */
-	u32 ip[4] = { FIELD(skb->remote_ip6[0]), FIELD(skb->remote_ip6[1]), FIELD(skb->remote_ip6[2]),
-		      FIELD(skb->remote_ip6[3]) };
-	u32 ip4 = FIELD(skb->remote_ip4);
-	if (FIELD(skb->family) == FAMILY_V4) {
-		v4(&event, ip4);
+	/* From the packet: the addresses in the context are the listener's. Data begins at the IP header. */
+	if (skb->protocol == NTOHS(0x0800)) {
+		u32 ip = 0;
+		load_bytes(skb, 12, &ip, 4);
+		v4(&event, ip);
 	} else {
 		event.family = FAMILY_V6;
-		__builtin_memcpy(event.addr, ip, 16);
+		load_bytes(skb, 8, event.addr, 16);
 	}
 	event.port = skb->local_port;
 	record(&event);

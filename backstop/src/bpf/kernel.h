@@ -41,6 +41,7 @@ static long (*update)(void *map, const void *key, const void *value, u64 flags) 
 static u64 (*ktime)(void) = (void *)5;
 static long (*tail_call)(void *ctx, void *prog_array, u32 index) = (void *)12;
 static u64 (*pid_tgid)(void) = (void *)14;
+static long (*load_bytes)(void *skb, u32 offset, void *to, u32 len) = (void *)26;
 static void *(*current_task)(void) = (void *)35;
 static u64 (*socket_cookie)(void *ctx) = (void *)46;
 static void *(*full_socket)(void *sock) = (void *)95;
@@ -52,9 +53,6 @@ static void (*ring_submit)(void *record, u64 flags) = (void *)132;
 
 /* Reads one field of a kernel structure wherever this kernel keeps it. */
 #define READ(to, from) read_kernel(&(to), sizeof(to), __builtin_preserve_access_index(&(from)))
-
-/* Reads a field of a context exactly there and then. */
-#define FIELD(field) (*(volatile __typeof__(field) *)&(field))
 
 struct net {
 	u64 net_cookie;

@@ -87,7 +87,13 @@ impl Child {
                 unsafe {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                     libc::alarm(20);
-                    libc::close(go[1]);
+                    // As after an exec; our copy of the gates would keep the broker alive.
+                    for fd in 3..1024 {
+                        let flags = libc::fcntl(fd, libc::F_GETFD);
+                        if fd != go[0] && flags >= 0 && flags & libc::FD_CLOEXEC != 0 {
+                            libc::close(fd);
+                        }
+                    }
                     if libc::read(go[0], (&raw mut byte).cast(), 1) != 1 {
                         libc::_exit(99);
                     }
