@@ -10,6 +10,7 @@ mod bpf;
 mod cut;
 mod error;
 mod filter;
+pub mod identity;
 mod privileges;
 mod program;
 mod sandbox;

@@ -34,6 +34,13 @@ pub fn own_network(addresses: &[&str]) {
     ip(&["link", "set", "lo", "up"]);
     for address in addresses {
         ip(&["address", "add", address, "dev", "lo", "nodad"]);
+        // The route follows a little later.
+        let bare = address.split('/').next().unwrap();
+        let there = || std::net::UdpSocket::bind((bare, 0)).and_then(|socket| socket.connect((bare, 9)));
+        let end = Instant::now() + Duration::from_secs(2);
+        while there().is_err() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 

@@ -1,0 +1,138 @@
+//! One host's own identity, and the certificates it mints for its processes.
+
+use std::{net::IpAddr, path::Path, sync::Arc};
+
+use rcgen::Issuer;
+use rustls::{
+    crypto::aws_lc_rs::sign::any_ecdsa_type,
+    pki_types::{CertificateDer, pem::PemObject},
+    sign::CertifiedKey,
+};
+use zeroize::Zeroize;
+
+use super::{
+    HostFacts, IdentityError, Key, Members, ProcessFacts, ProcessName, SpiffeId, TrustDomain, Validity,
+    Verifier,
+    facts::HOST_OID,
+    issue,
+    peer::{Peer, Read},
+};
+
+/// What a host folder holds, read and checked: it can mint, and verify others.
+#[derive(Debug)]
+pub struct Host {
+    root: CertificateDer<'static>,
+    issuing: CertificateDer<'static>,
+    key: Key,
+    facts: HostFacts,
+    addresses: Vec<IpAddr>,
+    domain: TrustDomain,
+    shown: Arc<CertifiedKey>,
+    members: Members,
+}
+
+/// A process certificate with its key, ready for TLS.
+#[derive(Clone, Debug)]
+pub struct ProcessIdentity {
+    /// What is shown in the handshake.
+    pub shown: Arc<CertifiedKey>,
+    /// Whom it names.
+    pub id: SpiffeId,
+    /// Serial number in hexadecimal.
+    pub serial: String,
+    /// When it ends and should be renewed.
+    pub validity: Validity,
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let none = || IdentityError::NoCertificate { path: path.to_owned() };
+    let file = std::fs::read(path).map_err(|source| IdentityError::File { path: path.to_owned(), source })?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&file).collect();
+    found.ok().filter(|found| !found.is_empty()).ok_or_else(none)
+}
+
+/// Reads a file with one certificate.
+pub(super) fn certificate(path: &Path) -> Result<CertificateDer<'static>, IdentityError> {
+    match <[_; 1]>::try_from(certificates(path)?) {
+        Ok([one]) => Ok(one),
+        Err(_) => Err(IdentityError::NoCertificate { path: path.to_owned() }),
+    }
+}
+
+fn certified(chain: Vec<CertificateDer<'static>>, key: &Key) -> Result<Arc<CertifiedKey>, IdentityError> {
+    let mut der = key.for_tls();
+    let signing = any_ecdsa_type(&der);
+    der.zeroize();
+    Ok(Arc::new(CertifiedKey::new(chain, signing?)))
+}
+
+impl Host {
+    /// Reads `ca.crt`, `issuer.crt`, `issuer.key`, `host.crt`, `host.key` and `members.toml`.
+    pub fn load(folder: &Path) -> Result<Self, IdentityError> {
+        let root = certificate(&folder.join("ca.crt"))?;
+        let members = Members::load(&folder.join("members.toml"), &root)?;
+        let issuing_path = folder.join("issuer.crt");
+        let issuing = certificate(&issuing_path)?;
+        let unfit = || IdentityError::NoCertificate { path: issuing_path.clone() };
+        let read = Read::from(&issuing).map_err(|_| unfit())?;
+        let facts: HostFacts = read.facts(&HOST_OID).ok().flatten().ok_or_else(unfit)?;
+        let chain = certificates(&folder.join("host.crt"))?;
+        let leaf = chain.first().ok_or_else(unfit)?;
+        let addresses = Peer::from(leaf, &issuing).map_err(|_| unfit())?.addresses;
+        let shown = certified(chain, &Key::load(&folder.join("host.key"))?)?;
+        let key = Key::load(&folder.join("issuer.key"))?;
+        Ok(Self { domain: members.domain.clone(), root, issuing, key, facts, addresses, shown, members })
+    }
+
+    /// Its name, `ver` and groups.
+    #[must_use]
+    pub const fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+
+    /// Who takes part, as last read.
+    #[must_use]
+    pub const fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// What the host itself shows, without a process.
+    #[must_use]
+    pub fn shown(&self) -> Arc<CertifiedKey> {
+        self.shown.clone()
+    }
+
+    /// Takes a newer list of members. An older one, or another domain's, is not taken.
+    pub fn refresh(&mut self, path: &Path) -> Result<bool, IdentityError> {
+        let members = Members::load(path, &self.root)?;
+        let newer = members.domain == self.domain && members.number > self.members.number;
+        if newer {
+            self.members = members;
+        }
+        Ok(newer)
+    }
+
+    /// Verifies others of the trust domain.
+    pub fn verifier(&self) -> Result<Verifier, IdentityError> {
+        Verifier::new(&self.root, &self.members)
+    }
+
+    /// Makes a certificate and key for a process. `name` comes from the policy, never from the process.
+    pub fn mint(
+        &self,
+        name: &ProcessName,
+        facts: &ProcessFacts,
+        validity: Validity,
+    ) -> Result<ProcessIdentity, IdentityError> {
+        let id = SpiffeId {
+            domain: self.domain.clone(),
+            host: self.facts.host.clone(),
+            process: Some(name.clone()),
+        };
+        let key = Key::generate()?;
+        let issuer = Issuer::from_ca_cert_der(&self.issuing, self.key.pair())?;
+        let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &issuer, validity)?;
+        let chain = vec![made.certificate.der().clone(), self.issuing.clone()];
+        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity })
+    }
+}

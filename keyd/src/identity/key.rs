@@ -1,0 +1,128 @@
+//! Private keys: made, kept in files that nobody else can read, never shown.
+
+use std::{
+    fmt, fs,
+    io::{self, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::Path,
+};
+
+use nix::unistd::geteuid;
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, SigningKey};
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::IdentityError;
+
+/// A private key, ECDSA over P-256. Wiped when dropped; `Debug` shows nothing; cannot be cloned.
+pub struct Key(KeyPair);
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(<redacted>)")
+    }
+}
+
+impl Drop for Key {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl Key {
+    /// Makes a new key.
+    pub fn generate() -> Result<Self, IdentityError> {
+        Ok(Self(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?))
+    }
+
+    /// Reads a key (PKCS #8 in PEM).
+    ///
+    /// # Errors
+    /// [`IdentityError::LooseKey`] if anyone but its owner may read or write it, or if the owner is
+    /// neither the caller nor root.
+    pub fn load(path: &Path) -> Result<Self, IdentityError> {
+        let at = |source| IdentityError::File { path: path.to_owned(), source };
+        let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path).map_err(at)?;
+        let found = file.metadata().map_err(at)?;
+        let foreign = found.uid() != 0 && found.uid() != geteuid().as_raw();
+        if found.mode() & 0o077 != 0 || foreign {
+            let (mode, uid) = (found.mode() & 0o7777, found.uid());
+            return Err(IdentityError::LooseKey { path: path.to_owned(), mode, uid });
+        }
+        let mut pem = Zeroizing::new(String::with_capacity(4096));
+        file.take(4096).read_to_string(&mut pem).map_err(at)?;
+        KeyPair::from_pem(&pem).map(Self).map_err(|_| IdentityError::NoKey { path: path.to_owned() })
+    }
+
+    /// Writes the key, mode 0600, in place of an older one at once.
+    pub fn save(&self, path: &Path) -> Result<(), IdentityError> {
+        let pem = Zeroizing::new(self.0.serialize_pem());
+        replace(path, pem.as_bytes(), 0o600)
+    }
+
+    /// What certificates are signed with.
+    pub(super) const fn pair(&self) -> &KeyPair {
+        &self.0
+    }
+
+    /// Signs a message (ECDSA, SHA-256, DER).
+    pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
+        Ok(self.0.sign(message)?)
+    }
+
+    /// A copy for rustls, which wipes its own.
+    pub(super) fn for_tls(&self) -> PrivateKeyDer<'static> {
+        PrivatePkcs8KeyDer::from(self.0.serialize_der()).into()
+    }
+}
+
+/// Writes a file beside `path` and moves it there, so that a reader finds the old or the new one whole.
+pub(super) fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IdentityError> {
+    let at = |source| IdentityError::File { path: path.to_owned(), source };
+    let name = path.file_name().ok_or_else(|| at(io::ErrorKind::InvalidInput.into()))?;
+    let beside = path.with_file_name(format!(".{}.new", name.to_string_lossy()));
+    match fs::remove_file(&beside) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(at(e)),
+        _ => {}
+    }
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside).map_err(at)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(at)?;
+    fs::rename(&beside, path).map_err(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_key_survives_its_file_and_is_never_shown() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("k.key");
+        let key = Key::generate().unwrap();
+        key.save(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let again = Key::load(&path).unwrap();
+        assert_eq!(again.pair().serialize_der(), key.pair().serialize_der());
+        assert_eq!(format!("{key:?}"), "Key(<redacted>)");
+    }
+
+    #[test]
+    fn loose_permissions_links_and_garbage_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("k.key");
+        Key::generate().unwrap().save(&path).unwrap();
+        for loose in [0o640, 0o604, 0o620, 0o666] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(loose)).unwrap();
+            assert!(matches!(Key::load(&path), Err(IdentityError::LooseKey { .. })), "{loose:o}");
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
+        assert!(Key::load(&path).is_ok());
+        let link = folder.path().join("link.key");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(Key::load(&link), Err(IdentityError::File { .. })));
+        replace(&path, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", 0o600).unwrap();
+        assert!(matches!(Key::load(&path), Err(IdentityError::NoKey { .. })));
+    }
+}

@@ -1,0 +1,276 @@
+//! Decides whether a certificate chain proves somebody of our trust domain, for both roles in TLS.
+
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
+
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+
+use super::{HostName, IdentityError, Members, Peer, TrustDomain, provider};
+
+/// How far a peer's clock may be from ours.
+const SKEW: Duration = Duration::from_secs(60);
+
+/// Why a chain proves nobody.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// Signatures, constraints, usages or validity; the reason is webpki's.
+    #[error("chain is not valid: {0}")]
+    Chain(String),
+    /// Its time is over, even with a minute's grace.
+    #[error("certificate expired")]
+    Expired,
+    /// Its time has not come, even with a minute's grace.
+    #[error("certificate is not valid yet")]
+    NotYetValid,
+    /// No root of ours stands above it.
+    #[error("certificate is not of this trust domain")]
+    UnknownIssuer,
+    /// It or its extensions cannot be read.
+    #[error("certificate cannot be read")]
+    Unreadable,
+    /// It has no SPIFFE ID, or none of our form.
+    #[error("certificate shows no SPIFFE ID of a host or process: `{0}`")]
+    NoSpiffeId(String),
+    /// Its SPIFFE ID is of another trust domain.
+    #[error("certificate shows trust domain `{0}`")]
+    OtherDomain(TrustDomain),
+    /// It was not signed by a host's issuing certificate.
+    #[error("certificate was not issued by a host of the trust domain")]
+    NotFromAHost,
+    /// A host signed it for somebody else.
+    #[error("certificate shows `{shown}` but was issued by host `{issuer}`")]
+    OtherHost {
+        /// SPIFFE ID in it.
+        shown: String,
+        /// Who issued it.
+        issuer: HostName,
+    },
+    /// It lacks the host's DNS name.
+    #[error("certificate of `{0}` lacks the DNS name of its host")]
+    Nameless(String),
+    /// It, its issuer, or all of its host was revoked.
+    #[error("certificate `{serial}` of host `{host}` is revoked")]
+    Revoked {
+        /// Serial of the revoked one: the leaf's or its issuer's.
+        serial: String,
+        /// Whose.
+        host: HostName,
+    },
+    /// The address is one member's and the certificate another's.
+    #[error("address belongs to member `{owner}` but the certificate shows `{shown}`")]
+    OtherMember {
+        /// Whose address it is.
+        owner: HostName,
+        /// Who showed a certificate.
+        shown: HostName,
+    },
+}
+
+/// Verifies peers, as rustls asks for it. Cheap to clone with another expectation.
+#[derive(Clone)]
+pub struct Verifier {
+    anchors: Arc<[TrustAnchor<'static>]>,
+    subjects: Arc<[DistinguishedName]>,
+    domain: TrustDomain,
+    revoked: Arc<HashSet<String>>,
+    expected: Option<HostName>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verifier")
+            .field("domain", &self.domain)
+            .field("expected", &self.expected)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Verifier {
+    /// A verifier that trusts one root, less what `members` revokes.
+    pub fn new(root: &CertificateDer<'_>, members: &Members) -> Result<Self, IdentityError> {
+        let anchor = webpki::anchor_from_trusted_cert(root)
+            .map_err(|e| rustls::Error::General(e.to_string()))?
+            .to_owned();
+        let subjects = [DistinguishedName::in_sequence(anchor.subject.as_ref())].into();
+        Ok(Self {
+            anchors: [anchor].into(),
+            subjects,
+            domain: members.domain.clone(),
+            revoked: Arc::new(members.revoked.iter().map(|one| one.serial.clone()).collect()),
+            expected: None,
+            algorithms: provider::get().signature_verification_algorithms,
+        })
+    }
+
+    /// The same, for a peer whose address is this member's.
+    #[must_use]
+    pub fn expecting(&self, host: Option<HostName>) -> Self {
+        Self { expected: host, ..self.clone() }
+    }
+
+    /// Verifies a chain at a time. Pure.
+    pub fn check(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        as_server: bool,
+        now: UnixTime,
+    ) -> Result<Peer, Refusal> {
+        let issuing = self.chain(leaf, others, as_server, now)?;
+        let peer = Peer::from(leaf, &issuing)?;
+        if peer.id.domain != self.domain {
+            return Err(Refusal::OtherDomain(peer.id.domain));
+        }
+        for serial in [&peer.serial, &peer.issuer_serial] {
+            if self.revoked.contains(serial) {
+                return Err(Refusal::Revoked { serial: serial.clone(), host: peer.id.host });
+            }
+        }
+        match &self.expected {
+            Some(owner) if *owner != peer.id.host => {
+                Err(Refusal::OtherMember { owner: owner.clone(), shown: peer.id.host })
+            }
+            _ => Ok(peer),
+        }
+    }
+
+    /// Verifies signatures, constraints, usage and times; returns the host's issuing certificate.
+    fn chain(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        as_server: bool,
+        now: UnixTime,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        let entity = webpki::EndEntityCert::try_from(leaf).map_err(|_| Refusal::Unreadable)?;
+        let verify = |now: UnixTime| {
+            let usage =
+                if as_server { webpki::KeyUsage::server_auth() } else { webpki::KeyUsage::client_auth() };
+            let path = entity.verify_for_usage(
+                self.algorithms.all,
+                &self.anchors,
+                others,
+                now,
+                usage,
+                None,
+                None,
+            )?;
+            let mut above = path.intermediate_certificates();
+            Ok(match (above.next(), above.next()) {
+                (Some(issuing), None) => Some(issuing.der().into_owned()),
+                _ => None,
+            })
+        };
+        let shifted = match verify(now) {
+            Err(webpki::Error::CertExpired { .. }) => now.as_secs().checked_sub(SKEW.as_secs()),
+            Err(webpki::Error::CertNotValidYet { .. }) => now.as_secs().checked_add(SKEW.as_secs()),
+            other => return Self::named(other),
+        };
+        let shifted = UnixTime::since_unix_epoch(Duration::from_secs(shifted.unwrap_or(0)));
+        Self::named(verify(shifted))
+    }
+
+    fn named(
+        result: Result<Option<CertificateDer<'static>>, webpki::Error>,
+    ) -> Result<CertificateDer<'static>, Refusal> {
+        match result {
+            Ok(issuing) => issuing.ok_or(Refusal::NotFromAHost),
+            Err(webpki::Error::CertExpired { .. }) => Err(Refusal::Expired),
+            Err(webpki::Error::CertNotValidYet { .. }) => Err(Refusal::NotYetValid),
+            Err(webpki::Error::UnknownIssuer) => Err(Refusal::UnknownIssuer),
+            Err(other) => Err(Refusal::Chain(other.to_string())),
+        }
+    }
+}
+
+/// What rustls is told; the peer hears no more than `bad certificate` or the like.
+fn told(refusal: Refusal) -> rustls::Error {
+    rustls::Error::InvalidCertificate(match refusal {
+        Refusal::Expired => CertificateError::Expired,
+        Refusal::NotYetValid => CertificateError::NotValidYet,
+        Refusal::UnknownIssuer => CertificateError::UnknownIssuer,
+        Refusal::Revoked { .. } => CertificateError::Revoked,
+        Refusal::Unreadable => CertificateError::BadEncoding,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    })
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.check(leaf, others, true, now).map(|_| ServerCertVerified::assertion()).map_err(told)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _leaf: &CertificateDer<'_>,
+        _signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        // Not reached: no configuration here offers TLS 1.2.
+        Err(rustls::Error::General("TLS 1.3 only".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.subjects
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.check(leaf, others, false, now).map(|_| ClientCertVerified::assertion()).map_err(told)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        ServerCertVerifier::verify_tls12_signature(self, message, leaf, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, leaf, signed, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
