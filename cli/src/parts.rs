@@ -23,6 +23,8 @@ pub struct BrokerArgs {
     keyd_fd: Option<i32>,
     #[arg(long)]
     ready_fd: i32,
+    #[arg(long)]
+    life_fd: i32,
 }
 
 /// What the supervisor hands to a key daemon.
@@ -45,8 +47,13 @@ impl From<Mode> for portcullis_broker::Mode {
 
 /// Is the broker until it is told to end.
 pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
-    let fds = [Some(args.doors_fd), Some(args.control_fd), args.keyd_fd, Some(args.ready_fd)];
-    let config = inherit(&fds).and_then(|()| {
+    let given = [args.doors_fd, args.control_fd, args.ready_fd, args.life_fd];
+    let fds: Vec<i32> = given.into_iter().chain(args.keyd_fd).collect();
+    let alive = inherit(&fds).and_then(|()| sys::adopt(args.life_fd));
+    let config = alive.and_then(|life| {
+        sys::end_with_writer(&life)?;
+        // Open until this process ends, whatever becomes of it.
+        std::mem::forget(life);
         Ok(portcullis_broker::Config {
             state: args.state,
             policy: args.policy,
@@ -66,7 +73,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
 
 /// Is the key daemon until the broker's end of the pair is closed.
 pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
-    let config = inherit(&[Some(args.broker_fd), Some(args.ready_fd)]).and_then(|()| {
+    let config = inherit(&[args.broker_fd, args.ready_fd]).and_then(|()| {
         let (broker, ready) = (sys::adopt(args.broker_fd)?, Some(sys::adopt(args.ready_fd)?));
         Ok(portcullis_keyd::Config { broker, ready })
     });
@@ -78,11 +85,10 @@ pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
 }
 
 /// Begins with the given descriptors, and no blocked signal: the supervisor's mask is not ours.
-fn inherit(fds: &[Option<i32>]) -> io::Result<()> {
+fn inherit(fds: &[i32]) -> io::Result<()> {
     SigSet::empty().thread_set_mask()?;
-    let kept: Vec<i32> = fds.iter().flatten().copied().collect();
-    sys::close_others(&kept);
-    kept.into_iter().try_for_each(sys::close_on_exec)
+    sys::close_others(fds);
+    fds.iter().copied().try_for_each(sys::close_on_exec)
 }
 
 fn fail(error: &dyn std::error::Error, out: &mut Out) -> u8 {

@@ -150,6 +150,7 @@ pub fn run(args: Args, out: &mut Out) -> u8 {
 
 /// Does all that comes before exec; the result is the program's environment.
 fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
+    sys::hold_standard_descriptors().map_err(failed("open /dev/null"))?;
     let policy = args.policy.as_deref().map(readable).transpose()?;
     let hello = Say::Hello { policy, mode: args.mode };
     if let Some(broker) = outer() {

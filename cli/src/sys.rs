@@ -4,11 +4,12 @@
 use std::{
     ffi::{c_int, c_uint, c_ulong},
     io,
-    os::fd::{FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::{
+    errno::Errno,
     sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
     unistd::Pid,
 };
@@ -51,6 +52,22 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Takes the numbers of standard descriptors that are closed until the next exec, so that nothing of ours gets
+/// them and the next image finds them closed as they were.
+///
+/// # Errors
+/// As open(2).
+pub fn hold_standard_descriptors() -> io::Result<()> {
+    for fd in 0..3 {
+        // SAFETY: F_GETFD takes no pointer.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            // The lowest free number is this one; std opens close-on-exec.
+            std::mem::forget(std::fs::File::open("/dev/null")?);
+        }
+    }
+    Ok(())
+}
+
 /// Closes every descriptor from 3 up that is not in `keep`.
 ///
 /// Only for a process that owns no descriptor but these: right after a fork that is followed by an exec,
@@ -69,6 +86,31 @@ pub fn close_others(keep: &[RawFd]) {
         from = stay.saturating_add(1);
     }
 }
+
+/// Lets the kernel send us SIGTERM when the last writer of a pipe is gone, that is, when whoever started us
+/// and holds its other end has died. Unlike `PR_SET_PDEATHSIG`, this survives a change of credentials.
+///
+/// # Errors
+/// As fcntl(2); `EPIPE` if it is gone already.
+pub fn end_with_writer(pipe: &OwnedFd) -> io::Result<()> {
+    let fd = pipe.as_raw_fd();
+    let checked = |result: c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: these commands of fcntl(2) take numbers.
+    unsafe {
+        checked(libc::fcntl(fd, F_SETSIG, libc::SIGTERM))?;
+        checked(libc::fcntl(fd, libc::F_SETOWN, libc::getpid()))?;
+        checked(libc::fcntl(fd, libc::F_SETFL, libc::O_ASYNC | libc::O_NONBLOCK))?;
+    }
+    // It may have gone before the kernel was told to watch; a pipe without writer is at its end.
+    match nix::unistd::read(pipe, &mut [0; 1]) {
+        Err(Errno::EAGAIN) => Ok(()),
+        Err(errno) => Err(errno.into()),
+        Ok(_) => Err(io::ErrorKind::BrokenPipe.into()),
+    }
+}
+
+/// From linux/fcntl.h (fcntl(2), "Managing signals").
+const F_SETSIG: c_int = 10;
 
 /// Opens a process by its id.
 ///

@@ -60,6 +60,8 @@ struct Part {
     /// Read end of its ready pipe, until it has said how it is.
     ready: Option<fs::File>,
     said: Vec<u8>,
+    /// Write end of a pipe, closed by our death if by nothing else: then the part ends too.
+    _life: Option<OwnedFd>,
 }
 
 /// Both parts, and what they share.
@@ -137,7 +139,7 @@ impl Parts {
             let mut command = command("keyd");
             let _pass = Pass::on(&theirs)?;
             command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
-            self.keyd = Some(spawn(command)?);
+            self.keyd = Some(spawn(command, None)?);
             broker_end = Some(ours);
         }
         let mut command = command("broker");
@@ -154,7 +156,11 @@ impl Parts {
             }
             None => None,
         };
-        self.broker = Some(spawn(command)?);
+        let (ended, life) = pipe2(OFlag::O_CLOEXEC)?;
+        command.args(["--life-fd", &ended.as_raw_fd().to_string()]);
+        let _ended = Pass::on(&ended)?;
+        // The key daemon ends with the broker, whose end of their pair it reads.
+        self.broker = Some(spawn(command, Some(life))?);
         Ok(())
     }
 
@@ -276,13 +282,13 @@ fn command(part: &str) -> Command {
     command
 }
 
-fn spawn(mut command: Command) -> io::Result<Part> {
+fn spawn(mut command: Command, life: Option<OwnedFd>) -> io::Result<Part> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
     command.args(["--ready-fd", &write.as_raw_fd().to_string()]);
     let pass = Pass::on(&write)?;
     let child = command.spawn()?;
     drop(pass);
-    Ok(Part { child, born: Instant::now(), ready: Some(fs::File::from(read)), said: Vec::new() })
+    Ok(Part { child, born: Instant::now(), ready: Some(fs::File::from(read)), said: Vec::new(), _life: life })
 }
 
 /// Writes a line to the state folder's log, which is our standard error.

@@ -1,0 +1,211 @@
+//! One broker for each state folder: started by the first run, shared by all, gone with the last process.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, eventually};
+
+const NOBODY: u32 = 65534;
+
+fn host() -> Host {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    host
+}
+
+fn one(host: &Host, part: &str) -> i32 {
+    let found = |host: &Host| host.daemons().into_iter().find(|(_, name)| name == part).map(|(pid, _)| pid);
+    eventually(&format!("a {part} serves"), || found(host))
+}
+
+fn nothing_is_left(host: &Host) {
+    eventually("supervisor and broker end", || host.daemons().is_empty().then_some(()));
+}
+
+/// A program that is sure to run already.
+fn sleeper(host: &Host) -> Running {
+    let it = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+    it.line("up");
+    it
+}
+
+#[test]
+fn it_ends_with_the_last_process_and_leaves_nothing() {
+    let host = host();
+    let it = sleeper(&host);
+    let place = fs::read_to_string(format!("/proc/{}/environ", it.pid())).unwrap();
+    let socket = place.split('\0').find_map(|v| v.strip_prefix("PORTCULLIS_BROKER=")).unwrap();
+    let socket = std::path::PathBuf::from(socket.rsplit_once(':').unwrap().0);
+    assert!(socket.exists());
+    drop(it);
+    nothing_is_left(&host);
+    eventually("its sockets are gone", || (!socket.parent().unwrap().exists()).then_some(()));
+}
+
+#[test]
+fn it_outlives_the_run_as_long_as_a_daemon_of_its_tree_lives() {
+    let host = host();
+    // Twice forked, in a session of its own, without a descriptor: as daemons do it.
+    let script = "import os\n\
+        if os.fork() == 0:\n    os.setsid()\n    pid = os.fork()\n    if pid:\n        print(pid, flush=True); os._exit(0)\n    \
+        os.closerange(0, 4096)\n    os.execv('/bin/sleep', ['sleep', '1000'])\n\
+        os.wait()";
+    let daemon: i32 =
+        Finished::of(&mut host.run(&["python3", "-c", script])).success().trim().parse().unwrap();
+    assert_eq!(host.daemons().len(), 2, "supervisor and broker");
+    kill(Pid::from_raw(daemon), Signal::SIGKILL).unwrap();
+    nothing_is_left(&host);
+}
+
+#[test]
+fn runs_on_one_folder_share_it() {
+    let host = host();
+    let _first = sleeper(&host);
+    let broker = one(&host, "broker");
+    let _second = sleeper(&host);
+    assert_eq!(host.daemons().len(), 2);
+    assert_eq!(one(&host, "broker"), broker);
+}
+
+#[test]
+fn runs_that_start_at_once_share_it() {
+    let host = host();
+    let all: Vec<Running> = (0..12).map(|_| host.start(&["sh", "-c", "echo up; exec sleep 1000"])).collect();
+    all.iter().for_each(|it| drop(it.line("up")));
+    assert_eq!(host.daemons().len(), 2);
+}
+
+#[test]
+fn runs_that_follow_one_another_closely_all_work() {
+    let host = host();
+    for _ in 0..30 {
+        Finished::of(&mut host.run(&["true"])).success();
+    }
+    nothing_is_left(&host);
+}
+
+#[test]
+fn another_mode_or_policy_is_an_error() {
+    let host = host();
+    let _first = sleeper(&host);
+    let other = Finished::of(&mut host.run_with(&["--mode", "audit"], &["echo", "ran"]));
+    assert_eq!((other.code(), other.stdout.as_str()), (2, ""));
+    assert!(other.stderr.contains("mode `enforce`"), "{}", other.stderr);
+
+    let narrow = host.write("other.pol", "deny *(*, *);\n").display().to_string();
+    let other = Finished::of(&mut host.run_with(&["--policy", &narrow], &["echo", "ran"]));
+    assert_eq!((other.code(), other.stdout.as_str()), (2, ""));
+    assert!(other.stderr.contains("other.pol"), "{}", other.stderr);
+
+    // The same words under another name are the same policy.
+    let same = host.write("same.pol", ALLOW_ALL).display().to_string();
+    let joined =
+        Finished::of(&mut host.run_with(&["--policy", &same, "--mode", "enforce"], &["echo", "ran"]));
+    assert_eq!(joined.success(), "ran\n");
+}
+
+#[test]
+fn nested_runs_join_the_outer_one() {
+    let host = host();
+    let _first = sleeper(&host);
+    let broker = one(&host, "broker");
+    let nested = host.run(&["echo", "inner"]);
+    let mut words = vec![nested.get_program().to_owned()];
+    words.extend(nested.get_args().map(ToOwned::to_owned));
+    assert_eq!(Finished::of(&mut host.run(&words)).success(), "inner\n");
+    assert_eq!(one(&host, "broker"), broker);
+
+    // Also one that names another folder, and nothing is made there.
+    let elsewhere = host.path("elsewhere");
+    let program = portcullis_tests::built::portcullis();
+    let words =
+        [program.to_str().unwrap(), "run", "--state", elsewhere.to_str().unwrap(), "--", "echo", "inner"];
+    assert_eq!(Finished::of(&mut host.run(&words)).success(), "inner\n");
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn a_nested_run_cannot_ask_for_another_mode() {
+    let host = host();
+    let nested = host.run_with(&["--mode", "audit"], &["echo", "inner"]);
+    let mut words = vec![nested.get_program().to_owned()];
+    words.extend(nested.get_args().map(ToOwned::to_owned));
+    let done = Finished::of(&mut host.run(&words));
+    assert_eq!((done.code(), done.stdout.as_str()), (2, ""));
+}
+
+#[test]
+fn a_killed_broker_is_replaced() {
+    let host = host();
+    let _first = sleeper(&host);
+    let broker = one(&host, "broker");
+    kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
+    eventually("another broker serves", || {
+        host.daemons().into_iter().find(|(pid, name)| name == "broker" && *pid != broker)
+    });
+    assert_eq!(Finished::of(&mut host.run(&["echo", "ran"])).success(), "ran\n");
+}
+
+#[test]
+fn a_killed_supervisor_takes_everything_with_it_and_the_next_run_starts_afresh() {
+    let host = host();
+    let _first = sleeper(&host);
+    kill(Pid::from_raw(one(&host, "supervise")), Signal::SIGKILL).unwrap();
+    nothing_is_left(&host);
+    assert_eq!(Finished::of(&mut host.run(&["echo", "ran"])).success(), "ran\n");
+    nothing_is_left(&host);
+}
+
+#[test]
+fn it_works_for_an_ordinary_user() {
+    let host = Host::here().as_user(NOBODY);
+    host.policy(ALLOW_ALL);
+    let it = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+    it.line("up");
+    assert_eq!(Finished::of(&mut host.run(&["id", "-u"])).success(), "65534\n");
+    drop(it);
+    nothing_is_left(&host);
+}
+
+#[test]
+fn a_folder_that_is_somebody_elses_is_refused_by_name() {
+    let host = host();
+    std::os::unix::fs::chown(host.state(), Some(NOBODY), None).unwrap();
+    let done = Finished::of(&mut host.run(&["echo", "ran"]));
+    assert_eq!((done.code(), done.stdout.as_str()), (125, ""));
+    assert!(done.stderr.contains("belongs to uid 65534"), "{}", done.stderr);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_refused_by_name() {
+    let host = Host::here().as_user(NOBODY);
+    host.policy(ALLOW_ALL);
+    fs::set_permissions(host.state(), fs::Permissions::from_mode(0o555)).unwrap();
+    let done = Finished::of(&mut host.run(&["echo", "ran"]));
+    assert_eq!((done.code(), done.stdout.as_str()), (125, ""));
+    assert!(done.stderr.contains("state folder"), "{}", done.stderr);
+}
+
+#[test]
+fn a_broken_policy_is_shown_and_nothing_runs() {
+    let host = Host::here();
+    host.policy("allow ftp(anyone\n");
+    let done = Finished::of(&mut host.run(&["echo", "ran"]));
+    assert_eq!((done.code(), done.stdout.as_str()), (125, ""));
+    assert!(done.stderr.contains("policy.pol:"), "{}", done.stderr);
+    nothing_is_left(&host);
+}
+
+#[test]
+fn without_a_policy_nothing_runs() {
+    let host = Host::here();
+    let done = Finished::of(&mut host.run(&["echo", "ran"]));
+    assert_eq!((done.code(), done.stdout.as_str()), (125, ""));
+    assert!(done.stderr.contains("no policy: give --policy FILE"), "{}", done.stderr);
+    let absent = Finished::of(&mut host.run_with(&["--policy", "/no/such.pol"], &["echo", "ran"]));
+    assert_eq!((absent.code(), absent.stdout.as_str()), (125, ""));
+    assert!(absent.stderr.contains("`/no/such.pol`"), "{}", absent.stderr);
+}
