@@ -1,6 +1,6 @@
 //! Descriptors.
 
-use std::ffi::{c_int, c_uint, c_ulong};
+use std::ffi::{c_int, c_uint, c_ulong, c_void};
 
 use portcullis_shim::{door, fds, gate, hints, shield::fail, shield::returned_int, sys::arg, Errno};
 
@@ -58,6 +58,34 @@ hooks! {
         }
         // SAFETY: no pointers.
         fds::close_stretches(low, high, |a, b| unsafe { redhook::real!(close_range)(a, b, flags) })
+    }
+    fstat => on_fstat: fn(fd: c_int, to: *mut c_void) -> c_int, or -1, {
+        if absent(fd) {
+            return fail(Errno(libc::EBADF));
+        }
+        // SAFETY: fstat(2)'s contract is the caller's.
+        unsafe { redhook::real!(fstat)(fd, to) }
+    }
+    fstat64 => on_fstat64: fn(fd: c_int, to: *mut c_void) -> c_int, or -1, {
+        if absent(fd) {
+            return fail(Errno(libc::EBADF));
+        }
+        // SAFETY: fstat(2)'s contract is the caller's.
+        unsafe { redhook::real!(fstat64)(fd, to) }
+    }
+    __fxstat => on_fxstat: fn(version: c_int, fd: c_int, to: *mut c_void) -> c_int, or -1, {
+        if absent(fd) {
+            return fail(Errno(libc::EBADF));
+        }
+        // SAFETY: fstat(2)'s contract is the caller's.
+        unsafe { redhook::real!(__fxstat)(version, fd, to) }
+    }
+    __fxstat64 => on_fxstat64: fn(version: c_int, fd: c_int, to: *mut c_void) -> c_int, or -1, {
+        if absent(fd) {
+            return fail(Errno(libc::EBADF));
+        }
+        // SAFETY: fstat(2)'s contract is the caller's.
+        unsafe { redhook::real!(__fxstat64)(version, fd, to) }
     }
     closefrom => on_closefrom: fn(low: c_int) -> (), or (), {
         let low = c_uint::try_from(low).unwrap_or(0);
