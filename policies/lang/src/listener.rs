@@ -114,6 +114,7 @@ pub(crate) fn scope(
         process: local.process,
         certificate: local.certificate,
         far: false,
+        no_process: false,
     };
     let wildcard = view.address == Address::Unknown;
     let (mut allowed, mut denied) = (Ranges::default(), Ranges::default());

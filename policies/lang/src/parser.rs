@@ -28,9 +28,15 @@ pub(crate) fn parse(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Item
     let mut parser = Parser::new(text, tokens, errors);
     let mut items = Vec::new();
     while parser.peek().kind != Kind::End {
+        let before = parser.at;
         match parser.item() {
             Ok(item) => items.push(item),
-            Err(Lost) => parser.recover(),
+            Err(Lost) => {
+                if parser.at == before {
+                    parser.take();
+                }
+                parser.recover();
+            }
         }
     }
     items
@@ -167,7 +173,9 @@ impl<'a> Parser<'a> {
                         return;
                     }
                 }
-                Kind::Name if braces == 0 && self.starts_statement(0) => return,
+                Kind::Name if braces == 0 && (self.starts_statement(0) || self.looks_like_statement()) => {
+                    return;
+                }
                 _ => {}
             }
             self.take();
@@ -177,12 +185,19 @@ impl<'a> Parser<'a> {
     /// Whether a statement's keyword, or `name =`, stands there as the first thing on its line.
     fn starts_statement(&self, n: usize) -> bool {
         let token = self.peek_at(n);
-        let first = |t: Token| {
-            let before = self.text.get(..t.span.range().start).unwrap_or("");
-            before.bytes().rev().find(|b| !matches!(b, b' ' | b'\t')).is_none_or(|b| b == b'\n')
-        };
         let keyword = STATEMENTS.contains(&self.slice(token)) || self.peek_at(n + 1).kind == Kind::Equal;
-        token.kind == Kind::Name && keyword && first(token)
+        token.kind == Kind::Name && keyword && self.is_first(token)
+    }
+
+    /// Whether a misspelt keyword stands there as the first thing on its line.
+    fn looks_like_statement(&self) -> bool {
+        let token = self.peek();
+        self.is_first(token) && nearest(self.slice(token), STATEMENTS.into_iter()).is_some()
+    }
+
+    fn is_first(&self, token: Token) -> bool {
+        let before = self.text.get(..token.span.range().start).unwrap_or("");
+        before.bytes().rev().find(|b| !matches!(b, b' ' | b'\t')).is_none_or(|b| b == b'\n')
     }
 
     fn semicolon(&mut self) {
@@ -379,7 +394,14 @@ impl<'a> Parser<'a> {
                         "there are `using LANE`, `related`, `audit`, `expires DATE`, `as NAME`, `because \"…\"`"
                             .to_owned(),
                     );
-                    return self.lost(error);
+                    self.errors.push(error);
+                    // The rule itself is whole, so its names are still checked.
+                    while !matches!(self.peek().kind, Kind::Semicolon | Kind::End)
+                        && !self.starts_statement(0)
+                    {
+                        self.take();
+                    }
+                    return Ok(options);
                 }
             };
             if let Some(first) = again {
@@ -433,11 +455,33 @@ impl<'a> Parser<'a> {
             if self.peek().kind == Kind::End {
                 return self.unexpected("`}` at the end of the test");
             }
-            expectations.push(self.expectation()?);
+            match self.expectation() {
+                Ok(expectation) => expectations.push(expectation),
+                Err(Lost) => self.recover_in_test(),
+            }
         }
         self.take();
         self.accept(Kind::Semicolon);
         Ok(TestItem { name, expectations })
+    }
+
+    /// Goes behind the next `;`, or to the `}` of the test.
+    fn recover_in_test(&mut self) {
+        let mut braces = 0_usize;
+        loop {
+            match self.peek().kind {
+                Kind::End => return,
+                Kind::BraceClose if braces == 0 => return,
+                Kind::BraceClose => braces -= 1,
+                Kind::BraceOpen => braces += 1,
+                Kind::Semicolon => {
+                    self.take();
+                    return;
+                }
+                _ => {}
+            }
+            self.take();
+        }
     }
 
     fn expectation(&mut self) -> Parsed<Expectation> {

@@ -8,7 +8,7 @@ use crate::{
     check::{Checked, Names, Test},
     decision::{Decision, ListenerScope, Region},
     diagnostic::Diagnostics,
-    explain::Explanation,
+    explain::{Explanation, Question},
     facts::{Flow, Party, Side},
     load::{self, LoadError},
     model::{Atom, Rule},
@@ -52,6 +52,14 @@ impl Policy {
     /// Every error of the text, and every failed test.
     pub fn parse(name: &str, text: &str) -> Result<Loaded, Diagnostics> {
         load::parse(name, text)
+    }
+
+    /// Reads and checks a policy without running its tests: for `policy test`, never to be enforced.
+    ///
+    /// # Errors
+    /// As [`Policy::load`].
+    pub fn load_untested(path: &Path) -> Result<Loaded, LoadError> {
+        load::load_untested(path)
     }
 
     pub(crate) fn compile(checked: Checked, sources: Vec<Source>) -> Self {
@@ -111,7 +119,7 @@ impl Policy {
     /// Why a flow is decided as it is, and what would permit it.
     #[must_use]
     pub fn explain(&self, flow: &Flow<'_>) -> Explanation {
-        crate::explain::explain(self, flow)
+        crate::explain::explain(self, &Question::of(flow))
     }
 
     /// Whether some rule has a condition on the address of who opens a flow, so that the source

@@ -140,23 +140,27 @@ pub(crate) fn common_name(name: &str) -> Option<&'static str> {
     })
 }
 
+/// The first name of each port; names that stand for one port only.
+static PORTS: LazyLock<HashMap<(u8, u16), &'static str>> = LazyLock::new(|| {
+    let mut ports = HashMap::new();
+    for line in include_str!("services.txt").lines().filter(|l| !l.starts_with('#')) {
+        let mut words = line.split_whitespace();
+        let Some((protocol, port)) = words.next().and_then(|w| w.split_once('/')) else { continue };
+        let (Some(protocol), Ok(port)) = (self::protocol(protocol), port.parse::<u16>()) else { continue };
+        if let Some(name) = words.next().filter(|n| iana(n).is_some_and(|list| list.len() == 1)) {
+            ports.entry((protocol.0, port)).or_insert(name);
+        }
+    }
+    ports
+});
+
 /// A port as people name it: `smtp` for tcp/25, else `tcp/8123`.
 pub(crate) fn display(protocol: Protocol, port: u16) -> String {
-    let ports = Ports { protocol, low: port, high: port };
-    let found = TABLE
-        .iter()
-        .filter(|(name, list)| list.as_slice() == [ports] && protocol_of(name).is_none())
-        .map(|(name, _)| *name)
-        .min_by_key(|name| (name.len(), *name));
-    match found {
-        Some(name) => name.to_owned(),
+    match PORTS.get(&(protocol.0, port)) {
+        Some(name) => (*name).to_owned(),
         None if protocol.has_ports() => format!("{}/{port}", protocol_name(protocol)),
         None => protocol_name(protocol),
     }
-}
-
-fn protocol_of(name: &str) -> Option<Protocol> {
-    protocol(name)
 }
 
 #[cfg(test)]

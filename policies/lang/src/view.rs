@@ -14,6 +14,9 @@ pub(crate) struct View<'a> {
     pub(crate) certificate: CertificateFact<'a>,
     /// It is the remote end, whose process may be unknown without anything being wrong.
     pub(crate) far: bool,
+    /// Nothing was said of its process: every condition on it is false. Only in tests and on the
+    /// command line.
+    pub(crate) no_process: bool,
 }
 
 impl<'a> View<'a> {
@@ -29,12 +32,13 @@ impl<'a> View<'a> {
             certificate: party.certificate,
             // What is at a loopback address is a process of this host, remote or not.
             far: flow.far == side && !address.is_loopback(),
+            no_process: false,
         }
     }
 
     /// Whether its process is one of this host.
     pub(crate) const fn is_local(&self) -> bool {
-        !matches!(self.process, ProcessFact::Unknown)
+        !self.no_process && !matches!(self.process, ProcessFact::Unknown)
     }
 
     /// How a formula stands.
@@ -126,6 +130,7 @@ impl<'a> View<'a> {
         attested: Option<impl Fn(&CertificateFacts) -> Option<bool>>,
     ) -> Truth {
         let told = match self.process {
+            _ if self.no_process => Some(false),
             ProcessFact::Known(facts) => of_process(facts),
             ProcessFact::UserOnly { uid, user } => of_user(uid, user),
             ProcessFact::Unknown if !self.far => None,

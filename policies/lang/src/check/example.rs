@@ -44,6 +44,7 @@ impl Example {
             process: ProcessFact::Known(&self.process),
             certificate: self.certificate.as_ref().map_or(CertificateFact::None, CertificateFact::Shown),
             far: false,
+            no_process: !self.has_process,
         }
     }
 }
