@@ -123,7 +123,11 @@ impl Place {
     }
 }
 
-fn name_state(option: Option<&Path>) -> Result<PathBuf, PlaceError> {
+/// Which state folder `option` or the environment names; it may not be there yet.
+///
+/// # Errors
+/// [`PlaceError::Nowhere`].
+pub fn name_state(option: Option<&Path>) -> Result<PathBuf, PlaceError> {
     if let Some(path) = option {
         return Ok(path.to_owned());
     }

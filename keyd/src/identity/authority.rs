@@ -86,8 +86,8 @@ pub struct Authority {
     members: Members,
 }
 
-fn make_folder(path: &Path) -> Result<(), IdentityError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+fn make_folder(path: &Path, mode: u32) -> Result<(), IdentityError> {
+    let made = DirBuilder::new().recursive(true).mode(mode).create(path);
     made.map_err(|source| IdentityError::File { path: path.to_owned(), source })
 }
 
@@ -101,7 +101,8 @@ impl Authority {
             return Err(IdentityError::Exists { path: state.to_owned(), domain: there.members.domain });
         }
         let folder = state.join("ca");
-        make_folder(&folder)?;
+        make_folder(state, 0o755)?;
+        make_folder(&folder, 0o700)?;
         if folder.join("root.key").exists() {
             return Err(IdentityError::Exists { path: state.to_owned(), domain });
         }
@@ -217,7 +218,7 @@ impl Authority {
         // On record first: a folder that was written has an entry that can be revoked.
         self.save()?;
 
-        make_folder(out)?;
+        make_folder(out, 0o755)?;
         issuing_key.save(&out.join("issuer.key"))?;
         host_key.save(&out.join("host.key"))?;
         let issuing_pem = issuing.certificate.pem();
