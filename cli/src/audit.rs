@@ -120,7 +120,7 @@ fn note_gap(last: Option<u64>, record: &Record, out: &mut Out) {
 
 fn show(record: &Record, format: Format, out: &mut Out) {
     match format {
-        Format::Json => out.json(record.value()),
+        Format::Json => out.line(record.as_written()),
         Format::Text => {
             let line = record.line(out);
             out.line(line);

@@ -34,7 +34,7 @@ pub fn ps(args: &Args, out: &mut Out) -> u8 {
         }
     };
     match args.format {
-        Format::Json => rows.iter().for_each(|row| out.json(row)),
+        Format::Json => out.json(&rows),
         Format::Text => table(&rows, out),
     }
     0

@@ -147,7 +147,8 @@ fn what(record: &Record) -> Option<String> {
 
 fn rule(record: &Record) -> Option<String> {
     let Some(rule) = record.shown("rule") else {
-        return record.is_refusal().then(|| "Rule: none permits it.".to_owned());
+        let unsaid = record.is_refusal() && record.shown("reason").is_none();
+        return unsaid.then(|| "Rule: none permits it.".to_owned());
     };
     let named = record.shown("rule_name").map_or_else(String::new, |n| format!(" ({n})"));
     let at = record.shown("rule_at").map_or_else(String::new, |at| format!(", at {at}"));
@@ -187,7 +188,6 @@ mod tests {
             [
                 "Who: /usr/bin/curl, process 7, user www\\u{1b}-data, started by /bin/sh.",
                 "What: it wanted to connect to 192.0.2.1:80 over tcp.",
-                "Rule: none permits it.",
                 "No rule permits it."
             ]
         );

@@ -153,7 +153,7 @@ impl Host {
         let mut line = vec![self.binary().into_os_string()];
         line.extend(words.iter().map(Into::into));
         line.extend(["--state".into(), self.state().into_os_string()]);
-        Finished::of(&mut self.plain(&line))
+        Finished::of(self.plain(&line).env("TZ", "UTC"))
     }
 
     /// Starts a wrapped program and leaves it running.
@@ -255,6 +255,16 @@ impl Finished {
     pub fn success(self) -> String {
         assert_eq!(self.status, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
         self.stdout
+    }
+}
+
+impl std::fmt::Display for Finished {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "exit {}\n{}", self.status, self.stdout)?;
+        if !self.stderr.is_empty() {
+            write!(f, "---- on standard error ----\n{}", self.stderr)?;
+        }
+        Ok(())
     }
 }
 

@@ -8,27 +8,37 @@ use crate::output::{Ink, Out, escape};
 
 /// One line of `STATE/audit/*.jsonl`, with the fields that DESIGN names; others are kept as they are.
 #[derive(Clone, Debug)]
-pub struct Record(Value);
+pub struct Record {
+    value: Value,
+    /// As it stands in the log: the order of its fields is meant.
+    text: String,
+}
 
 impl Record {
     /// Reads one line; `None` if it is not a JSON object.
     pub fn parse(line: &str) -> Option<Self> {
-        serde_json::from_str::<Value>(line).ok().filter(Value::is_object).map(Self)
+        let value = serde_json::from_str::<Value>(line).ok().filter(Value::is_object)?;
+        Some(Self { value, text: line.to_owned() })
     }
 
     /// The object itself.
     pub const fn value(&self) -> &Value {
-        &self.0
+        &self.value
+    }
+
+    /// The line of the log.
+    pub fn as_written(&self) -> &str {
+        &self.text
     }
 
     /// A text field, as it was written.
     pub fn text(&self, field: &str) -> Option<&str> {
-        self.0.get(field)?.as_str()
+        self.value.get(field)?.as_str()
     }
 
     /// A text or number field, safe for a terminal.
     pub fn shown(&self, field: &str) -> Option<String> {
-        match self.0.get(field)? {
+        match self.value.get(field)? {
             Value::String(text) => Some(escape(text)),
             Value::Number(number) => Some(number.to_string()),
             _ => None,
@@ -37,7 +47,7 @@ impl Record {
 
     /// Number of the record.
     pub fn seq(&self) -> Option<u64> {
-        self.0.get("seq")?.as_u64()
+        self.value.get("seq")?.as_u64()
     }
 
     /// When it happened.
