@@ -227,6 +227,19 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
     }
 }
 
+/// The smallest rule that would permit exactly this flow, if one can.
+#[must_use]
+pub fn suggest(policy: &Policy, question: &Question<'_>) -> Option<String> {
+    let near = near(question);
+    let process = match question.far {
+        Far::Local([FarProcess::Known(facts), ..]) => ProcessFact::Known(facts),
+        Far::Local([FarProcess::User { uid, name }, ..]) => ProcessFact::UserOnly { uid: *uid, user: name },
+        Far::Local([]) | Far::Remote => ProcessFact::Unknown,
+    };
+    let far = Party { addr: question.far_addr, process, certificate: CertificateFact::None };
+    policy.explain(&flow(question, &near, &far)).permit_with
+}
+
 /// What is left of `region` around `far` when `holes` are not to be in it, as a prefix length over
 /// 128-bit addresses in which IPv4 is mapped ([`portcullis_wire::Addr::key`]). `None`: nothing, `far` is in
 /// a hole itself.

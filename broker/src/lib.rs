@@ -1,8 +1,8 @@
 //! Decides: policy, process context, sessions, audit log.
 //!
-//! One process, one thread, one epoll loop. What is decided is in [`decide`], which is pure; what is
-//! read from or done to the kernel is in the modules under `sys`; [`control`] holds the words that
-//! the `portcullis` command uses with a running broker, and [`audit`] what a line of the log says.
+//! One process, one thread, one epoll loop. What is decided is in `decide`, which is pure; what is
+//! read from or done to the kernel is in the modules in `sys`; [`control`] holds the words that
+//! the `portcullis` command uses with a running broker, and `audit` what a line of the log says.
 //!
 //! The broker is started by the supervisor with its sockets inherited, see [`Config`]. It holds no
 //! key, and as root drops to its own user with `CAP_SYS_PTRACE` and `CAP_DAC_READ_SEARCH` alone.
@@ -12,14 +12,15 @@ pub mod control;
 mod decide;
 mod error;
 mod escape;
-pub mod keyd;
+mod keyd;
 mod process;
+mod serve;
 
 mod settings;
 mod sys;
 mod udp_filter;
 
-use std::{os::fd::OwnedFd, path::PathBuf};
+use std::{io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -66,6 +67,22 @@ pub struct Config {
 /// # Errors
 /// [`BrokerError`], which is also written to `config.ready`.
 pub fn run(config: Config) -> Result<(), BrokerError> {
-    let _ = config;
-    Ok(())
+    let ready = config.ready.as_ref().and_then(|fd| fd.try_clone().ok());
+    match serve::Broker::start(config) {
+        Ok(mut broker) => {
+            drop(ready);
+            broker.serve()
+        }
+        Err(error) => {
+            if let Some(ready) = ready {
+                let mut text = error.to_string();
+                if let Some(source) = std::error::Error::source(&error) {
+                    text = format!("{text}: {source}");
+                }
+                // Nobody may be listening; the error is returned as well.
+                let _ = std::fs::File::from(ready).write_all(format!("{text}\n").as_bytes());
+            }
+            Err(error)
+        }
+    }
 }

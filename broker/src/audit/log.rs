@@ -107,17 +107,27 @@ impl Log {
         self.error.as_deref()
     }
 
+    /// Tries again after an error, by writing down what was lost. `true`: the log can be written.
+    #[must_use]
+    pub fn retry(&mut self, now: u64) -> bool {
+        if self.error.is_some() && self.buffered == 0 {
+            self.format_lost(now);
+        }
+        self.commit()
+    }
+
     /// Takes one line; the number it gets if the next [`Self::commit`] succeeds.
     pub fn push(&mut self, line: &Line<'_>) -> u64 {
         if self.lost_unsaid > 0 && self.buffered == 0 {
-            let lost = [("lost", More::Number(self.lost_unsaid))];
-            let mut gap = Line::bare(line.time, "lost", "broker");
-            let reason = format!("{} records could not be written", self.lost_unsaid);
-            gap.reason = Some(&reason);
-            gap.more = &lost;
-            self.format(&gap);
+            self.format_lost(line.time);
         }
         self.format(line)
+    }
+
+    fn format_lost(&mut self, now: u64) {
+        let lost = [("lost", More::Number(self.lost_unsaid))];
+        let reason = format!("{} records could not be written", self.lost_unsaid);
+        self.format(&Line { reason: Some(&reason), more: &lost, ..Line::bare(now, "lost", "broker") });
     }
 
     fn format(&mut self, line: &Line<'_>) -> u64 {
@@ -155,7 +165,7 @@ impl Log {
             }
             Err(error) => {
                 // The line that says what was lost before is no loss itself.
-                let own = u64::from(self.lost_unsaid > 0);
+                let own = u64::from(self.error.is_some());
                 self.lost += self.buffered - own;
                 self.lost_unsaid += self.buffered - own;
                 self.error = Some(error.to_string());

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::CStr,
-    io, mem,
+    fmt, io, mem,
     num::NonZeroUsize,
     ops::Deref,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -52,10 +52,18 @@ impl Shareable for Ring {
 }
 
 /// One `T` in memory of its own, with the descriptor that others map it by.
-#[derive(Debug)]
 pub struct Shared<T: Shareable> {
     at: NonNull<T>,
     descriptor: OwnedFd,
+}
+
+impl<T: Shareable> fmt::Debug for Shared<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("name", &T::NAME)
+            .field("descriptor", &self.descriptor)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<T: Shareable> Shared<T> {

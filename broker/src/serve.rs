@@ -1,0 +1,338 @@
+//! The running broker: one loop over everything that can happen.
+//!
+//! Each module beside this one adds what the broker does about one thing; what it decides is in
+//! [`crate::decide`].
+
+mod answers;
+mod channels;
+mod datagrams;
+mod far;
+mod flows;
+mod judge;
+mod listeners;
+mod reload;
+mod sessions;
+mod start;
+mod tables;
+
+use std::{
+    collections::{HashMap, HashSet},
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    rc::Rc,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        inotify::Inotify,
+        signal::Signal,
+        signalfd::SignalFd,
+    },
+};
+use portcullis_policy::Policy;
+use portcullis_types::{RuleId, Verdict};
+use portcullis_wire::shared::StatePage;
+
+use crate::{
+    BrokerError, Mode,
+    audit::{Line, Log, More},
+    keyd::{Keepsake, Keyd},
+    process::{Context, Inspector, ProcessKey},
+    settings::{Settings, WhenUnwritable},
+    sys::{
+        diag::{Diag, Endings},
+        local::{Changes, Own},
+        memory::Shared,
+        monotonic,
+        privileges::Spare,
+        proc::ProcDir,
+        realtime,
+    },
+};
+
+/// How long cached verdicts are good after the broker last did something (ARCHITECTURE.md, section 3).
+const LEASE: u64 = 2_000_000_000;
+/// How often rings are looked at while their processes are busy.
+const POLL: Duration = Duration::from_millis(10);
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Doors,
+    Control,
+    Signals,
+    Endings,
+    Addresses,
+    Files,
+    Keyd,
+    Channel(u64),
+    Client(u64),
+    Process(ProcessKey),
+}
+
+/// A process that asked at least once and lives.
+#[derive(Debug)]
+struct Process {
+    pidfd: OwnedFd,
+    at: ProcDir,
+    context: Rc<Context>,
+    memory: Option<tables::Memory>,
+    /// User that its descriptors and memory are counted for.
+    counted: u32,
+    source: u64,
+    /// Nanoseconds since the epoch.
+    since: u64,
+    permitted: u64,
+    refused: u64,
+}
+
+/// The policy in force.
+#[derive(Clone, Debug)]
+struct InForce {
+    policy: Rc<Policy>,
+    generation: u64,
+    /// Nanoseconds since the epoch.
+    since: u64,
+    /// When the next of its rules ends, in seconds since the epoch.
+    expires: Option<u64>,
+}
+
+/// What the loop waits for. Ids are never used again, so a late event finds nothing.
+struct Watch {
+    epoll: Epoll,
+    sources: HashMap<u64, Source>,
+    next: u64,
+}
+
+impl Watch {
+    fn new() -> nix::Result<Self> {
+        Ok(Self { epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?, sources: HashMap::new(), next: 1 })
+    }
+
+    /// An id that nothing has had yet.
+    fn id(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
+    }
+
+    fn add(&mut self, fd: impl AsFd, source: Source) -> nix::Result<u64> {
+        let id = self.id();
+        self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, id))?;
+        self.sources.insert(id, source);
+        Ok(id)
+    }
+
+    /// Stops waiting for something that closes by itself.
+    fn forget(&mut self, source: impl Fn(&Source) -> bool) {
+        self.sources.retain(|_, s| !source(s));
+    }
+
+    fn remove(&mut self, fd: impl AsFd, id: u64) {
+        let _ = self.epoll.delete(fd);
+        self.sources.remove(&id);
+    }
+}
+
+/// See the module.
+pub(crate) struct Broker {
+    mode: Mode,
+    policy_path: PathBuf,
+    settings: Settings,
+    watch: Watch,
+    doors: OwnedFd,
+    control: OwnedFd,
+    signals: SignalFd,
+    files: Option<Inotify>,
+    spare: Spare,
+    log: Log,
+    page: &'static Shared<StatePage>,
+    in_force: Option<InForce>,
+    /// Highest generation that ever was.
+    generation: u64,
+    diagnostic: Option<String>,
+    inspector: Inspector,
+    diag: Diag,
+    endings: Option<Endings>,
+    endings_lost: u64,
+    addresses: Option<Changes>,
+    own: Own,
+    /// Cookie of the broker's network namespace; 0 if the kernel cannot tell.
+    namespace: u64,
+    processes: HashMap<ProcessKey, Process>,
+    by_pid: HashMap<i32, ProcessKey>,
+    users: HashMap<u32, channels::Share>,
+    channels: HashMap<u64, channels::Channel>,
+    clients: HashMap<u64, answers::Client>,
+    /// Processes whose rings are looked at.
+    busy: HashSet<ProcessKey>,
+    sessions: sessions::Sessions,
+    listeners: HashMap<u64, listeners::Listener>,
+    datagrams: datagrams::Datagrams,
+    flows: flows::Flows,
+    holders: far::Holders,
+    keyd: Option<Keyd>,
+    keepsake: Keepsake,
+    last_refusal: Option<u64>,
+    stop: bool,
+    /// Who may use the control socket, beside root.
+    owner: u32,
+}
+
+impl Broker {
+    /// Serves until told to end.
+    pub(crate) fn serve(&mut self) -> Result<(), BrokerError> {
+        let mut events = vec![EpollEvent::empty(); 256];
+        while !self.stop {
+            let wait = self.patience();
+            let got = match self.watch.epoll.wait(&mut events, wait) {
+                Ok(got) => got,
+                Err(Errno::EINTR) => 0,
+                Err(error) => return Err(BrokerError::kernel("epoll_wait")(error)),
+            };
+            self.renew_lease();
+            for event in events.iter().take(got) {
+                self.dispatch(event.data(), event.events());
+            }
+            self.look_at_busy_rings();
+            self.tend_expiry();
+            self.flush_log();
+        }
+        self.end();
+        Ok(())
+    }
+
+    fn dispatch(&mut self, id: u64, events: EpollFlags) {
+        let Some(source) = self.watch.sources.get(&id).copied() else { return };
+        match source {
+            Source::Doors => self.take_doors(),
+            Source::Control => self.take_clients(),
+            Source::Signals => self.take_signals(),
+            Source::Endings => self.take_endings(),
+            Source::Addresses => self.take_addresses(),
+            Source::Files => self.take_file_changes(),
+            Source::Keyd => self.take_keyd(),
+            Source::Channel(channel) => self.take_message(channel),
+            Source::Client(client) => self.take_client(client, events),
+            Source::Process(key) => self.bury(key),
+        }
+    }
+
+    /// How long nothing has to be done unasked.
+    fn patience(&self) -> EpollTimeout {
+        let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
+        let soonest = if self.busy.is_empty() { expiry } else { Some(POLL) };
+        soonest.map_or(EpollTimeout::NONE, |wait| EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX))
+    }
+
+    /// Lets cached verdicts be used for another while; not while they could not be put on record.
+    fn renew_lease(&self) {
+        let until = if self.refuses_for_log() { 0 } else { monotonic().saturating_add(LEASE) };
+        self.page.lease.store(until, Ordering::Relaxed);
+    }
+
+    /// Whether new flows are refused because the log cannot be written.
+    fn refuses_for_log(&self) -> bool {
+        self.log.error().is_some()
+            && self.settings.audit.when_unwritable == WhenUnwritable::Refuse
+            && self.mode == Mode::Enforce
+    }
+
+    fn flush_log(&mut self) {
+        let before = self.log.error().is_some();
+        let _ = self.log.commit();
+        if self.log.error().is_some() != before {
+            self.renew_lease();
+        }
+    }
+
+    fn take_signals(&mut self) {
+        while let Ok(Some(told)) = self.signals.read_signal() {
+            match i32::try_from(told.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok()) {
+                Some(Signal::SIGHUP) => {
+                    let _ = self.reload(); // the outcome is on record
+                }
+                Some(Signal::SIGTERM | Signal::SIGINT) => self.stop = true,
+                _ => {}
+            }
+        }
+    }
+
+    fn take_addresses(&mut self) {
+        if let Some(changes) = &self.addresses {
+            changes.take();
+        }
+        let Ok(now) = Own::read() else { return };
+        if now != self.own {
+            self.own = now;
+            self.clear_tables();
+            self.refit_listeners();
+        }
+    }
+
+    /// Writes what is still in the rings.
+    fn end(&mut self) {
+        let keys: Vec<_> = self.processes.keys().copied().collect();
+        for key in keys {
+            self.drain(key);
+        }
+        self.note("broker", "the broker ends", &[]);
+        self.flush_log();
+        let _ = self.log.sync();
+    }
+
+    /// Writes a record that is about the broker itself.
+    fn note(&mut self, op: &'static str, reason: &str, more: &[(&str, More<'_>)]) {
+        let generation = self.in_force.as_ref().map(|f| f.generation);
+        self.log.push(&Line {
+            reason: Some(reason),
+            generation,
+            more,
+            ..Line::bare(realtime(), op, "broker")
+        });
+    }
+
+    fn generation_in_force(&self) -> u64 {
+        self.in_force.as_ref().map_or(0, |f| f.generation)
+    }
+
+    /// Text and place of a rule in force.
+    fn rule_text(&self, rule: Option<RuleId>) -> Option<RuleText> {
+        let found = self.in_force.as_ref()?.policy.get(rule?)?;
+        Some(RuleText {
+            text: Rc::from(&*found.text),
+            at: Rc::from(format!("{}:{}", found.file, found.line)),
+            name: found.name.as_deref().map(Rc::from),
+        })
+    }
+}
+
+/// A rule as the log shows it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct RuleText {
+    text: Rc<str>,
+    at: Rc<str>,
+    name: Option<Rc<str>>,
+}
+
+/// The word of a verdict in the log.
+const fn word(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Permit => "permit",
+        Verdict::Refuse => "refuse",
+        Verdict::Protect => "protect",
+    }
+}
+
+/// Seconds since the epoch.
+fn now_seconds() -> u64 {
+    realtime() / 1_000_000_000
+}
+
+/// Since when something takes.
+fn elapsed(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,297 @@
+//! The control socket: one JSON object in, one out, see [`crate::control`].
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    rc::Rc,
+};
+
+use jiff::Timestamp;
+use nix::sys::{
+    epoll::{EpollEvent, EpollFlags},
+    socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
+};
+
+use super::{Broker, Source};
+use crate::{
+    control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
+    escape::sentence,
+    process::ProcessKey,
+};
+
+/// Longest request, in bytes.
+const LONGEST: usize = 64 * 1024;
+/// Most clients at once.
+const MOST: usize = 64;
+
+/// One command that asks.
+#[derive(Debug)]
+pub(super) struct Client {
+    socket: OwnedFd,
+    source: u64,
+    heard: Vec<u8>,
+    to_say: Vec<u8>,
+}
+
+impl Broker {
+    pub(super) fn take_clients(&mut self) {
+        while let Ok(number) =
+            accept4(self.control.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
+        {
+            // SAFETY: accept4(2) has just returned it; nobody else has it.
+            #[expect(unsafe_code, reason = "nix returns a number")]
+            let socket = unsafe { OwnedFd::from_raw_fd(number) };
+            let uid = getsockopt(&socket, sockopt::PeerCredentials).map_or(u32::MAX, |c| c.uid());
+            if self.clients.len() >= MOST || (uid != 0 && uid != self.owner) {
+                continue;
+            }
+            let id = self.watch.id();
+            let Ok(source) = self.watch.add(&socket, Source::Client(id)) else { continue };
+            self.clients.insert(id, Client { socket, source, heard: Vec::new(), to_say: Vec::new() });
+        }
+    }
+
+    pub(super) fn take_client(&mut self, id: u64, events: EpollFlags) {
+        let mut lines = Vec::new();
+        let mut alive = !events.intersects(EpollFlags::EPOLLERR);
+        if let Some(client) = self.clients.get_mut(&id)
+            && events.intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLHUP)
+        {
+            alive &= client.listen(&mut lines);
+        }
+        for line in lines {
+            let response = match serde_json::from_slice::<Request>(&line) {
+                Ok(request) => self.answer_command(&request),
+                Err(error) => Response::Error(format!("not a request: {error}")),
+            };
+            if let Some(client) = self.clients.get_mut(&id) {
+                let text = serde_json::to_vec(&response)
+                    .unwrap_or_else(|_| b"{\"error\":\"the answer cannot be written\"}".to_vec());
+                client.to_say.extend(text);
+                client.to_say.push(b'\n');
+            }
+        }
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let more = client.speak();
+        let waits = matches!(more, Ok(true));
+        if more.is_err() || (!alive && !waits) {
+            if let Some(client) = self.clients.remove(&id) {
+                self.watch.remove(&client.socket, client.source);
+            }
+            return;
+        }
+        let mut wanted = if alive { EpollFlags::EPOLLIN } else { EpollFlags::empty() };
+        if waits {
+            wanted |= EpollFlags::EPOLLOUT;
+        }
+        let _ = self.watch.epoll.modify(client.socket.as_fd(), &mut EpollEvent::new(wanted, client.source));
+    }
+
+    fn answer_command(&mut self, request: &Request) -> Response {
+        match request {
+            Request::Flush => {
+                self.drain_all();
+                self.flush_log();
+                Response::Ok(Answer::Flush(self.log.seq()))
+            }
+            Request::Ps => Response::Ok(Answer::Ps(self.rows())),
+            Request::Status => Response::Ok(Answer::Status(Box::new(self.status()))),
+            Request::Reload => match self.reload() {
+                Ok(generation) => Response::Ok(Answer::Reload(generation)),
+                Err(diagnostic) => Response::Error(diagnostic),
+            },
+            Request::Why { seq } => self.why(*seq),
+            Request::Shutdown => {
+                self.drain_all();
+                self.flush_log();
+                self.stop = true;
+                Response::Ok(Answer::Shutdown(self.log.seq()))
+            }
+        }
+    }
+
+    pub(super) fn drain_all(&mut self) {
+        self.take_endings();
+        let keys: Vec<_> = self.processes.keys().copied().collect();
+        for key in keys {
+            self.drain(key);
+        }
+    }
+
+    fn rows(&self) -> Vec<ProcessRow> {
+        let mut keys: Vec<ProcessKey> = self.processes.keys().copied().collect();
+        keys.sort();
+        keys.into_iter().filter_map(|key| self.row(key)).collect()
+    }
+
+    fn row(&self, key: ProcessKey) -> Option<ProcessRow> {
+        let process = self.processes.get(&key)?;
+        let context = Rc::clone(&process.context);
+        let listeners: Vec<ListenerRow> = self
+            .listeners
+            .values()
+            .filter(|l| l.maker == key)
+            .map(|l| ListenerRow {
+                local: l.local.to_string(),
+                scope: l.scope_word().to_owned(),
+                held_by: l.held_by().to_owned(),
+            })
+            .collect();
+        let mut held_by = vec!["shim".to_owned()];
+        if listeners.iter().any(|l| l.held_by == "kernel-filter") {
+            held_by.push("filter".to_owned());
+        }
+        let associations = self
+            .flows
+            .of(key)
+            .map(|(cookie, flow)| AssociationRow {
+                association: format!("{cookie:x}"),
+                session: flow.session.map(|s| format!("{s:x}")),
+                proto: flow.protocol.to_string(),
+                local: flow.local.map(|a| a.to_string()),
+                remote: flow.remote.map(|a| a.to_string()),
+                rule: flow.rule.as_ref().map(|r| sentence(&r.text)),
+                lane: flow.lane.to_string(),
+                assurance: flow.assurance.to_string(),
+                generation: flow.generation,
+            })
+            .collect();
+        Some(ProcessRow {
+            pid: key.pid,
+            start: key.start,
+            exe: context.exe().map(sentence),
+            sha256: context.sha256(),
+            uid: context.facts.uid,
+            user: sentence(&context.facts.user),
+            unit: context.facts.unit.as_deref().map(sentence),
+            cmdline: sentence(&context.facts.cmdline),
+            held_by,
+            since: rfc3339(process.since),
+            associations,
+            listeners,
+            permitted: process.permitted,
+            refused: process.refused,
+        })
+    }
+
+    fn status(&self) -> Status {
+        let mut gaps = Vec::new();
+        match &self.keyd {
+            Some(keyd) if keyd.filters() => {}
+            _ => gaps.push(
+                "no kernel filters: a stranger is closed at accept, and sees that the port is open"
+                    .to_owned(),
+            ),
+        }
+        if self.endings.is_none() {
+            gaps.push("the kernel does not tell when flows end: no byte counts".to_owned());
+        }
+        if self.namespace == 0 {
+            gaps.push(
+                "network namespaces cannot be told apart (Linux 5.14 can): no verdict is cached".to_owned(),
+            );
+        }
+        if self.owner != 0 {
+            gaps.push("without root, processes of other users cannot be looked at".to_owned());
+        }
+        Status {
+            pid: std::process::id().cast_signed(),
+            uid: nix::unistd::geteuid().as_raw(),
+            mode: self.mode,
+            policy: sentence(&self.policy_path.to_string_lossy()),
+            generation: self.generation_in_force(),
+            loaded: self.in_force.as_ref().map(|f| rfc3339(f.since)),
+            diagnostic: self.diagnostic.clone(),
+            processes: self.processes.len(),
+            channels: self.channels.len(),
+            associations: self.flows.len(),
+            audit_seq: self.log.seq(),
+            audit_lost: self.log.lost(),
+            audit_error: self.log.error().map(str::to_owned),
+            closings_lost: self.endings_lost,
+            keyd: self.keyd.is_some(),
+            gaps,
+        }
+    }
+
+    fn why(&self, seq: Option<u64>) -> Response {
+        let Some(seq) = seq.or(self.last_refusal) else {
+            return Response::Error("no refusal is on record".to_owned());
+        };
+        let record =
+            self.log.find(seq).and_then(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
+        let Some(record) = record else {
+            return Response::Error(format!("no record {seq} is in the log"));
+        };
+        let text = |field: &str| record.get(field).and_then(|v| v.as_str()).map(sentence);
+        if text("verdict").is_none_or(|v| v == "permit") {
+            return Response::Error(format!("record {seq} is no refusal"));
+        }
+        let who = text("exe").unwrap_or_else(|| "a program that this host cannot vouch for".to_owned());
+        let user = text("user").unwrap_or_else(|| "?".to_owned());
+        let op = text("op").unwrap_or_default();
+        let what = match op.as_str() {
+            "listen" => format!("become reachable at {}", text("local").unwrap_or_default()),
+            "accept" | "receive" => format!(
+                "{op} at {} from {}",
+                text("local").unwrap_or_default(),
+                text("remote").unwrap_or_else(|| "?".to_owned())
+            ),
+            _ => format!("{op} to {}", text("remote").unwrap_or_else(|| "?".to_owned())),
+        };
+        let proto = text("proto").unwrap_or_default();
+        let mut because = vec![format!("{who} (user {user}) was to {what} ({proto}).")];
+        match (text("rule"), text("rule_at")) {
+            (Some(rule), Some(at)) => because.push(format!("This rule decided, at {at}: {rule}")),
+            (Some(rule), None) => because.push(format!("This rule decided: {rule}")),
+            _ => because.push("No rule permits it.".to_owned()),
+        }
+        because.extend(text("reason").map(|r| format!("Reason: {r}.")));
+        let allow = text("allow");
+        Response::Ok(Answer::Why(Box::new(Why { record, because, allow })))
+    }
+}
+
+impl Client {
+    /// Reads lines. `false`: there will be no more.
+    fn listen(&mut self, lines: &mut Vec<Vec<u8>>) -> bool {
+        let mut block = [0; 4096];
+        loop {
+            match recv(self.socket.as_raw_fd(), &mut block, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => return false,
+                Ok(got) => self.heard.extend(block.get(..got).unwrap_or_default()),
+                Err(nix::Error::EAGAIN) => return true,
+                Err(nix::Error::EINTR) => {}
+                Err(_) => return false,
+            }
+            while let Some(end) = self.heard.iter().position(|b| *b == b'\n') {
+                let rest = self.heard.split_off(end + 1);
+                lines.push(std::mem::replace(&mut self.heard, rest));
+            }
+            if self.heard.len() > LONGEST || lines.len() > 16 {
+                return false;
+            }
+        }
+    }
+
+    /// Writes what is to be said. `Ok(true)`: not all of it went.
+    fn speak(&mut self) -> io::Result<bool> {
+        while !self.to_say.is_empty() {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(self.socket.as_raw_fd(), &self.to_say, flags) {
+                Ok(done) => {
+                    self.to_say.drain(..done);
+                }
+                Err(nix::Error::EAGAIN) => return Ok(true),
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(false)
+    }
+}
+
+fn rfc3339(nanoseconds: u64) -> String {
+    let seconds = i64::try_from(nanoseconds / 1_000_000_000).unwrap_or(0);
+    Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH).to_string()
+}

@@ -1,0 +1,200 @@
+//! Who is at the other end of a flow that stays on this host.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::Read,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
+    rc::Rc,
+};
+
+use portcullis_types::Protocol;
+
+use super::Broker;
+use crate::{
+    decide::FarProcess,
+    process::Context,
+    sys::{diag::Found, monotonic, pidfd_open, proc::ProcDir},
+};
+
+/// How long it is remembered who holds a listening socket, in nanoseconds. Each holder is checked
+/// at each use; only a new one can be missed meanwhile.
+const REMEMBERED: u64 = 1_000_000_000;
+/// Entries after which memory starts anew.
+const MOST: usize = 4096;
+
+/// A far end on this host.
+#[derive(Debug, Default)]
+pub(super) struct FarEnd {
+    /// Its socket; `None` if there is none.
+    pub(super) found: Option<Found>,
+    /// The wrapped processes that hold it.
+    pub(super) known: Vec<Rc<Context>>,
+    /// The name of its user, if it is held by none that is wrapped.
+    pub(super) user: Option<String>,
+}
+
+impl FarEnd {
+    /// As the decision wants it.
+    pub(super) fn processes(&self) -> Vec<FarProcess<'_>> {
+        if !self.known.is_empty() {
+            return self.known.iter().map(|c| FarProcess::Known(&c.facts)).collect();
+        }
+        match (&self.found, &self.user) {
+            (Some(found), Some(name)) => vec![FarProcess::User { uid: found.uid, name }],
+            _ => Vec::new(),
+        }
+    }
+
+    /// As the log shows it.
+    pub(super) fn shown(&self) -> Option<String> {
+        if self.known.is_empty() {
+            let name = crate::escape::sentence(self.user.as_ref()?);
+            return Some(format!("process{{user=\"{name}\"}} (not wrapped)"));
+        }
+        let mut names: Vec<String> = self.known.iter().map(|c| c.principal()).collect();
+        names.dedup();
+        names.truncate(4);
+        Some(names.join(" | "))
+    }
+}
+
+/// Who holds which listening socket: pid and descriptor.
+#[derive(Debug, Default)]
+pub(super) struct Holders(HashMap<u64, (u64, Vec<(i32, i32)>)>);
+
+impl Broker {
+    /// The listener (or datagram socket) that a flow to `to` arrives at.
+    pub(super) fn far_listener(&mut self, protocol: Protocol, to: SocketAddr) -> FarEnd {
+        let to = loopback_for(to);
+        let nobody: IpAddr = match to.ip() {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let Some(found) = self.diag.find(protocol, to, SocketAddr::new(nobody, 0)) else {
+            return FarEnd::default();
+        };
+        let known = self.holders_of(found.inode);
+        self.far_end(found, known)
+    }
+
+    /// The socket at `remote` that is connected to `local` here.
+    pub(super) fn far_client(&mut self, protocol: Protocol, local: SocketAddr, remote: SocketAddr) -> FarEnd {
+        let Some(found) = self
+            .diag
+            .find(protocol, remote, local)
+            .filter(|f| f.remote.port() != 0 || protocol != Protocol::TCP)
+        else {
+            return FarEnd::default();
+        };
+        // A wrapped process had to ask before it connected, with this very socket.
+        let asked = self.flows.get(found.cookie).map(|f| f.context.key);
+        let known = match asked.filter(|_| found.inode != 0) {
+            Some(key) if self.refresh(key, false) && self.holds(key.pid, found.inode) => {
+                self.processes.get(&key).map(|p| Rc::clone(&p.context)).into_iter().collect()
+            }
+            Some(_) => self.holders_of(found.inode),
+            None if protocol == Protocol::TCP => {
+                // Closed already by the one who asked: what was known then still names it.
+                self.flows.get(found.cookie).map(|f| Rc::clone(&f.context)).into_iter().collect()
+            }
+            None => self.holders_of(found.inode),
+        };
+        self.far_end(found, known)
+    }
+
+    fn far_end(&mut self, found: Found, known: Vec<Rc<Context>>) -> FarEnd {
+        let user = known.is_empty().then(|| self.inspector.user(found.uid));
+        FarEnd { found: Some(found), known, user }
+    }
+
+    fn holds(&self, pid: i32, inode: u64) -> bool {
+        ProcDir::open(pid).and_then(|at| at.sockets()).is_ok_and(|all| all.iter().any(|(_, i)| *i == inode))
+    }
+
+    /// The wrapped processes that hold a socket now.
+    fn holders_of(&mut self, inode: u64) -> Vec<Rc<Context>> {
+        if inode == 0 {
+            return Vec::new();
+        }
+        let now = monotonic();
+        let fresh = self.holders.0.get(&inode).filter(|(at, held)| {
+            now.saturating_sub(*at) < REMEMBERED
+                && held.iter().all(|(pid, fd)| ProcDir::open(*pid).is_ok_and(|at| at.holds(*fd, inode)))
+        });
+        let held = match fresh {
+            Some((_, held)) => held.clone(),
+            None => {
+                let held = scan(inode);
+                if self.holders.0.len() >= MOST {
+                    self.holders.0.clear();
+                }
+                self.holders.0.insert(inode, (now, held.clone()));
+                held
+            }
+        };
+        held.into_iter().filter_map(|(pid, _)| self.wrapped(pid, inode)).collect()
+    }
+
+    /// All processes in which the shim is, with their sockets: for a broker that was restarted.
+    pub(super) fn wrapped_processes(&mut self) -> Vec<(Rc<Context>, Vec<(i32, u64)>)> {
+        let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+        let pids: Vec<i32> = all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
+        pids.into_iter()
+            .filter_map(|pid| {
+                let (pidfd, at) = (pidfd_open(pid).ok()?, ProcDir::open(pid).ok()?);
+                let held = at.sockets().ok().filter(|held| !held.is_empty())?;
+                let context = is_wrapped(pid).then(|| self.inspector.read(pid, pidfd.as_fd(), &at))??;
+                Some((Rc::new(context), held))
+            })
+            .collect()
+    }
+
+    /// What is known of a process that holds a socket, if it is wrapped.
+    fn wrapped(&mut self, pid: i32, inode: u64) -> Option<Rc<Context>> {
+        if let Some(key) = self.by_pid.get(&pid).copied()
+            && self.refresh(key, false)
+        {
+            return self.processes.get(&key).map(|p| Rc::clone(&p.context));
+        }
+        // A child that has not asked anything itself yet.
+        let pidfd = pidfd_open(pid).ok()?;
+        let at = ProcDir::open(pid).ok()?;
+        if !is_wrapped(pid) {
+            return None;
+        }
+        let context = self.inspector.read(pid, pidfd.as_fd(), &at)?;
+        at.sockets().ok()?.iter().any(|(_, i)| *i == inode).then(|| Rc::new(context))
+    }
+}
+
+/// Whether the shim is in a process, as far as its mappings tell. What a process could pretend by
+/// this it would only be told the truth about: its facts are the kernel's in any case.
+fn is_wrapped(pid: i32) -> bool {
+    let mut maps = String::new();
+    let read =
+        fs::File::open(format!("/proc/{pid}/maps")).and_then(|f| f.take(1 << 22).read_to_string(&mut maps));
+    read.is_ok()
+        && maps.lines().filter_map(|l| l.split_once('/')).any(|(_, path)| path.contains("portcullis"))
+}
+
+/// All processes that hold a socket, with their descriptor.
+fn scan(inode: u64) -> Vec<(i32, i32)> {
+    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = all.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter_map(|pid| {
+        let held = ProcDir::open(pid).ok()?.sockets().ok()?;
+        held.into_iter().find(|(_, i)| *i == inode).map(|(fd, _)| (pid, fd))
+    })
+    .collect()
+}
+
+/// Where a flow to an unspecified address goes (connect(2) takes it for loopback).
+pub(super) fn loopback_for(to: SocketAddr) -> SocketAddr {
+    match to.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), to.port()),
+        IpAddr::V6(ip) if ip.is_unspecified() => SocketAddr::new(Ipv6Addr::LOCALHOST.into(), to.port()),
+        _ => to,
+    }
+}

@@ -1,0 +1,177 @@
+//! Flows that go on: what became of them when they end, and who is to be asked again after a reload.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    rc::Rc,
+};
+
+use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId};
+use portcullis_wire::Request;
+
+use super::{Broker, RuleText};
+use crate::{
+    audit::{Line, More},
+    process::{Context, ProcessKey},
+    sys::{diag::Ended, realtime},
+};
+
+/// Most flows that are remembered; more are judged and on record, but their end is not.
+const MOST: usize = 1 << 18;
+/// Most endings that wait for the record of their beginning.
+const MOST_LATE: usize = 1 << 14;
+
+/// One flow of a wrapped process.
+#[derive(Clone, Debug)]
+pub(super) struct Flow {
+    pub(super) context: Rc<Context>,
+    pub(super) op: Op,
+    pub(super) protocol: Protocol,
+    pub(super) local: Option<SocketAddr>,
+    pub(super) remote: Option<SocketAddr>,
+    pub(super) rule: Option<RuleText>,
+    pub(super) rule_id: Option<RuleId>,
+    /// The control association it is related to.
+    pub(super) session: Option<u64>,
+    pub(super) lane: Lane,
+    pub(super) assurance: Assurance,
+    pub(super) generation: u64,
+    /// Nanoseconds since the epoch.
+    pub(super) since: u64,
+    /// Number of its record.
+    pub(super) seq: u64,
+}
+
+/// Flows by `SO_COOKIE`.
+#[derive(Debug, Default)]
+pub(super) struct Flows {
+    open: HashMap<u64, Flow>,
+    late: HashMap<u64, Ended>,
+    late_order: VecDeque<u64>,
+}
+
+impl Flows {
+    pub(super) fn open(&mut self, cookie: u64, flow: Flow) {
+        if self.open.len() < MOST || self.open.contains_key(&cookie) {
+            self.open.insert(cookie, flow);
+        }
+    }
+
+    pub(super) fn get(&self, cookie: u64) -> Option<&Flow> {
+        self.open.get(&cookie)
+    }
+
+    pub(super) fn get_mut(&mut self, cookie: u64) -> Option<&mut Flow> {
+        self.open.get_mut(&cookie)
+    }
+
+    pub(super) fn forget(&mut self, cookie: u64) -> Option<Flow> {
+        self.open.remove(&cookie)
+    }
+
+    pub(super) fn cookies(&self) -> Vec<u64> {
+        self.open.keys().copied().collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    pub(super) fn of(&self, key: ProcessKey) -> impl Iterator<Item = (u64, &Flow)> {
+        self.open.iter().filter(move |(_, f)| f.context.key == key).map(|(c, f)| (*c, f))
+    }
+
+    fn keep_late(&mut self, ended: Ended) {
+        while self.late_order.len() >= MOST_LATE {
+            if let Some(oldest) = self.late_order.pop_front() {
+                self.late.remove(&oldest);
+            }
+        }
+        self.late_order.push_back(ended.socket.cookie);
+        self.late.insert(ended.socket.cookie, ended);
+    }
+}
+
+impl Broker {
+    /// Takes word of sockets that ended.
+    pub(super) fn take_endings(&mut self) {
+        let Some(endings) = &mut self.endings else { return };
+        let mut all = Vec::new();
+        let complete = endings.take(|ended| all.push(ended));
+        for ended in all {
+            self.ended(ended);
+        }
+        match complete {
+            Ok(true) => {}
+            Ok(false) => {
+                self.endings_lost += 1;
+                self.sweep_sessions();
+            }
+            Err(_) => self.endings = None,
+        }
+    }
+
+    fn ended(&mut self, ended: Ended) {
+        let cookie = ended.socket.cookie;
+        match self.flows.forget(cookie) {
+            Some(flow) => self.record_close(&flow, &ended),
+            None => self.flows.keep_late(ended),
+        }
+        self.listeners.remove(&cookie);
+        self.session_ended(cookie);
+    }
+
+    /// Closes a flow whose end was told before its beginning was on record.
+    pub(super) fn settle_late(&mut self, cookie: u64) {
+        if let Some(ended) = self.flows.late.remove(&cookie)
+            && let Some(flow) = self.flows.forget(cookie)
+        {
+            self.record_close(&flow, &ended);
+        }
+    }
+
+    fn record_close(&mut self, flow: &Flow, ended: &Ended) {
+        let now = realtime();
+        let (local, remote) = (ended.socket.local, ended.socket.remote);
+        let some = |a: SocketAddr| (a.port() != 0).then_some(a);
+        self.log.push(&Line {
+            process: Some(&flow.context),
+            session: flow.session,
+            protocol: Some(flow.protocol),
+            local: some(local).or(flow.local),
+            remote: some(remote).or(flow.remote),
+            assurance: Some(flow.assurance),
+            verdict: Some("permit"),
+            rule: flow.rule.as_ref().map(|r| &*r.text),
+            lane: Some(flow.lane),
+            association: Some(ended.socket.cookie),
+            generation: Some(flow.generation),
+            more: &[
+                ("of", More::Number(flow.seq)),
+                ("bytes_in", More::Number(ended.bytes_in)),
+                ("bytes_out", More::Number(ended.bytes_out)),
+                ("duration", More::Seconds(now.saturating_sub(flow.since))),
+            ],
+            ..Line::bare(now, "close", "broker")
+        });
+    }
+
+    /// Puts on record that a permitted call failed by itself.
+    pub(super) fn record_outcome(&mut self, key: ProcessKey, request: &Request) {
+        let cookie = self.flows.of(key).find(|(_, f)| f.seq == request.audit_seq).map(|(c, _)| c);
+        if let Some(cookie) = cookie {
+            self.flows.forget(cookie);
+        }
+        let Some(process) = self.processes.get(&key) else { return };
+        let context = Rc::clone(&process.context);
+        let name = std::io::Error::from_raw_os_error(request.errno).to_string();
+        let number = u64::try_from(request.errno).unwrap_or(0);
+        self.log.push(&Line {
+            process: Some(&context),
+            reason: Some(&name),
+            association: cookie,
+            more: &[("of", More::Number(request.audit_seq)), ("errno", More::Number(number))],
+            ..Line::bare(realtime(), "outcome", "shim")
+        });
+    }
+}

@@ -1,0 +1,640 @@
+//! One call: from the frame to the verdict, the record, and what follows from both.
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+};
+
+use ipnet::IpNet;
+use portcullis_policy::{Policy, Side};
+use portcullis_types::{Assurance, Op, Protocol, Verdict};
+use portcullis_wire::{
+    Addr, Flags, Reply, Request,
+    shared::{Entry, Shape},
+};
+
+use super::{
+    Broker, RuleText,
+    far::{FarEnd, loopback_for},
+    flows::Flow,
+    listeners::Scope,
+    now_seconds,
+    sessions::{Control, ticks},
+    word,
+};
+use crate::{
+    Mode,
+    audit::{Line, More},
+    decide::{self, Far, Judgement, Question, around, errno},
+    process::{Context, ProcessKey},
+    sys::{boottime, pidfd_getfd, realtime, socket::Facts},
+};
+
+/// One call to judge, however it came here.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) op: Op,
+    pub(super) protocol: Protocol,
+    pub(super) local: Option<SocketAddr>,
+    pub(super) remote: Option<SocketAddr>,
+    /// The socket and what the kernel says of it.
+    pub(super) socket: Option<(OwnedFd, Facts)>,
+    /// Its descriptor in the process.
+    pub(super) number: i32,
+    /// What brought it here, for the record.
+    pub(super) via: &'static str,
+}
+
+/// What was found out about one call.
+#[derive(Debug)]
+struct Finding {
+    judgement: Judgement,
+    far: Option<FarEnd>,
+    session: Option<Control>,
+    /// How many sessions the process was in at once, if more than one.
+    shared: Option<usize>,
+    /// For listen.
+    scope: Option<Scope>,
+    /// The smallest rule that would permit it.
+    allow: Option<String>,
+}
+
+impl Finding {
+    const fn of(judgement: Judgement) -> Self {
+        Self { judgement, far: None, session: None, shared: None, scope: None, allow: None }
+    }
+}
+
+impl Call {
+    fn facts(&self) -> Option<&Facts> {
+        self.socket.as_ref().map(|(_, facts)| facts)
+    }
+
+    fn cookie(&self) -> Option<u64> {
+        self.facts().map(|f| f.cookie)
+    }
+}
+
+impl Broker {
+    /// Answers a `Judge` frame.
+    pub(super) fn judge_frame(
+        &mut self,
+        key: ProcessKey,
+        request: &Request,
+        attached: Option<OwnedFd>,
+        reply: &mut Reply,
+    ) {
+        let Ok(op) = Op::try_from(request.call) else {
+            reply.errno = libc::EACCES;
+            return self.note("protocol", &format!("call number {} is unknown", request.call), &[]);
+        };
+        let call = self.call_from(key, op, request, attached);
+        self.judge(key, &call, reply);
+    }
+
+    fn call_from(&self, key: ProcessKey, op: Op, request: &Request, attached: Option<OwnedFd>) -> Call {
+        let attached = attached.or_else(|| {
+            let process = self.processes.get(&key).filter(|_| request.fd >= 0)?;
+            pidfd_getfd(process.pidfd.as_fd(), request.fd).ok()
+        });
+        let socket = attached.and_then(|fd| {
+            let facts = Facts::of(fd.as_fd()).ok()?;
+            Some((fd, facts))
+        });
+        let facts = socket.as_ref().map(|(_, facts)| facts);
+        let protocol = facts.map_or_else(|| claimed_protocol(request), |f| f.protocol);
+        let bound = |a: &SocketAddr| a.port() != 0 || !a.ip().is_unspecified();
+        let told_local = request.local.socket_addr();
+        let local = match op {
+            Op::Bind => told_local,
+            _ => facts.and_then(|f| f.local).filter(bound).or(told_local.filter(bound)),
+        };
+        let told_remote = request.remote.socket_addr();
+        let connected = facts.and_then(|f| f.remote);
+        let remote = match op {
+            // Whom the kernel says it is connected to, not whom the program says.
+            Op::Accept => connected.or(told_remote),
+            Op::Bind | Op::Listen | Op::Socket => None,
+            Op::Connect | Op::Send | Op::Receive => told_remote.or(connected),
+        };
+        let canonical = |a: SocketAddr| match a.ip().to_canonical() {
+            IpAddr::V4(ip) => SocketAddr::new(ip.into(), a.port()),
+            IpAddr::V6(_) => a,
+        };
+        Call {
+            op,
+            protocol,
+            local: local.map(canonical),
+            remote: remote.map(canonical),
+            socket,
+            number: request.fd,
+            via: "shim",
+        }
+    }
+
+    /// Judges one call, puts it on record, does what follows, and fills in the answer.
+    pub(super) fn judge(&mut self, key: ProcessKey, call: &Call, reply: &mut Reply) {
+        reply.generation = self.generation_in_force();
+        if !self.refresh(key, false) {
+            reply.errno = errno(call.op);
+            return;
+        }
+        self.drain(key);
+        let Some(context) = self.context_of(key) else { return };
+        let mut finding = self.consider(&context, call);
+        if self.refuses_for_log() && !self.log.retry(realtime()) {
+            let why = self.log.error().unwrap_or("unknown").to_owned();
+            finding = Finding::of(Judgement::refusal(format!("the audit log cannot be written: {why}")));
+        }
+        let permitted = finding.judgement.permitted || self.mode == Mode::Audit;
+        let rule = self.rule_text(finding.judgement.rule);
+        let seq = self.record(&context, call, &finding, rule.as_ref());
+        let written = self.log.commit();
+        self.renew_lease();
+        let permitted = permitted && (written || !self.refuses_for_log());
+        if let Some(process) = self.processes.get_mut(&key) {
+            if permitted { process.permitted += 1 } else { process.refused += 1 }
+        }
+        if written {
+            reply.audit_seq = seq;
+            if !finding.judgement.permitted || finding.judgement.observed.is_some() {
+                self.last_refusal = Some(seq);
+            }
+        }
+        reply.rule = finding.judgement.rule.map_or(u32::MAX, |r| r.0);
+        reply.lane = finding.judgement.lane as u8;
+        reply.assurance = finding.judgement.assurance as u8;
+        if !finding.judgement.permitted && permitted {
+            reply.flags |= Flags::WOULD_REFUSE;
+        }
+        if permitted {
+            self.follow(key, &context, call, &finding, rule, seq, reply);
+        } else {
+            reply.errno = errno(call.op);
+        }
+    }
+
+    /// What the policy, the kernel and the sessions say to one call.
+    fn consider(&mut self, context: &Context, call: &Call) -> Finding {
+        let Some(force) = self.in_force.clone() else {
+            return Finding::of(Judgement::refusal(self.no_policy()));
+        };
+        match call.op {
+            Op::Bind => Finding::of(Judgement {
+                permitted: true,
+                verdict: Verdict::Permit,
+                reason: None,
+                ..Judgement::refusal(String::new())
+            }),
+            Op::Listen => self.consider_listen(context, call),
+            Op::Socket => {
+                let question = self.question(&force.policy, context, call, true, Far::Remote);
+                Finding::of(decide::judge(&force.policy, &question))
+            }
+            Op::Connect | Op::Accept | Op::Send | Op::Receive => {
+                self.consider_flow(&force.policy, context, call)
+            }
+        }
+    }
+
+    fn consider_listen(&mut self, context: &Context, call: &Call) -> Finding {
+        let Some(local) = call.local else {
+            // listen(2) on an unbound socket takes a port of the kernel's choice.
+            let any = SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 0);
+            return self.listening(context, call.protocol, any);
+        };
+        self.listening(context, call.protocol, local)
+    }
+
+    fn listening(&mut self, context: &Context, protocol: Protocol, local: SocketAddr) -> Finding {
+        let listening = self.scope_for(context, protocol, local);
+        if listening.scope == Scope::Nobody {
+            let reason = listening.reason.unwrap_or_default();
+            let allow = self.suggest_inbound(context, protocol, local.port(), local.ip());
+            return Finding { allow, ..Finding::of(Judgement::refusal(reason)) };
+        }
+        let session = listening.sessions.first().cloned();
+        let by_session = session
+            .as_ref()
+            .filter(|_| matches!(&listening.scope, Scope::Some { nets, .. } if nets.is_empty()));
+        let judgement = Judgement {
+            permitted: true,
+            verdict: Verdict::Permit,
+            rule: by_session.and_then(|c| c.rule_id),
+            assurance: if by_session.is_some() { Assurance::Address } else { Assurance::None },
+            reason: None,
+            ..Judgement::refusal(String::new())
+        };
+        let shared = (listening.sessions.len() > 1).then_some(listening.sessions.len());
+        Finding { session, shared, scope: Some(listening.scope), ..Finding::of(judgement) }
+    }
+
+    fn consider_flow(&mut self, policy: &Policy, context: &Context, call: &Call) -> Finding {
+        let outbound = call.op.is_outbound();
+        let Some(remote) = call.remote else {
+            return Finding::of(Judgement::refusal("the far address is not known"));
+        };
+        if call.op == Op::Receive
+            && let Some(cookie) = call.cookie()
+            && self.datagrams.has_asked(cookie, remote)
+        {
+            return Finding::of(Judgement {
+                permitted: true,
+                verdict: Verdict::Permit,
+                assurance: Assurance::Address,
+                reason: Some("an answer to what this socket sent".to_owned()),
+                ..Judgement::refusal(String::new())
+            });
+        }
+        let far = self.far_end_of(call, remote, outbound);
+        let mut judgement = self.ask(policy, context, call, outbound, far.as_ref());
+        let is_datagram = call.protocol != Protocol::TCP;
+        if !judgement.permitted
+            && !judgement.denied
+            && outbound
+            && is_datagram
+            && call.local.is_some_and(|l| l.port() != 0)
+        {
+            // A server's answer: legal if the peer's question was.
+            let answer = self.ask(policy, context, call, false, far.as_ref());
+            if answer.permitted {
+                judgement = Judgement { region: None, ..answer };
+            }
+        }
+        let mut finding = Finding { far, ..Finding::of(judgement) };
+        if !finding.judgement.permitted && !finding.judgement.denied && call.protocol == Protocol::TCP {
+            if let Some(by) = self.related(context, remote, finding.far.as_ref()) {
+                finding.shared = by.shared.then_some(2);
+                finding.judgement = Judgement {
+                    permitted: true,
+                    verdict: Verdict::Permit,
+                    rule: by.control.rule_id,
+                    lane: by.control.lane,
+                    assurance: by.assurance,
+                    reason: Some("related to a control association that lives".to_owned()),
+                    ..Judgement::refusal(String::new())
+                };
+                finding.session = Some(by.control);
+            }
+        }
+        if !finding.judgement.permitted || finding.judgement.observed.is_some() {
+            let processes = finding.far.as_ref().map(FarEnd::processes);
+            let end = processes.as_deref().map_or(Far::Remote, Far::Local);
+            let question = self.question(policy, context, call, outbound, end);
+            finding.allow = decide::suggest(policy, &question);
+        }
+        finding
+    }
+
+    /// The far end, if it is on this host.
+    fn far_end_of(&mut self, call: &Call, remote: SocketAddr, outbound: bool) -> Option<FarEnd> {
+        let here = call.facts().is_none_or(|f| f.namespace == self.namespace || f.namespace == 0);
+        if !here {
+            // Another network namespace: its loopback is another one, of which nothing is known here.
+            return remote.ip().is_loopback().then(FarEnd::default);
+        }
+        if !self.own.has(remote.ip()) {
+            return None;
+        }
+        Some(match (outbound, call.local) {
+            (true, _) | (false, None) => self.far_listener(call.protocol, remote),
+            (false, Some(local)) => self.far_client(call.protocol, local, remote),
+        })
+    }
+
+    fn ask(
+        &self,
+        policy: &Policy,
+        context: &Context,
+        call: &Call,
+        outbound: bool,
+        far: Option<&FarEnd>,
+    ) -> Judgement {
+        let processes = far.map(FarEnd::processes);
+        let end = processes.as_deref().map_or(Far::Remote, Far::Local);
+        decide::judge(policy, &self.question(policy, context, call, outbound, end))
+    }
+
+    fn question<'a>(
+        &self,
+        policy: &Policy,
+        context: &'a Context,
+        call: &Call,
+        outbound: bool,
+        far: Far<'a>,
+    ) -> Question<'a> {
+        let bound = call.local.map(|l| l.ip()).filter(|ip| !ip.is_unspecified());
+        let near = bound.or_else(|| {
+            let asked = outbound && policy.uses_addresses_of(Side::From);
+            call.remote.filter(|_| asked).and_then(source_for)
+        });
+        let service = if outbound { call.remote } else { call.local };
+        Question {
+            outbound,
+            protocol: call.protocol,
+            port: if call.protocol.has_ports() { service.map_or(0, |a| a.port()) } else { 0 },
+            now: now_seconds(),
+            me: &context.facts,
+            near,
+            far_addr: call.remote.map(|r| loopback_for(r).ip()),
+            far,
+        }
+    }
+
+    /// Writes the record of one call into the log's buffer.
+    fn record(&mut self, context: &Context, call: &Call, finding: &Finding, rule: Option<&RuleText>) -> u64 {
+        let judgement = &finding.judgement;
+        let observed = self.rule_text(judgement.observed);
+        let would = (!judgement.permitted && self.mode == Mode::Audit) || observed.is_some();
+        let verdict = if would {
+            "would-refuse"
+        } else if judgement.permitted {
+            word(Verdict::Permit)
+        } else {
+            // What asks for protection that this host cannot give is a refusal.
+            word(Verdict::Refuse)
+        };
+        let shown = finding.far.as_ref().and_then(FarEnd::shown);
+        let shared = finding.shared.map(|n| format!("the process is in {n} or more sessions at once"));
+        let observed_why = observed.as_ref().map(|_| "a rule under audit would refuse it");
+        let parents;
+        let mut more = Vec::with_capacity(8);
+        if let Some(rule) = observed.as_ref().or(rule) {
+            more.push(("rule_at", More::Text(&rule.at)));
+            if let Some(name) = &rule.name {
+                more.push(("rule_name", More::Text(name)));
+            }
+        }
+        if let Some(shared) = &shared {
+            more.push(("shared", More::Text(shared)));
+        }
+        if verdict != "permit" {
+            more.push(("cmdline", More::Text(&context.facts.cmdline)));
+            parents = context
+                .ancestors
+                .iter()
+                .map(|a| a.exe.as_deref().unwrap_or("?"))
+                .collect::<Vec<_>>()
+                .join(" < ");
+            more.push(("parents", More::Text(&parents)));
+            if let Some(allow) = &finding.allow {
+                more.push(("allow", More::Text(allow)));
+            }
+        }
+        self.log.push(&Line {
+            process: Some(context),
+            session: finding.session.as_ref().map(|c| c.cookie),
+            protocol: Some(call.protocol),
+            local: call.local,
+            remote: call.remote,
+            peer: shown.as_deref(),
+            assurance: Some(judgement.assurance),
+            verdict: Some(verdict),
+            rule: observed.as_ref().or(rule).map(|r| &*r.text),
+            reason: observed_why.or(judgement.reason.as_deref()),
+            lane: Some(judgement.lane),
+            association: call.cookie(),
+            generation: self.in_force.as_ref().map(|f| f.generation),
+            more: &more,
+            op: &call.op.to_string(),
+            ..Line::bare(realtime(), "", call.via)
+        })
+    }
+
+    /// What follows from a call that may go on.
+    #[expect(clippy::too_many_arguments, reason = "one place where all of it meets")]
+    fn follow(
+        &mut self,
+        key: ProcessKey,
+        context: &Rc<Context>,
+        call: &Call,
+        finding: &Finding,
+        rule: Option<RuleText>,
+        seq: u64,
+        reply: &mut Reply,
+    ) {
+        let judgement = &finding.judgement;
+        if judgement.permitted
+            && judgement.observed.is_none()
+            && self.cache_region(key, call, finding, rule.as_ref())
+        {
+            reply.flags |= Flags::CACHED;
+        }
+        let Some((socket, facts)) = &call.socket else { return };
+        if call.protocol == Protocol::TCP {
+            match (call.op, &finding.scope) {
+                (Op::Listen, Some(scope)) if self.mode == Mode::Enforce => {
+                    let local = call.local.unwrap_or_else(|| SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 0));
+                    if self.add_listener(key, call.number, facts, local, scope.clone(), socket.as_fd()) {
+                        reply.flags |= Flags::FILTERED;
+                    }
+                }
+                (Op::Connect | Op::Accept, _) => {
+                    self.add_flow(context, call, facts, finding, rule, seq);
+                }
+                _ => {}
+            }
+            return;
+        }
+        let peer = call.remote.filter(|_| call.op.is_outbound());
+        if facts.is_datagram() && matches!(call.op, Op::Bind | Op::Send | Op::Connect) {
+            let filtered = self.fit_datagram(key, call.number, facts, call.local, peer, socket.as_fd());
+            if filtered {
+                reply.flags |= Flags::FILTERED;
+            }
+        }
+    }
+
+    fn add_flow(
+        &mut self,
+        context: &Rc<Context>,
+        call: &Call,
+        facts: &Facts,
+        finding: &Finding,
+        rule: Option<RuleText>,
+        seq: u64,
+    ) {
+        if facts.listening {
+            return; // accept was asked with the listener: the flow's own socket is not known
+        }
+        let judgement = &finding.judgement;
+        if judgement.permitted
+            && judgement.related
+            && let Some(remote) = call.remote
+        {
+            let outbound = call.op == Op::Connect;
+            self.add_session(Control {
+                cookie: facts.cookie,
+                inode: facts.inode,
+                local: call.local.filter(|l| l.port() != 0 && !outbound),
+                remote: loopback_for(remote),
+                since: ticks(boottime()),
+                maker: (context.key, call.number),
+                rule: rule.clone(),
+                rule_id: judgement.rule,
+                lane: judgement.lane,
+                outbound,
+                port: if outbound { remote.port() } else { call.local.map_or(0, |l| l.port()) },
+            });
+        }
+        self.flows.open(
+            facts.cookie,
+            Flow {
+                context: Rc::clone(context),
+                op: call.op,
+                protocol: call.protocol,
+                local: call.local,
+                remote: call.remote,
+                rule,
+                rule_id: judgement.rule,
+                session: finding.session.as_ref().map(|c| c.cookie),
+                lane: judgement.lane,
+                assurance: judgement.assurance,
+                generation: self.generation_in_force(),
+                since: realtime(),
+                seq,
+            },
+        );
+    }
+
+    /// Puts a permit into the process's table, if it depends on nothing that the table cannot tell.
+    fn cache_region(
+        &mut self,
+        key: ProcessKey,
+        call: &Call,
+        finding: &Finding,
+        rule: Option<&RuleText>,
+    ) -> bool {
+        let (Some(force), Some(remote), Some(facts)) = (self.in_force.clone(), call.remote, call.facts())
+        else {
+            return false;
+        };
+        // A process elsewhere may see other hosts under the same addresses.
+        let here = facts.namespace == self.namespace && self.namespace != 0;
+        let cacheable = match call.op {
+            Op::Connect | Op::Accept => call.protocol == Protocol::TCP,
+            // Sending makes a peer one that may answer, which the broker must see.
+            Op::Receive => true,
+            _ => false,
+        };
+        let Some(mut region) = finding.judgement.region.clone().filter(|_| here && cacheable) else {
+            return false;
+        };
+        let outbound = call.op.is_outbound();
+        let Some(context) = self.context_of(key) else { return false };
+        if force.policy.uses_addresses_of(if outbound { Side::From } else { Side::To }) {
+            // The same must hold from (or at) whichever own address the next flow has.
+            let same_family = |ip: &IpAddr| ip.is_ipv4() == remote.is_ipv4();
+            let own: Vec<IpAddr> = self.own.iter().filter(same_family).collect();
+            if own.is_empty() || own.len() > 32 {
+                return false;
+            }
+            for near in own {
+                let mut question = self.question(&force.policy, &context, call, outbound, Far::Remote);
+                question.near = Some(near);
+                let there = decide::judge(&force.policy, &question);
+                let (true, true, Some(other)) =
+                    (there.permitted, there.rule == finding.judgement.rule, there.region)
+                else {
+                    return false;
+                };
+                if other.prefix.prefix_len() > region.prefix.prefix_len() {
+                    region.prefix = other.prefix;
+                }
+                let low = *region.ports.start().max(other.ports.start());
+                let high = *region.ports.end().min(other.ports.end());
+                region.ports = low..=high;
+            }
+        }
+        let Some(prefix) = around(&region, remote.ip(), self.holes()) else { return false };
+        let entry = Entry {
+            shape: Shape { call: call.op as u8, protocol: call.protocol.0, prefix },
+            addr: Addr::from(remote).key(),
+            port_low: *region.ports.start(),
+            port_high: *region.ports.end(),
+            rule: finding.judgement.rule.map_or(u32::MAX, |r| r.0),
+            assurance: finding.judgement.assurance as u8,
+        };
+        self.cache(key, entry, rule.cloned())
+    }
+
+    /// What no cached region may contain: this host, where both ends are known.
+    fn holes(&self) -> Vec<IpNet> {
+        let mut holes: Vec<IpNet> = self.own.iter().map(IpNet::from).collect();
+        for always in ["127.0.0.0/8", "0.0.0.0/8", "::/127"] {
+            holes.extend(always.parse::<IpNet>());
+        }
+        holes
+    }
+
+    /// Why there is no policy to decide by.
+    pub(super) fn no_policy(&self) -> String {
+        let path = crate::escape::sentence(&self.policy_path.to_string_lossy());
+        format!("no policy is in force: `{path}` cannot be used (see `portcullis status`)")
+    }
+
+    /// The rule that would let `remote` reach a listener.
+    pub(super) fn suggest_inbound(
+        &self,
+        context: &Context,
+        protocol: Protocol,
+        port: u16,
+        remote: IpAddr,
+    ) -> Option<String> {
+        let force = self.in_force.as_ref()?;
+        let question = Question {
+            outbound: false,
+            protocol,
+            port,
+            now: now_seconds(),
+            me: &context.facts,
+            near: None,
+            far_addr: Some(remote).filter(|ip| !ip.is_unspecified()),
+            far: Far::Remote,
+        };
+        decide::suggest(&force.policy, &question)
+    }
+
+    /// Judges what goes on already by the generation in force; `None` if it may.
+    pub(super) fn judge_again(&mut self, context: &Context, flow: &Flow) -> Option<Judgement> {
+        let judgement = self.judge_flow(context, flow);
+        (!judgement.permitted).then_some(judgement)
+    }
+
+    /// Judges a flow as if it were to begin now.
+    pub(super) fn judge_flow(&mut self, context: &Context, flow: &Flow) -> Judgement {
+        let call = Call {
+            op: flow.op,
+            protocol: flow.protocol,
+            local: flow.local,
+            remote: flow.remote,
+            socket: None,
+            number: -1,
+            via: "broker",
+        };
+        self.consider(context, &call).judgement
+    }
+}
+
+/// The protocol that a frame without a socket claims.
+fn claimed_protocol(request: &Request) -> Protocol {
+    let kind = i32::from(request.kind);
+    let internet = [libc::AF_INET, libc::AF_INET6].contains(&i32::from(request.domain));
+    match request.protocol {
+        _ if !internet || kind == libc::SOCK_RAW => Protocol::RAW,
+        262 => Protocol::TCP,
+        0 if kind == libc::SOCK_STREAM => Protocol::TCP,
+        0 if kind == libc::SOCK_DGRAM => Protocol::UDP,
+        n => u8::try_from(n).map_or(Protocol::RAW, Protocol),
+    }
+}
+
+/// Which of its addresses this host would use towards `remote`. Nothing is sent by this.
+fn source_for(remote: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = if remote.is_ipv4() { [0, 0, 0, 0].into() } else { [0u16; 8].into() };
+    let probe = UdpSocket::bind((any, 0)).ok()?;
+    // Port 0 cannot be connected to; which one it is does not matter for the route.
+    probe.connect(SocketAddr::new(remote.ip(), remote.port().max(1))).ok()?;
+    Some(probe.local_addr().ok()?.ip()).filter(|ip| !ip.is_unspecified())
+}

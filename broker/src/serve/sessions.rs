@@ -1,0 +1,228 @@
+//! Sessions: control associations on `related` services, and who belongs to them.
+//!
+//! A process belongs to a session if it holds the control association's socket now, or if one of
+//! its ancestors does, below which its branch was born after the association was there. The kernel
+//! is asked each time; what is kept here is only which sockets are controls.
+
+use std::{collections::HashMap, net::SocketAddr, rc::Rc};
+
+use portcullis_types::{Assurance, Lane, Protocol, RuleId};
+
+use super::{Broker, RuleText, far::FarEnd};
+use crate::{
+    process::{Context, ProcessKey},
+    sys::{diag::state, pidfd_getfd, proc::ProcDir, socket::Facts},
+};
+
+/// Clock ticks a second in `/proc` (`USER_HZ`, 100 on all that Linux runs on; proc(5)).
+const NANOSECONDS_PER_TICK: u64 = 10_000_000;
+/// Most controls that are remembered.
+const MOST: usize = 1 << 16;
+
+/// A control association.
+#[derive(Clone, Debug)]
+pub(super) struct Control {
+    pub(super) cookie: u64,
+    pub(super) inode: u64,
+    /// Its own end; `None` until the kernel has chosen it (connect).
+    pub(super) local: Option<SocketAddr>,
+    pub(super) remote: SocketAddr,
+    /// When it was there, in clock ticks since boot.
+    pub(super) since: u64,
+    /// Who accepted or opened it, and by which descriptor.
+    pub(super) maker: (ProcessKey, i32),
+    pub(super) rule: Option<RuleText>,
+    pub(super) rule_id: Option<RuleId>,
+    pub(super) lane: Lane,
+    /// Judged process opened it.
+    pub(super) outbound: bool,
+    /// The service's port.
+    pub(super) port: u16,
+}
+
+/// Sessions that a process is in.
+#[derive(Clone, Debug)]
+pub(super) struct Membership {
+    /// The one that the flow in question belongs to.
+    pub(super) control: Control,
+    /// The process has others at the same time, so that the far side's session is not told apart.
+    pub(super) shared: bool,
+    pub(super) assurance: Assurance,
+}
+
+/// Controls by cookie.
+#[derive(Debug, Default)]
+pub(super) struct Sessions(HashMap<u64, Control>);
+
+impl Sessions {
+    pub(super) fn add(&mut self, control: Control) {
+        if self.0.len() < MOST {
+            self.0.insert(control.cookie, control);
+        }
+    }
+
+    pub(super) fn get(&self, cookie: u64) -> Option<&Control> {
+        self.0.get(&cookie)
+    }
+
+    pub(super) fn forget(&mut self, cookie: u64) {
+        self.0.remove(&cookie);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn cookies(&self) -> Vec<u64> {
+        self.0.keys().copied().collect()
+    }
+}
+
+/// Start of the clock tick that `boot` nanoseconds since boot are in.
+pub(super) const fn ticks(boot: u64) -> u64 {
+    boot / NANOSECONDS_PER_TICK
+}
+
+impl Broker {
+    /// Controls of the sessions that a process is in, dead ones left out.
+    pub(super) fn sessions_of(&mut self, context: &Context) -> Vec<Control> {
+        if self.sessions.is_empty() {
+            return Vec::new();
+        }
+        let mut found: Vec<Control> = Vec::new();
+        let mut born = u64::MAX; // the asker itself needs no birthday
+        let branch = std::iter::once(context.key).chain(context.ancestors.iter().map(|a| a.key));
+        for key in branch {
+            let held = sockets_of(key);
+            for control in self.sessions.0.values() {
+                if held.contains(&control.inode)
+                    && born >= control.since
+                    && found.iter().all(|c| c.cookie != control.cookie)
+                {
+                    found.push(control.clone());
+                }
+            }
+            born = key.start;
+        }
+        found.retain_mut(|control| self.is_live(control));
+        found
+    }
+
+    /// Whether a control is established still; finds out its own address on the way.
+    fn is_live(&mut self, control: &mut Control) -> bool {
+        let local = match control.local {
+            Some(local) => local,
+            None => {
+                let Some(local) = self.local_end(control) else { return false };
+                control.local = Some(local);
+                if let Some(kept) = self.sessions.0.get_mut(&control.cookie) {
+                    kept.local = Some(local);
+                }
+                local
+            }
+        };
+        self.diag
+            .find(Protocol::TCP, local, control.remote)
+            .is_some_and(|f| f.cookie == control.cookie && f.state == state::ESTABLISHED)
+    }
+
+    fn local_end(&mut self, control: &Control) -> Option<SocketAddr> {
+        let (key, number) = control.maker;
+        let direct = self.processes.get(&key).and_then(|p| {
+            let socket = pidfd_getfd(std::os::fd::AsFd::as_fd(&p.pidfd), number).ok()?;
+            let facts = Facts::of(std::os::fd::AsFd::as_fd(&socket)).ok()?;
+            (facts.cookie == control.cookie).then_some(facts.local).flatten()
+        });
+        direct.or_else(|| {
+            let all = self.diag.all(Protocol::TCP, 1 << state::ESTABLISHED).ok()?;
+            all.into_iter().find(|f| f.cookie == control.cookie).map(|f| f.local)
+        })
+    }
+
+    /// The session by which a process may exchange a related flow with `remote`, if it is in one.
+    pub(super) fn related(
+        &mut self,
+        context: &Context,
+        remote: SocketAddr,
+        far: Option<&FarEnd>,
+    ) -> Option<Membership> {
+        let mine = self.sessions_of(context);
+        let ip = remote.ip().to_canonical();
+        let shared = mine.len() > 1;
+        for control in mine {
+            if control.remote.ip().to_canonical() != ip {
+                continue;
+            }
+            let Some(far) = far else {
+                return Some(Membership { control, shared, assurance: Assurance::Address });
+            };
+            if self.is_far_session(&control, far) {
+                return Some(Membership { control, shared, assurance: Assurance::Kernel });
+            }
+        }
+        None
+    }
+
+    /// Whether a far end on this host belongs to the session at the control's other end.
+    fn is_far_session(&mut self, control: &Control, far: &FarEnd) -> bool {
+        let Some(local) = control.local else { return false };
+        let Some(other) = self.diag.find(Protocol::TCP, control.remote, local) else { return false };
+        if far.known.is_empty() {
+            // Not wrapped: known by its user only, at both ends of the comparison.
+            return far.found.is_some_and(|f| f.uid == other.uid);
+        }
+        far.known.iter().any(|context| {
+            let held = sockets_of(context.key);
+            held.contains(&other.inode)
+                || self.sessions.0.get(&other.cookie).is_some_and(|c| {
+                    let mut born = context.key.start;
+                    context.ancestors.iter().any(|a| {
+                        let in_it = born >= c.since && sockets_of(a.key).contains(&c.inode);
+                        born = a.key.start;
+                        in_it
+                    })
+                })
+        })
+    }
+
+    /// Notes a control association.
+    pub(super) fn add_session(&mut self, control: Control) {
+        self.sessions.add(control);
+    }
+
+    /// Closes what a control association opened.
+    pub(super) fn session_ended(&mut self, cookie: u64) {
+        if self.sessions.get(cookie).is_some() {
+            self.sessions.forget(cookie);
+            self.close_listeners_of(cookie);
+        }
+    }
+
+    /// Looks which controls have ended, after word of some was lost.
+    pub(super) fn sweep_sessions(&mut self) {
+        let Ok(all) = self.diag.all(Protocol::TCP, u32::MAX) else { return };
+        let there: std::collections::HashSet<u64> = all.iter().map(|f| f.cookie).collect();
+        for cookie in self.sessions.cookies() {
+            if !there.contains(&cookie) {
+                self.session_ended(cookie);
+            }
+        }
+    }
+
+    /// Name of a session as records and `ps` show it.
+    pub(super) fn context_of(&self, key: ProcessKey) -> Option<Rc<Context>> {
+        self.processes.get(&key).map(|p| Rc::clone(&p.context))
+    }
+}
+
+/// Inodes of the sockets that a process holds; none if it is gone or may not be looked at.
+fn sockets_of(key: ProcessKey) -> Vec<u64> {
+    let Ok(at) = ProcDir::open(key.pid) else { return Vec::new() };
+    let held = at.sockets().unwrap_or_default();
+    // Only now: if the folder is still this process's, it was all along.
+    if at.birth().is_ok_and(|b| b.start == key.start) {
+        held.into_iter().map(|(_, i)| i).collect()
+    } else {
+        Vec::new()
+    }
+}
