@@ -1,0 +1,246 @@
+//! One handshake over byte buffers: rustls, fed one record at a time, so that nothing after the handshake is
+//! taken from the stream. No sockets here.
+
+use std::mem;
+
+use rustls::{
+    CommonState, Error,
+    client::UnbufferedClientConnection,
+    pki_types::{CertificateDer, ServerName},
+    server::UnbufferedServerConnection,
+    unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
+};
+
+use crate::{
+    hello,
+    record::{Bad, HEADER, LARGEST, Records, Schedule},
+    sides::{CONFIRM, ClientSide, ServerSide},
+};
+
+/// What both ends agreed on, and whom they showed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub struct Established {
+    /// The peer's chain as it was verified, leaf first.
+    pub certificates: Vec<CertificateDer<'static>>,
+    /// Cipher suite by its IANA name.
+    pub cipher: String,
+    /// Key exchange by its IANA name.
+    pub kex: String,
+}
+
+/// Where a handshake stands.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Progress {
+    /// The peer must send more.
+    Waiting,
+    /// Keys are agreed; [`Handshake::finish`] is next, once all output is sent.
+    Done,
+}
+
+enum Connection {
+    Client(Box<UnbufferedClientConnection>),
+    /// Which configuration serves depends on the ClientHello.
+    Asked(ServerSide),
+    Server(Box<UnbufferedServerConnection>),
+}
+
+pub(crate) struct Handshake {
+    connection: Connection,
+    incoming: Vec<u8>,
+    /// So much of `incoming` is whole records that rustls may see.
+    visible: usize,
+    /// What waits to be sent.
+    pub(crate) outgoing: Vec<u8>,
+}
+
+/// All that remains of a handshake.
+pub(crate) struct Finished {
+    pub(crate) records: Records,
+    pub(crate) established: Established,
+    /// What came after the handshake, still sealed.
+    pub(crate) rest: Vec<u8>,
+    /// Whether the accepting end says when its verdict is in.
+    pub(crate) confirm: bool,
+}
+
+/// What one call into rustls asked for.
+enum Asked {
+    Again,
+    More,
+    Traffic,
+    Failed(Error),
+}
+
+impl Handshake {
+    pub(crate) fn client(side: &ClientSide, name: ServerName<'static>) -> Result<Self, Error> {
+        let connection = UnbufferedClientConnection::new(side.config(), name)?;
+        Ok(Self::new(Connection::Client(Box::new(connection))))
+    }
+
+    pub(crate) fn server(side: ServerSide) -> Self {
+        Self::new(Connection::Asked(side))
+    }
+
+    fn new(connection: Connection) -> Self {
+        Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new() }
+    }
+
+    /// Takes what the peer sent.
+    pub(crate) fn receive(&mut self, bytes: &[u8]) {
+        self.incoming.extend_from_slice(bytes);
+    }
+
+    /// Goes on as far as what was received allows.
+    ///
+    /// # Errors
+    /// When the handshake has failed; the alert for the peer is then in `outgoing`.
+    pub(crate) fn advance(&mut self) -> Result<Progress, Error> {
+        loop {
+            match self.step() {
+                Asked::Again => {}
+                Asked::Traffic if self.state().is_some_and(|state| !state.is_handshaking()) => {
+                    return Ok(Progress::Done);
+                }
+                Asked::More | Asked::Traffic => {
+                    let Some(length) = next_record(self.incoming.get(self.visible..).unwrap_or_default())
+                    else {
+                        return Ok(Progress::Waiting);
+                    };
+                    self.visible += length;
+                }
+                Asked::Failed(error) => {
+                    // The alert is given out first. Not one call more: rustls would look for the rest of
+                    // a message in bytes that it has let go.
+                    while self.state().is_some_and(CommonState::wants_write) {
+                        if !matches!(self.step(), Asked::Again) {
+                            break;
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn step(&mut self) -> Asked {
+        if let Connection::Asked(side) = &self.connection {
+            if self.visible == 0 {
+                return Asked::More;
+            }
+            let confirm = hello::offers_confirm(&self.incoming);
+            match UnbufferedServerConnection::new(side.config(confirm)) {
+                Ok(connection) => self.connection = Connection::Server(Box::new(connection)),
+                Err(error) => return Asked::Failed(error),
+            }
+        }
+        let seen = self.incoming.get_mut(..self.visible).unwrap_or_default();
+        let (discard, asked) = match &mut self.connection {
+            Connection::Client(client) => answer(client.process_tls_records(seen), &mut self.outgoing),
+            Connection::Server(server) => answer(server.process_tls_records(seen), &mut self.outgoing),
+            Connection::Asked(_) => (0, Asked::More),
+        };
+        let discard = discard.min(self.visible);
+        self.incoming.drain(..discard);
+        self.visible -= discard;
+        asked
+    }
+
+    fn state(&self) -> Option<&CommonState> {
+        match &self.connection {
+            Connection::Client(client) => Some(client),
+            Connection::Server(server) => Some(server),
+            Connection::Asked(_) => None,
+        }
+    }
+
+    /// Turns a handshake that is `Done` into the association's records.
+    ///
+    /// # Errors
+    /// When it is not done, or the provider's keys are none that we know.
+    pub(crate) fn finish(mut self) -> Result<Finished, Error> {
+        let state = self.state().ok_or(Error::HandshakeNotComplete)?;
+        let certificates = state.peer_certificates().unwrap_or_default();
+        let certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
+        let suite = state.negotiated_cipher_suite().ok_or(Error::HandshakeNotComplete)?;
+        let group = state.negotiated_key_exchange_group().ok_or(Error::HandshakeNotComplete)?;
+        let established = Established {
+            certificates,
+            cipher: iana(format!("{:?}", suite.suite())),
+            kex: format!("{:?}", group.name()),
+        };
+        let confirm = state.alpn_protocol() == Some(CONFIRM);
+        if self.visible != 0 {
+            return Err(Error::HandshakeNotComplete);
+        }
+        let rest = mem::take(&mut self.incoming);
+        let (secrets, schedule) = match self.connection {
+            Connection::Client(client) => {
+                let (secrets, kernel) = client.dangerous_into_kernel_connection()?;
+                (secrets, Schedule::Client(kernel))
+            }
+            Connection::Server(server) => {
+                let (secrets, kernel) = server.dangerous_into_kernel_connection()?;
+                (secrets, Schedule::Server(kernel))
+            }
+            Connection::Asked(_) => return Err(Error::HandshakeNotComplete),
+        };
+        let records = Records::new(secrets.tx, secrets.rx, schedule)
+            .map_err(|Bad(_)| Error::General("keys of an unknown kind".into()))?;
+        Ok(Finished { records, established, rest, confirm })
+    }
+}
+
+/// rustls writes `TLS13_`, the registry `TLS_`.
+fn iana(name: String) -> String {
+    name.strip_prefix("TLS13_").map_or(name.clone(), |rest| format!("TLS_{rest}"))
+}
+
+/// Handles one status: output is appended to `out`.
+fn answer<Data>(status: UnbufferedStatus<'_, '_, Data>, out: &mut Vec<u8>) -> (usize, Asked) {
+    let asked = match status.state {
+        Err(error) => Asked::Failed(error),
+        Ok(ConnectionState::EncodeTlsData(mut encode)) => {
+            let mut written = Ok(0);
+            let start = out.len();
+            // The first call says how much room is needed.
+            if let Err(EncodeError::InsufficientSize(size)) = encode.encode(&mut []) {
+                out.resize(start + size.required_size, 0);
+                written = encode.encode(out.get_mut(start..).unwrap_or_default());
+            }
+            match written {
+                Ok(length) => {
+                    out.truncate(start + length);
+                    Asked::Again
+                }
+                Err(error) => Asked::Failed(Error::General(error.to_string())),
+            }
+        }
+        Ok(ConnectionState::TransmitTlsData(transmit)) => {
+            transmit.done();
+            Asked::Again
+        }
+        Ok(ConnectionState::BlockedHandshake) => Asked::More,
+        Ok(ConnectionState::WriteTraffic(_)) => Asked::Traffic,
+        // Early data is not offered, and traffic is not fed.
+        Ok(_) => Asked::Failed(Error::General("traffic within the handshake".into())),
+    };
+    (status.discard, asked)
+}
+
+/// The length of the first record in `bytes`, header included, or `None` when it is not whole.
+///
+/// What can be no record is given to rustls as it is, which finds the right alert.
+fn next_record(bytes: &[u8]) -> Option<usize> {
+    let [kind, major, _, high, low, ..] = bytes else {
+        return match bytes {
+            [kind, ..] if !(20..=23).contains(kind) => Some(bytes.len()),
+            _ => None,
+        };
+    };
+    let length = HEADER + usize::from(u16::from_be_bytes([*high, *low]));
+    if !(20..=23).contains(kind) || *major != 3 || length > LARGEST {
+        return Some(bytes.len());
+    }
+    (bytes.len() >= length).then_some(length)
+}

@@ -1,0 +1,289 @@
+//! The record layer once keys are known (RFC 8446, section 5): pure, on the caller's buffers, in place.
+//!
+//! rustls shakes hands and keeps the key schedule; sealing and opening is here, because that is where the
+//! bytes are: a batch is read, sealed where it lies, and written, without a copy in between.
+
+use rustls::{
+    ConnectionTrafficSecrets, ContentType,
+    client::ClientConnectionData,
+    crypto::cipher::{AeadKey, Iv},
+    kernel::KernelConnection,
+    server::ServerConnectionData,
+};
+
+use crate::provider::aead::{
+    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+};
+
+/// Header: type, legacy version, length (RFC 8446, section 5.2).
+pub(crate) const HEADER: usize = 5;
+/// Largest plaintext of one record (section 5.1).
+pub(crate) const PLAIN: usize = 1 << 14;
+/// Authentication tag of all three suites (RFC 5116, section 5.1; RFC 8439, section 2.8).
+const TAG: usize = 16;
+/// What a record that we seal has beyond its plaintext: header, inner type, tag.
+pub(crate) const OVERHEAD: usize = HEADER + 1 + TAG;
+/// A full record that we seal.
+pub(crate) const FULL: usize = PLAIN + OVERHEAD;
+/// Largest protected payload that a peer may send (section 5.2).
+const CIPHER: usize = PLAIN + 256;
+/// Largest record of a peer, header included.
+pub(crate) const LARGEST: usize = HEADER + CIPHER;
+/// Keys are changed before this many records: 2^24, rustls's limit for AES-GCM (section 5.5 allows 2^24.5).
+const REKEY: u64 = (1 << 24) - 1024;
+/// Longest handshake message that is put together from pieces after the handshake: a ticket fits.
+const LONGEST_MESSAGE: usize = 1 << 16;
+
+/// Post-handshake message types (RFC 8446, section 4).
+const NEW_SESSION_TICKET: u8 = 4;
+const KEY_UPDATE: u8 = 24;
+
+/// Alerts that this layer sends (RFC 8446, section 6).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub(crate) enum Alert {
+    CloseNotify = 0,
+    UnexpectedMessage = 10,
+    BadRecordMac = 20,
+    RecordOverflow = 22,
+    DecodeError = 50,
+    AccessDenied = 49,
+    InternalError = 80,
+}
+
+impl Alert {
+    /// The alert with this code, as far as this layer sends it.
+    pub(crate) fn of(code: u8) -> Self {
+        let ours = [Self::UnexpectedMessage, Self::BadRecordMac, Self::RecordOverflow, Self::DecodeError];
+        ours.into_iter().find(|alert| *alert as u8 == code).unwrap_or(Self::InternalError)
+    }
+}
+
+/// Why a peer's record ends its association.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Bad(pub(crate) Alert);
+
+/// What a peer's record held, and where in the buffer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Opened {
+    /// Bytes for the program, this many from the start of the payload; zero is legal.
+    Data(usize),
+    /// The peer's side is complete.
+    CloseNotify,
+    /// The peer ends the association, with this alert.
+    Fatal(u8),
+    /// Taken care of; `reply` asks for [`Records::key_update`].
+    Handled { reply: bool },
+}
+
+/// One direction's key, nonce and count.
+struct Key {
+    key: LessSafeKey,
+    iv: [u8; 12],
+    sequence: u64,
+}
+
+impl Key {
+    fn new((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Self, Bad> {
+        let make = |algorithm: &'static Algorithm, key: &AeadKey, iv: &Iv| {
+            let bytes = key.as_ref().get(..algorithm.key_len())?;
+            let key = LessSafeKey::new(UnboundKey::new(algorithm, bytes).ok()?);
+            Some(Self { key, iv: iv.as_ref().try_into().ok()?, sequence })
+        };
+        match &secrets {
+            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => make(&AES_128_GCM, key, iv),
+            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => make(&AES_256_GCM, key, iv),
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => make(&CHACHA20_POLY1305, key, iv),
+            _ => None,
+        }
+        .ok_or(Bad(Alert::InternalError))
+    }
+
+    /// The next record's nonce (section 5.3). A count never repeats under one key.
+    fn nonce(&mut self) -> Result<Nonce, Bad> {
+        let mut nonce = self.iv;
+        for (byte, count) in nonce.iter_mut().skip(4).zip(self.sequence.to_be_bytes()) {
+            *byte ^= count;
+        }
+        self.sequence = self.sequence.checked_add(1).ok_or(Bad(Alert::InternalError))?;
+        Ok(Nonce::assume_unique_for_key(nonce))
+    }
+}
+
+/// Where new keys come from when either end asks for them.
+pub(crate) enum Schedule {
+    Client(KernelConnection<ClientConnectionData>),
+    Server(KernelConnection<ServerConnectionData>),
+}
+
+/// Both directions of one association.
+pub(crate) struct Records {
+    seal: Key,
+    open: Key,
+    schedule: Box<Schedule>,
+    /// A handshake message of which only a part has come.
+    message: Vec<u8>,
+}
+
+impl Records {
+    pub(crate) fn new(
+        seal: (u64, ConnectionTrafficSecrets),
+        open: (u64, ConnectionTrafficSecrets),
+        schedule: Schedule,
+    ) -> Result<Self, Bad> {
+        Ok(Self {
+            seal: Key::new(seal)?,
+            open: Key::new(open)?,
+            schedule: Box::new(schedule),
+            message: Vec::new(),
+        })
+    }
+
+    /// Seals one record of application data where it lies.
+    ///
+    /// `record` is header, plaintext, then room for type and tag: [`OVERHEAD`] more than the plaintext.
+    pub(crate) fn seal(&mut self, record: &mut [u8]) -> Result<(), Bad> {
+        self.seal_as(ContentType::ApplicationData, record)
+    }
+
+    fn seal_as(&mut self, kind: ContentType, record: &mut [u8]) -> Result<(), Bad> {
+        let fault = Bad(Alert::InternalError);
+        let (header, payload) = record.split_first_chunk_mut::<HEADER>().ok_or(fault)?;
+        let length = u16::try_from(payload.len()).map_err(|_| fault)?;
+        let [high, low] = length.to_be_bytes();
+        *header = [u8::from(ContentType::ApplicationData), 3, 3, high, low];
+        let (inner, tag) = payload.split_last_chunk_mut::<TAG>().ok_or(fault)?;
+        *inner.last_mut().ok_or(fault)? = u8::from(kind);
+        let nonce = self.seal.nonce()?;
+        let sealed = self.seal.key.seal_in_place_separate_tag(nonce, Aad::from(*header), inner);
+        tag.copy_from_slice(sealed.map_err(|_| fault)?.as_ref());
+        Ok(())
+    }
+
+    /// Appends a small record of its own to `out`.
+    fn append(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) -> Result<(), Bad> {
+        let start = out.len();
+        out.extend_from_slice(&[0; HEADER]);
+        out.extend_from_slice(content);
+        out.resize(out.len() + 1 + TAG, 0);
+        let record = out.get_mut(start..).ok_or(Bad(Alert::InternalError))?;
+        self.seal_as(kind, record)
+    }
+
+    /// Appends an alert: `close_notify` as a warning, all others fatal.
+    pub(crate) fn alert(&mut self, alert: Alert, out: &mut Vec<u8>) -> Result<(), Bad> {
+        let level = if alert == Alert::CloseNotify { 1 } else { 2 };
+        self.append(ContentType::Alert, &[level, alert as u8], out)
+    }
+
+    /// Appends an empty record, which carries nothing to the program (section 5.1 allows it).
+    pub(crate) fn empty(&mut self, out: &mut Vec<u8>) -> Result<(), Bad> {
+        self.append(ContentType::ApplicationData, &[], out)
+    }
+
+    /// Whether so many records were sealed under one key that it must change.
+    pub(crate) fn key_is_worn(&self) -> bool {
+        self.seal.sequence >= REKEY
+    }
+
+    /// Appends a KeyUpdate that asks for none in return, and seals under the next key from here on.
+    pub(crate) fn key_update(&mut self, out: &mut Vec<u8>) -> Result<(), Bad> {
+        self.append(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0], out)?;
+        let next = match &mut *self.schedule {
+            Schedule::Client(kernel) => kernel.update_tx_secret(),
+            Schedule::Server(kernel) => kernel.update_tx_secret(),
+        };
+        self.seal = Key::new(next.map_err(|_| Bad(Alert::InternalError))?)?;
+        Ok(())
+    }
+
+    /// Opens one record where it lies: `header` and `payload` as [`whole`] found them.
+    pub(crate) fn open(&mut self, header: [u8; HEADER], payload: &mut [u8]) -> Result<Opened, Bad> {
+        let nonce = self.open.nonce()?;
+        let opened = self.open.key.open_in_place(nonce, Aad::from(header), payload);
+        let inner = opened.map_err(|_| Bad(Alert::BadRecordMac))?;
+        if inner.len() > PLAIN + 1 {
+            return Err(Bad(Alert::RecordOverflow));
+        }
+        // Padding is zeros after the type (section 5.4); all zeros is a record without type.
+        let end = inner.iter().rposition(|byte| *byte != 0).ok_or(Bad(Alert::UnexpectedMessage))?;
+        let (content, rest) = inner.split_at(end);
+        let kind = rest.first().copied().map(ContentType::from);
+        match kind {
+            Some(ContentType::ApplicationData) if self.message.is_empty() => Ok(Opened::Data(end)),
+            Some(ContentType::Alert) if self.message.is_empty() => match content {
+                [_, 0] => Ok(Opened::CloseNotify),
+                // RFC 8446, section 6: every other alert is fatal, whatever its level says.
+                [_, code] => Ok(Opened::Fatal(*code)),
+                _ => Err(Bad(Alert::DecodeError)),
+            },
+            Some(ContentType::Handshake) if !content.is_empty() => {
+                self.message.extend_from_slice(content);
+                self.messages()
+            }
+            _ => Err(Bad(Alert::UnexpectedMessage)),
+        }
+    }
+
+    /// Takes the whole messages out of what has come: tickets are dropped, keys updated.
+    fn messages(&mut self) -> Result<Opened, Bad> {
+        let message = std::mem::take(&mut self.message);
+        let mut rest: &[u8] = &message;
+        let mut reply = false;
+        while let [kind, a, b, c, body @ ..] = rest {
+            let length = usize::try_from(u32::from_be_bytes([0, *a, *b, *c])).unwrap_or(usize::MAX);
+            if length > LONGEST_MESSAGE {
+                return Err(Bad(Alert::DecodeError));
+            }
+            let Some((body, after)) = body.split_at_checked(length) else { break };
+            match (*kind, &*self.schedule) {
+                (NEW_SESSION_TICKET, Schedule::Client(_)) => {}
+                (KEY_UPDATE, _) => {
+                    reply = match body {
+                        [0] => false,
+                        [1] => true,
+                        _ => return Err(Bad(Alert::DecodeError)),
+                    };
+                    // Section 5.1: no message may span a change of keys.
+                    if !after.is_empty() {
+                        return Err(Bad(Alert::UnexpectedMessage));
+                    }
+                    let next = match &mut *self.schedule {
+                        Schedule::Client(kernel) => kernel.update_rx_secret(),
+                        Schedule::Server(kernel) => kernel.update_rx_secret(),
+                    };
+                    self.open = Key::new(next.map_err(|_| Bad(Alert::InternalError))?)?;
+                }
+                _ => return Err(Bad(Alert::UnexpectedMessage)),
+            }
+            rest = after;
+        }
+        self.message = rest.to_vec();
+        Ok(Opened::Handled { reply })
+    }
+}
+
+/// What stands at the start of a buffer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Whole {
+    /// A record: its header, and the length of its payload.
+    Record([u8; HEADER], usize),
+    /// Not all of it has come.
+    Partial,
+}
+
+/// Finds the record at the start of `bytes`, which must be protected (RFC 8446, section 5.2).
+pub(crate) fn whole(bytes: &[u8]) -> Result<Whole, Bad> {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER>() else { return Ok(Whole::Partial) };
+    let [kind, _, _, high, low] = *header;
+    if kind != u8::from(ContentType::ApplicationData) {
+        return Err(Bad(Alert::UnexpectedMessage));
+    }
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    match length {
+        0..=TAG => Err(Bad(Alert::DecodeError)),
+        _ if length > CIPHER => Err(Bad(Alert::RecordOverflow)),
+        _ if rest.len() < length => Ok(Whole::Partial),
+        _ => Ok(Whole::Record(*header, length)),
+    }
+}

@@ -1,0 +1,28 @@
+//! What is asked of sockets beyond reading and writing.
+
+use std::{io, net::TcpStream, os::fd::OwnedFd};
+
+use nix::{
+    libc,
+    sys::socket::{setsockopt, sockopt},
+};
+
+/// Takes over a TCP socket: it does not block, sends at once, and is reset when this process dies.
+pub(crate) fn adopt(socket: OwnedFd) -> io::Result<TcpStream> {
+    let stream = TcpStream::from(socket);
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)?;
+    reset_on_close(&stream, true)?;
+    Ok(stream)
+}
+
+/// Puts urgent bytes of the program into its stream: TLS has no urgent pointer to carry them apart.
+pub(crate) fn keep_urgent_inline(stream: &TcpStream) -> io::Result<()> {
+    Ok(setsockopt(stream, sockopt::OobInline, &true)?)
+}
+
+/// Says whether a close, or the end of this process, sends RST (socket(7), SO_LINGER of 0) or FIN.
+pub(crate) fn reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
+    let linger = libc::linger { l_onoff: libc::c_int::from(reset), l_linger: 0 };
+    Ok(setsockopt(stream, sockopt::Linger, &linger)?)
+}

@@ -1,0 +1,479 @@
+//! One thread of the engine: an epoll, the associations it drives, their deadlines.
+//!
+//! Associations under way go first, each one batch at a time; handshakes, whose steps cost much more, share
+//! a slice of every round and take turns by peer.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    io,
+    net::TcpStream,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use crate::{
+    Ending, Event, Failure, How, Id, Limits, Role,
+    admit::{Admission, Peer, Turns},
+    event::Queue,
+    flow::{BATCH, Flow, Next, Scratch, Side, Signs},
+    opening::{Opening, Step, Waiting},
+    record::Alert,
+    socket::{adopt, keep_urgent_inline, reset_on_close},
+};
+
+/// What the engine's handle asks of a thread.
+pub(crate) enum Command {
+    Handshake { id: Id, outer: OwnedFd, role: Role },
+    Splice { id: Id, inner: OwnedFd },
+    Refuse { id: Id, how: How },
+    Cut { id: Id, how: How },
+    Report { id: Id },
+    Stop,
+}
+
+/// Marks the command queue among epoll's events; ids stay below 2^63.
+const BELL: u64 = u64::MAX;
+/// Events taken at once.
+const EVENTS: usize = 256;
+/// Share of a round that handshakes may take while associations wait.
+const SHAKING_SLICE: Duration = Duration::from_millis(1);
+/// Above so many associations with work to do, batches are smaller, so that each has its turn soon.
+const BUSY: usize = 32;
+const BUSY_BATCH: usize = 4;
+/// A peer that was told why it is refused has so long, and may still send so much, before the RST.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+const DRAIN_BYTES: usize = 256 << 10;
+
+enum Phase {
+    /// From the first packet to keys.
+    Opening(Box<Opening>),
+    /// `Ready` was told; the verdict is awaited.
+    Judging(Box<Waiting>),
+    Relaying(Box<Flow>),
+    /// Refused with an alert; so many bytes may still come.
+    Draining(usize),
+}
+
+struct Association {
+    outer: TcpStream,
+    phase: Phase,
+    peer: Peer,
+    /// Counts as a handshake of its peer.
+    admitted: bool,
+    /// Stands in the run queue.
+    queued: bool,
+    deadline: Option<Instant>,
+    began: Instant,
+}
+
+pub(crate) struct Worker {
+    epoll: Epoll,
+    commands: Arc<Queue<Command>>,
+    events: Arc<Queue<Event>>,
+    limits: Limits,
+    associations: HashMap<Id, Association>,
+    deadlines: BTreeSet<(Instant, Id)>,
+    admission: Admission,
+    turns: Turns,
+    run: VecDeque<Id>,
+    scratch: Scratch,
+}
+
+/// Runs what hostile bytes reach; a panic there costs its own association and no other.
+fn survive<T>(turn: impl FnOnce() -> T) -> Option<T> {
+    // The association is dropped then, and buffers are overwritten before they are read again.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(turn)).ok()
+}
+
+/// A thread that panics elsewhere takes the process with it: half an engine would lose associations in silence, while
+/// the end of the process resets them all.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+impl Worker {
+    pub(crate) fn new(
+        commands: Arc<Queue<Command>>,
+        events: Arc<Queue<Event>>,
+        limits: &Limits,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(commands.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
+        let threads = limits.threads.max(1);
+        let share = |number: usize| number.div_ceil(threads);
+        Ok(Self {
+            epoll,
+            commands,
+            events,
+            limits: Limits { held_bytes: share(limits.held_bytes), ..*limits },
+            associations: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            admission: Admission::new(share(limits.handshakes), share(limits.handshakes_per_peer)),
+            turns: Turns::default(),
+            run: VecDeque::new(),
+            scratch: Scratch::new(),
+        })
+    }
+
+    /// Works until told to stop.
+    pub(crate) fn run(mut self) {
+        let _guard = AbortOnPanic;
+        let mut events = [EpollEvent::empty(); EVENTS];
+        loop {
+            // Interrupted by a signal, or nothing: the queues are looked at either way.
+            let count = self.epoll.wait(&mut events, self.timeout()).unwrap_or(0);
+            for event in events.iter().take(count) {
+                if event.data() == BELL {
+                    for command in self.commands.take() {
+                        if matches!(command, Command::Stop) {
+                            return;
+                        }
+                        self.obey(command);
+                    }
+                } else {
+                    self.sign(event.data(), event.events());
+                }
+            }
+            self.expire();
+            for _ in 0..self.run.len() {
+                if let Some(id) = self.run.pop_front() {
+                    self.relay(id);
+                }
+            }
+            if !self.turns.is_empty() {
+                let began = Instant::now();
+                while let Some(id) = self.turns.pop() {
+                    self.open(id);
+                    if began.elapsed() > SHAKING_SLICE {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        if !self.run.is_empty() || !self.turns.is_empty() {
+            return EpollTimeout::ZERO;
+        }
+        let Some((first, _)) = self.deadlines.first() else { return EpollTimeout::NONE };
+        // Rounded up, so that a deadline has passed when its time-out has.
+        let wait = first.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
+    }
+
+    fn watch(&self, socket: &TcpStream, id: Id, side: Side) -> io::Result<()> {
+        let flags = EpollFlags::EPOLLIN
+            | EpollFlags::EPOLLOUT
+            | EpollFlags::EPOLLRDHUP
+            | EpollFlags::EPOLLPRI
+            | EpollFlags::EPOLLET;
+        let data = id.0 << 1 | u64::from(side == Side::Inner);
+        Ok(self.epoll.add(socket, EpollEvent::new(flags, data))?)
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Handshake { id, outer, role } => self.begin(id, outer, role),
+            Command::Splice { id, inner } => self.splice(id, inner),
+            Command::Refuse { id, how } => self.refuse(id, how),
+            Command::Cut { id, how } => self.cut(id, how),
+            Command::Report { id } => {
+                if let Some(Association { phase: Phase::Relaying(flow), .. }) = self.associations.get(&id) {
+                    let (bytes_in, bytes_out, duration) = flow.traffic();
+                    self.events.push(Event::Traffic { id, bytes_in, bytes_out, duration });
+                }
+            }
+            Command::Stop => {}
+        }
+    }
+
+    fn begin(&mut self, id: Id, outer: OwnedFd, role: Role) {
+        let accepting = matches!(role, Role::Server { .. });
+        let began = Instant::now();
+        let opened = adopt(outer).map_err(Failure::from_connect).and_then(|outer| {
+            let (opening, time) = Opening::new(role, &self.limits)?;
+            self.watch(&outer, id, Side::Outer).map_err(Failure::from_connect)?;
+            Ok((outer, opening, time))
+        });
+        let (outer, opening, time) = match opened {
+            Ok(opened) => opened,
+            Err(failure) => return self.events.push(Event::Failed { id, failure, shown: Vec::new() }),
+        };
+        let address = outer.peer_addr().ok();
+        let peer = Peer::new(address.map_or(std::net::Ipv4Addr::UNSPECIFIED.into(), |it| it.ip()));
+        // What is still connecting has the kernel's own time for that.
+        let deadline = address.and_then(|_| began.checked_add(time));
+        let association = Association {
+            outer,
+            phase: Phase::Opening(Box::new(opening)),
+            peer,
+            admitted: accepting,
+            queued: false,
+            deadline: None,
+            began,
+        };
+        self.associations.insert(id, association);
+        self.set_deadline(id, deadline);
+        self.turns.push(peer, id);
+        if accepting && let Some(oldest) = self.admission.enter(peer, id) {
+            self.fail(oldest, Failure::Displaced);
+        }
+    }
+
+    fn set_deadline(&mut self, id: Id, deadline: Option<Instant>) {
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        if let Some(old) = association.deadline.take() {
+            self.deadlines.remove(&(old, id));
+        }
+        if let Some(new) = deadline {
+            self.deadlines.insert((new, id));
+        }
+        association.deadline = deadline;
+    }
+
+    /// One event of epoll.
+    fn sign(&mut self, data: u64, flags: EpollFlags) {
+        let id = Id(data >> 1);
+        let side = if data & 1 == 1 { Side::Inner } else { Side::Outer };
+        let signs = Signs {
+            readable: flags.contains(EpollFlags::EPOLLIN),
+            odd: flags.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP | EpollFlags::EPOLLPRI),
+            failed: flags.contains(EpollFlags::EPOLLERR),
+        };
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        match &mut association.phase {
+            Phase::Relaying(flow) => {
+                flow.note(side, signs);
+                self.wake(id);
+            }
+            Phase::Judging(_) if signs.failed => self.fail(id, Failure::Reset),
+            Phase::Judging(_) => {}
+            Phase::Opening(_) => self.turns.push(association.peer, id),
+            Phase::Draining(_) => self.drain(id),
+        }
+    }
+
+    fn wake(&mut self, id: Id) {
+        if let Some(association) = self.associations.get_mut(&id)
+            && !std::mem::replace(&mut association.queued, true)
+        {
+            self.run.push_back(id);
+        }
+    }
+
+    /// Takes an association out of every list; its sockets are closed when the result is dropped.
+    fn forget(&mut self, id: Id) -> Option<Association> {
+        self.set_deadline(id, None);
+        let mut association = self.associations.remove(&id)?;
+        if association.admitted {
+            self.admission.leave(association.peer, id);
+        }
+        if let Phase::Relaying(flow) = &mut association.phase {
+            flow.release(&mut self.scratch);
+        }
+        Some(association)
+    }
+
+    fn fail(&mut self, id: Id, failure: Failure) {
+        let told = matches!(
+            self.associations.get(&id),
+            Some(Association { phase: Phase::Draining(_) | Phase::Relaying(_), .. })
+        );
+        if self.forget(id).is_some() && !told {
+            self.events.push(Event::Failed { id, failure, shown: Vec::new() });
+        }
+    }
+
+    fn expire(&mut self) {
+        if self.deadlines.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            self.set_deadline(id, None);
+            let Some(association) = self.associations.get_mut(&id) else { continue };
+            match &mut association.phase {
+                Phase::Opening(opening) if opening.is_sniffing() => {
+                    opening.assume_plain();
+                    self.turns.push(association.peer, id);
+                }
+                Phase::Judging(_) => self.fail(id, Failure::NoVerdict),
+                _ => self.fail(id, Failure::TooSlow),
+            }
+        }
+    }
+
+    /// One turn of a handshake.
+    fn open(&mut self, id: Id) {
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        let Phase::Opening(opening) = &mut association.phase else { return };
+        let turn = survive(|| opening.turn(&association.outer, &mut self.scratch));
+        match turn.unwrap_or_else(|| Failure::Fault.into()) {
+            Step::Wait => {
+                // Once connected, the peer's time runs.
+                if association.deadline.is_none() && association.outer.peer_addr().is_ok() {
+                    self.set_deadline(id, Instant::now().checked_add(self.limits.handshake_time));
+                }
+            }
+            Step::Tls => {
+                let deadline = association.began.checked_add(self.limits.handshake_time);
+                self.set_deadline(id, deadline);
+                self.open(id);
+            }
+            Step::Ready(waiting, tls) => {
+                association.phase = Phase::Judging(waiting);
+                if std::mem::take(&mut association.admitted) {
+                    self.admission.leave(association.peer, id);
+                }
+                self.set_deadline(id, Instant::now().checked_add(self.limits.verdict_time));
+                self.events.push(Event::Ready { id, tls });
+            }
+            Step::Failed { failure, shown, alerted } => {
+                self.events.push(Event::Failed { id, failure, shown });
+                if alerted {
+                    self.begin_drain(id);
+                } else {
+                    self.forget(id);
+                }
+            }
+        }
+    }
+
+    fn splice(&mut self, id: Id, inner: OwnedFd) {
+        // Reset on every way out but the last.
+        let Ok(inner) = adopt(inner) else { return self.fail(id, Failure::Inner(0)) };
+        if !matches!(self.associations.get(&id), Some(Association { phase: Phase::Judging(_), .. })) {
+            return;
+        }
+        let ready = keep_urgent_inline(&inner).and_then(|()| self.watch(&inner, id, Side::Inner));
+        if let Err(error) = ready {
+            return self.fail(id, Failure::Inner(error.raw_os_error().unwrap_or_default()));
+        }
+        self.set_deadline(id, None);
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        let phase = std::mem::replace(&mut association.phase, Phase::Draining(0));
+        let Phase::Judging(waiting) = phase else { return };
+        let Waiting { records, rest, greet } = *waiting;
+        match Flow::new(inner, records, rest, greet, association.began) {
+            Ok(flow) => {
+                association.phase = Phase::Relaying(Box::new(flow));
+                self.wake(id);
+            }
+            Err(bad) => self.fail(id, Failure::Tls(rustls::Error::General(format!("{bad:?}")))),
+        }
+    }
+
+    /// One turn of an association under way.
+    fn relay(&mut self, id: Id) {
+        let most = if self.scratch.held > self.limits.held_bytes {
+            1
+        } else if self.run.len() > BUSY {
+            BUSY_BATCH
+        } else {
+            BATCH
+        };
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        association.queued = false;
+        let Phase::Relaying(flow) = &mut association.phase else { return };
+        let turn = survive(|| flow.turn(&association.outer, &mut self.scratch, most));
+        match turn.unwrap_or(Next::Over(Ending::Fault)) {
+            Next::Wait => {}
+            Next::Again => self.wake(id),
+            Next::Over(Ending::Complete) => {
+                // What the kernel still holds arrives, then FIN. A socket that is gone needs neither.
+                let _gone = reset_on_close(flow.inner(), false);
+                let _gone = reset_on_close(&association.outer, false);
+                self.close(id, Ending::Complete);
+            }
+            Next::Over(Ending::BadRecord(alert)) => self.close_with_alert(id, Ending::BadRecord(alert)),
+            Next::Over(ending) => self.close(id, ending),
+        }
+    }
+
+    /// Reports the end and closes both sockets.
+    fn close(&mut self, id: Id, ending: Ending) {
+        let Some(association) = self.associations.get(&id) else { return };
+        let (bytes_in, bytes_out, duration) = match &association.phase {
+            Phase::Relaying(flow) => flow.traffic(),
+            _ => (0, 0, association.began.elapsed()),
+        };
+        self.forget(id);
+        self.events.push(Event::Closed { id, ending, bytes_in, bytes_out, duration });
+    }
+
+    /// As [`Self::close`], but the peer is told first: the inner socket is reset, the outer one drains.
+    fn close_with_alert(&mut self, id: Id, ending: Ending) {
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        let Phase::Relaying(flow) = &mut association.phase else { return };
+        let alert = match ending {
+            Ending::BadRecord(code) => Alert::of(code),
+            _ => Alert::AccessDenied,
+        };
+        flow.last_words(&association.outer, alert);
+        flow.release(&mut self.scratch);
+        let (bytes_in, bytes_out, duration) = flow.traffic();
+        self.events.push(Event::Closed { id, ending, bytes_in, bytes_out, duration });
+        self.begin_drain(id);
+    }
+
+    fn refuse(&mut self, id: Id, how: How) {
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        match (&mut association.phase, how) {
+            (Phase::Relaying(_) | Phase::Draining(_), _) => {}
+            (Phase::Judging(waiting), How::Denied) => {
+                waiting.last_words(&association.outer, Alert::AccessDenied);
+                self.begin_drain(id);
+            }
+            _ => drop(self.forget(id)),
+        }
+    }
+
+    fn cut(&mut self, id: Id, how: How) {
+        match (self.associations.get(&id).map(|association| &association.phase), how) {
+            (None | Some(Phase::Draining(_)), _) => {}
+            (Some(Phase::Relaying(_)), How::Denied) => self.close_with_alert(id, Ending::Cut),
+            (Some(_), _) => self.close(id, Ending::Cut),
+        }
+    }
+
+    /// Lets the peer read what it was told: FIN now, RST only when it does not stop.
+    fn begin_drain(&mut self, id: Id) {
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        association.phase = Phase::Draining(DRAIN_BYTES);
+        let quiet = reset_on_close(&association.outer, false)
+            .and_then(|()| association.outer.shutdown(std::net::Shutdown::Write));
+        if quiet.is_err() {
+            self.forget(id);
+            return;
+        }
+        self.set_deadline(id, Instant::now().checked_add(DRAIN_TIME));
+        self.drain(id);
+    }
+
+    fn drain(&mut self, id: Id) {
+        use std::io::Read;
+        let Some(association) = self.associations.get_mut(&id) else { return };
+        let Phase::Draining(left) = &mut association.phase else { return };
+        loop {
+            match association.outer.read(self.scratch.room()) {
+                Ok(count) if count > 0 && count <= *left => *left -= count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // Its end, a failure, or too much.
+                _ => break,
+            }
+        }
+        self.forget(id);
+    }
+}
