@@ -377,20 +377,46 @@ fn both_halves_work_in_other_hands() {
 }
 
 #[test]
+fn datagrams_to_one_peer_are_one_flow_until_the_generation_changes() {
+    let mut cage = Cage::new();
+    let (_in, to) = receiver("127.0.0.1:0");
+    let (_other_in, other) = receiver("127.0.0.1:0");
+    let child = Child::start(&cage.cgroup, || {
+        let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+        let send = |to| i32::from(sendto(fd, 0, &Sockaddr::new(to)) == 0);
+        let before = send(to) | send(to) << 1 | send(other) << 2;
+        // SAFETY: stops here until it is continued.
+        unsafe { libc::raise(libc::SIGSTOP) };
+        before | send(to) << 3
+    });
+    let holder = cage.backstop.identify(child.pid).unwrap().unwrap();
+    cage.backstop.grant(holder, &[Region { op: Op::Send, protocol: Protocol::UDP, ..to_host(to) }]).unwrap();
+    child.release();
+    let mut status = 0;
+    // SAFETY: our child and a live variable.
+    unsafe { libc::waitpid(child.pid.cast_signed(), &raw mut status, libc::WUNTRACED) };
+    assert_eq!(cage.events().iter().map(|e| e.permitted).collect::<Vec<_>>(), [true, false]);
+    cage.backstop.set_generation(Generation::FIRST.next()).unwrap();
+    // SAFETY: our child.
+    unsafe { libc::kill(child.pid.cast_signed(), libc::SIGCONT) };
+    assert_eq!(child.wait(), 0b0011);
+}
+
+#[test]
 fn a_full_ring_refuses_and_counts_and_loses_no_record() {
     let mut cage = Cage::new();
     let (accepting, to) = listener("127.0.0.1:0");
     let (_udp, udp) = receiver("127.0.0.1:0");
     let _ = accepting;
     const CALLS: i32 = 50_000; // more than 4 MB of records
-    let (mut ends, datagrams) = ([0; 2], Region { op: Op::Send, protocol: Protocol::UDP, ..to_host(udp) });
+    let (mut ends, datagrams) = ([0; 2], Region { protocol: Protocol::UDP, ..to_host(udp) });
     // SAFETY: room for two descriptors.
     unsafe { libc::pipe(ends.as_mut_ptr()) };
     let child = Child::start(&cage.cgroup, || {
         let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
         let mut sent = 0i32;
         for _ in 0..CALLS {
-            sent += i32::from(sendto(fd, libc::MSG_DONTWAIT, &Sockaddr::new(udp)) != EPERM);
+            sent += i32::from(connect(fd, &Sockaddr::new(udp)) != EPERM);
         }
         // SAFETY: four bytes of a live variable.
         unsafe { libc::write(ends[1], (&raw const sent).cast(), 4) };

@@ -72,6 +72,13 @@ struct uses {
 	u32 rule;
 };
 
+/* A socket and whom it sends datagrams to: judged and on record once, as a connect is. */
+struct flow {
+	u64 cookie;
+	u8 addr[16];
+	u16 port, zero[3];
+};
+
 struct event {
 	u64 time, start, exec, netns, cookie, generation;
 	u32 tgid, tid, uid, process, rule, suppressed;
@@ -97,6 +104,7 @@ MAP(processes, MAP_HASH, 65536, struct who, u32, NO_PREALLOC);
 MAP(grants, MAP_LPM_TRIE, 262144, struct place, struct grant, NO_PREALLOC);
 MAP(singles, MAP_HASH, 65536, struct single, struct uses, NO_PREALLOC);
 MAP(listeners, MAP_HASH, 65536, u64, u32, NO_PREALLOC);
+MAP(flows, MAP_LRU_HASH, 32768, struct flow, u64, 0); /* generation */
 MAP(strangers, MAP_LRU_HASH, 1024, u64, u64, 0);
 struct {
 	UINT(type, MAP_RINGBUF);
@@ -291,8 +299,49 @@ ADDRESS_HOOK("cgroup/connect4", connect4, CONNECT, 4)
 ADDRESS_HOOK("cgroup/connect6", connect6, CONNECT, 6)
 ADDRESS_HOOK("cgroup/bind4", bind4, BIND, 4)
 ADDRESS_HOOK("cgroup/bind6", bind6, BIND, 6)
-ADDRESS_HOOK("cgroup/sendmsg4", sendmsg4, SEND, 4)
-ADDRESS_HOOK("cgroup/sendmsg6", sendmsg6, SEND, 6)
+
+/* Datagrams after the first to one peer are an established flow: as long as the generation stays, they
+ * cost one look-up, and go on when the broker has ended. */
+#define DATAGRAM_HOOK(section, name, version) \
+	SEC(section) int judge_##name(struct bpf_sock_addr *ctx) \
+	{ \
+		struct control *now = look_up(&control, &zero); \
+		int permitted = judge_addr##version(ctx, SEND); \
+		if (permitted && now) { \
+			struct flow flow = flow##version(ctx); \
+			u64 generation = now->generation; \
+			update(&flows, &flow, &generation, 0); \
+		} \
+		return permitted; \
+	} \
+	SEC(section) int name(struct bpf_sock_addr *ctx) \
+	{ \
+		struct flow flow = flow##version(ctx); \
+		struct control *now = look_up(&control, &zero); \
+		u64 *generation = look_up(&flows, &flow); \
+		if (generation && now && *generation == now->generation) \
+			return 1; \
+		tail_call(ctx, &gate_##name, 0); \
+		count(NO_BROKER); \
+		return 0; \
+	}
+INLINE struct flow flow4(struct bpf_sock_addr *ctx)
+{
+	struct flow flow = { .cookie = socket_cookie(ctx), .port = ctx->user_port };
+	u32 ip = ctx->user_ip4;
+	flow.addr[10] = flow.addr[11] = 0xff;
+	__builtin_memcpy(flow.addr + 12, &ip, 4);
+	return flow;
+}
+INLINE struct flow flow6(struct bpf_sock_addr *ctx)
+{
+	struct flow flow = { .cookie = socket_cookie(ctx), .port = ctx->user_port };
+	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
+	__builtin_memcpy(flow.addr, ip, 16);
+	return flow;
+}
+DATAGRAM_HOOK("cgroup/sendmsg4", sendmsg4, 4)
+DATAGRAM_HOOK("cgroup/sendmsg6", sendmsg6, 6)
 
 /* Streams and datagrams meet the hooks above before they carry anything; raw sockets, ping sockets,
  * SCTP and the rest do not, so making one is judged. */
