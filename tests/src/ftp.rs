@@ -71,22 +71,25 @@ pub fn content(size: usize) -> Vec<u8> {
 }
 
 impl Daemon {
-    /// Writes what it needs into the host's folder; the result is its command line. It serves `size` bytes
-    /// as [`FILE`] to anybody, at most `rate` bytes a second (0: as fast as it can).
+    /// Whether it serves IPv6 as well, as set up here.
     #[must_use]
-    pub fn command(self, host: &Host, size: usize, rate: usize) -> Vec<String> {
+    pub const fn has_ipv6(self) -> bool {
+        !matches!(self, Self::Inetutils)
+    }
+
+    /// Writes what it needs into the host's folder; the result is its command line. It serves `size` bytes
+    /// as [`FILE`] to anybody.
+    #[must_use]
+    pub fn command(self, host: &Host, size: usize) -> Vec<String> {
         let file = host.write(&format!("files/{FILE}"), content(size));
         let files = file.parent().unwrap().to_owned();
         let words: Vec<String> = match self {
-            Self::Vsftpd => vsftpd(host, &files, rate),
-            Self::Proftpd => proftpd(host, &files, rate),
+            Self::Vsftpd => vsftpd(host, &files),
+            Self::Proftpd => proftpd(host, &files),
             Self::PureFtpd => {
                 let pure = built::unpacked("pure-ftpd/usr/sbin/pure-ftpd").display().to_string();
                 let mut words = vec![pure, "-S".into(), "21".into(), "-e".into(), "-H".into(), "-g".into()];
                 words.push(host.path("pure.pid").display().to_string());
-                if rate > 0 {
-                    words.extend(["-t".into(), format!("{}", rate / 1024)]);
-                }
                 at_home_of_ftp(&files, &words)
             }
             Self::Inetutils => {
@@ -97,7 +100,7 @@ impl Daemon {
                 at_home_of_ftp(&files, &words)
             }
             Self::Pyftpdlib => {
-                let script = host.write("server.py", PYFTPDLIB.replace("RATE", &rate.to_string()));
+                let script = host.write("server.py", PYFTPDLIB);
                 ["/usr/bin/python3".into(), script.display().to_string(), files.display().to_string()].into()
             }
         };
@@ -108,25 +111,22 @@ impl Daemon {
 const PYFTPDLIB: &str = r#"
 import sys
 from pyftpdlib.authorizers import DummyAuthorizer
-from pyftpdlib.handlers import FTPHandler, ThrottledDTPHandler
+from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import FTPServer
 authorizer = DummyAuthorizer()
 authorizer.add_anonymous(sys.argv[1])
-class Data(ThrottledDTPHandler):
-    write_limit = RATE
 class Handler(FTPHandler):
     pass
 Handler.authorizer = authorizer
-Handler.dtp_handler = Data
-FTPServer(("", 21), Handler).serve_forever()
+FTPServer(("::", 21), Handler).serve_forever()
 "#;
 
-fn vsftpd(host: &Host, files: &Path, rate: usize) -> Vec<String> {
+fn vsftpd(host: &Host, files: &Path) -> Vec<String> {
     let empty = host.path("empty");
     fs::create_dir_all(&empty).unwrap();
     let config = format!(
         "listen=NO\nlisten_ipv6=YES\nbackground=NO\nanonymous_enable=YES\nlocal_enable=NO\nno_anon_password=YES\n\
-         anon_root={}\nsecure_chroot_dir={}\nanon_max_rate={rate}\nconnect_from_port_20=YES\nxferlog_enable=NO\n",
+         anon_root={}\nsecure_chroot_dir={}\nconnect_from_port_20=YES\nxferlog_enable=NO\n",
         files.display(),
         empty.display(),
     );
@@ -134,21 +134,19 @@ fn vsftpd(host: &Host, files: &Path, rate: usize) -> Vec<String> {
     vec!["/usr/sbin/vsftpd".into(), config.display().to_string()]
 }
 
-fn proftpd(host: &Host, files: &Path, rate: usize) -> Vec<String> {
+fn proftpd(host: &Host, files: &Path) -> Vec<String> {
     let program = built::unpacked("proftpd-core/usr/sbin/proftpd");
     let modules = built::unpacked("proftpd-core/usr/lib/proftpd");
-    let throttle = if rate > 0 { format!("TransferRate RETR {}\n", rate / 1024) } else { String::new() };
     let folder = host.path("");
     let config = format!(
         "ServerName test\nServerType standalone\nDefaultServer on\nPort 21\nUseIPv6 on\nUser nobody\n\
          Group nogroup\nModulePath {}\nScoreboardFile {2}scoreboard\nPidFile {2}proftpd.pid\n\
          DelayTable none\nSystemLog none\nWtmpLog off\nRequireValidShell off\nUseFtpUsers off\nAuthPAM off\n\
-         <Anonymous {1}>\nUser nobody\nGroup nogroup\nUserAlias anonymous nobody\nUserAlias ftp nobody\n{3}\
+         <Anonymous {1}>\nUser nobody\nGroup nogroup\nUserAlias anonymous nobody\nUserAlias ftp nobody\n\
          AnonRequirePassword off\n</Anonymous>\n",
         modules.display(),
         files.display(),
         folder.display(),
-        throttle,
     );
     let config = host.write("proftpd.conf", config);
     vec![program.display().to_string(), "--nodaemon".into(), "--config".into(), config.display().to_string()]

@@ -3,7 +3,7 @@
 
 use portcullis_tests::{
     ALLOW_ALL, Finished, Host, Net, Running, built, eventually,
-    ftp::{self, Client, Daemon, Mode},
+    ftp::{self, Daemon},
 };
 use serde_json::Value;
 
@@ -14,8 +14,7 @@ clients = IPv4{10.77.0.1, 10.77.0.4};
 servers = IPv4{10.77.0.2};
 allow ftp(clients, servers);
 ";
-const SIZE: usize = 3_000_000;
-const RATE: usize = 1_000_000;
+const SIZE: usize = 300_000;
 
 /// How a port looks from a host: `open`, `closed` or `filtered`.
 fn seen(from: &Host, address: &str, port: u16) -> String {
@@ -25,40 +24,49 @@ fn seen(from: &Host, address: &str, port: u16) -> String {
     serde_json::from_str::<Value>(&said).unwrap()[0]["seen"].as_str().unwrap().to_owned()
 }
 
-/// A transfer under way, and the port that one side opened for it.
-struct Transfer {
-    client: Running,
+/// A session that says which port was opened for its data, and goes on when told to.
+const SESSION: &str = "import ftplib, socket, sys\n\
+    f = ftplib.FTP('10.77.0.2', timeout=20)\n\
+    f.login()\n\
+    f.voidcmd('TYPE I')\n\
+    if sys.argv[1] == 'passive':\n    \
+        host, port = f.makepasv()\n\
+    else:\n    \
+        s = f.makeport(); port = s.getsockname()[1]\n\
+    print('port', port, flush=True)\n\
+    sys.stdin.readline()\n\
+    if sys.argv[1] == 'passive':\n    \
+        s = socket.create_connection((host, port)); f.sendcmd('RETR report.bin')\n\
+    else:\n    \
+        f.sendcmd('RETR report.bin'); s = s.accept()[0]\n\
+    got = b''\n\
+    while True:\n    \
+        part = s.recv(65536)\n    \
+        if not part: break\n    \
+        got += part\n\
+    open(sys.argv[2], 'wb').write(got)\n\
+    s.close(); f.voidresp(); f.quit()\n";
+
+struct Session<'a> {
+    client: &'a Host,
+    running: Running,
+    /// The port that one side opened for the data; nobody has come to it yet.
     port: u16,
 }
 
-/// Starts a slow download and waits until data flows.
-fn transfer(client: &Host, server: &Host, mode: Mode) -> Transfer {
-    let to = client.path("got");
-    let opener = if mode.is_passive() { server } else { client };
-    let before = opener.records().len();
-    let running = client.start(&Client::Curl.fetch(client, "10.77.0.2", mode, &to));
-    let port = eventually("a data port is opened", || {
-        let records = opener.records();
-        let listens = records.iter().skip(before).find(|r| {
-            r["op"] == "listen" && r["verdict"] == "permit" && !r["local"].as_str().unwrap().ends_with(":21")
-        })?;
-        listens["local"].as_str()?.rsplit(':').next()?.parse().ok()
-    });
-    eventually("data flows", || std::fs::metadata(&to).ok().filter(|m| m.len() > 0));
-    Transfer { client: running, port }
-}
-
-impl Transfer {
-    /// Waits for its end; it must be whole.
-    fn finish(mut self, client: &Host) {
-        assert_eq!(self.client.wait(), 0);
-        assert!(std::fs::read(client.path("got")).unwrap() == ftp::content(SIZE), "the content differs");
+impl<'a> Session<'a> {
+    fn begin(client: &'a Host, way: &str) -> Self {
+        let to = client.path("got").display().to_string();
+        let running = client.start(&["/usr/bin/python3", "-c", SESSION, way, &to]);
+        let port = running.line("port ").trim_start_matches("port ").parse().unwrap();
+        Self { client, running, port }
     }
 
-    /// That it still flows, so that what was just seen was seen meanwhile.
-    fn is_under_way(&self, client: &Host) {
-        let now = std::fs::metadata(client.path("got")).unwrap().len();
-        assert!(usize::try_from(now).unwrap() < SIZE, "the transfer had ended already");
+    /// Transfers the file; it must arrive whole.
+    fn finish(mut self) {
+        self.running.say("\n");
+        assert_eq!(self.running.wait(), 0, "{}", self.running.line("Error"));
+        assert!(std::fs::read(self.client.path("got")).unwrap() == ftp::content(SIZE), "the content differs");
     }
 }
 
@@ -73,34 +81,36 @@ fn strangers(daemon: Daemon) {
     for host in [client, server, other] {
         host.policy(POLICY);
     }
-    let _daemon = server.start(&daemon.command(server, SIZE, RATE));
+    let _daemon = server.start(&daemon.command(server, SIZE));
     server.wait_for_port(21);
 
     // Passive: the server's port.
-    let it = transfer(client, server, Mode::Epsv);
-    assert_ne!(seen(stranger, "10.77.0.2", 21), "open", "{daemon:?}: control port");
-    assert_ne!(seen(stranger, "10.77.0.2", it.port), "open", "{daemon:?}: data port");
+    let it = Session::begin(client, "passive");
+    let port = it.port;
+    assert_eq!(seen(stranger, "10.77.0.2", 21), "filtered", "{daemon:?}: control port");
+    assert_eq!(seen(stranger, "10.77.0.2", port), "filtered", "{daemon:?}: data port");
     // Not even for a client of the same server, which may open sessions of its own ...
     assert_eq!(seen(other, "10.77.0.2", 21), "open", "{daemon:?}: control port for a client");
-    assert_ne!(seen(other, "10.77.0.2", it.port), "open", "{daemon:?}: data port of another session");
+    assert_eq!(seen(other, "10.77.0.2", port), "filtered", "{daemon:?}: data port of another session");
     // ... nor for another process of the session's own host.
-    let thief = ["nc", "-w", "2", "10.77.0.2", &it.port.to_string()].map(ToOwned::to_owned);
-    let thief = Finished::of(&mut client.run(&thief));
-    assert_ne!((thief.code(), thief.stdout.len()), (0, SIZE), "{daemon:?}: the port was grabbed");
-    it.is_under_way(client);
-    let port = it.port;
-    it.finish(client);
-    server.record("the stranger", |r| is_refused_from(r, "10.77.0.3"));
-    server.record("another client", |r| is_refused_from(r, "10.77.0.4"));
+    let thief = Finished::of(&mut client.run(&["nc", "-w", "2", "10.77.0.2", &port.to_string()]));
+    assert_ne!(thief.code(), 0, "{daemon:?}: the port was grabbed");
+    it.finish();
+    let at_port = |r: &Value| r["local"].as_str().is_some_and(|l| l.ends_with(&format!(":{port}")));
+    server.record("the stranger", |r| is_refused_from(r, "10.77.0.3") && at_port(r));
+    server.record("another client", |r| is_refused_from(r, "10.77.0.4") && at_port(r));
     client.record("the thief", |r| {
-        r["verdict"] == "refuse" && r["exe"].as_str().is_some_and(|e| e.contains("nc"))
+        r["verdict"] == "refuse" && r["exe"].as_str().is_some_and(|e| e.contains("/nc"))
     });
     assert_ne!(seen(client, "10.77.0.2", port), "open", "{daemon:?}: the port outlived its session");
 
     // Active: the client's port.
-    let it = transfer(client, server, Mode::Eprt);
-    assert_ne!(seen(stranger, "10.77.0.1", it.port), "open", "{daemon:?}: active data port");
-    it.finish(client);
+    let it = Session::begin(client, "active");
+    let port = it.port;
+    assert_eq!(seen(stranger, "10.77.0.1", port), "filtered", "{daemon:?}: active data port");
+    it.finish();
+    client.record("the stranger", |r| is_refused_from(r, "10.77.0.3"));
+    assert_ne!(seen(client, "10.77.0.1", port), "open", "{daemon:?}: the port outlived its session");
 }
 
 #[test]
@@ -119,16 +129,14 @@ fn nobody_else_reaches_the_data_port_of_pure_ftpd() {
 }
 
 #[test]
+fn nobody_else_reaches_the_data_port_of_inetutils_ftpd() {
+    strangers(Daemon::Inetutils);
+}
+
+#[test]
 fn nobody_else_reaches_the_data_port_of_pyftpdlib() {
     strangers(Daemon::Pyftpdlib);
 }
-
-/// A listener for data that nobody has come to yet: `RETR` has not been said.
-const WAITING: &str = "import ftplib, sys\n\
-    f = ftplib.FTP('10.77.0.2', timeout=20)\n\
-    f.login()\n\
-    print('port', f.makepasv()[1], flush=True)\n\
-    sys.stdin.readline()\n";
 
 #[test]
 fn under_a_policy_that_allows_all_the_same_stranger_gets_in() {
@@ -136,12 +144,11 @@ fn under_a_policy_that_allows_all_the_same_stranger_gets_in() {
     let [client, server, stranger] = net.hosts();
     client.policy(ALLOW_ALL);
     server.policy(ALLOW_ALL);
-    let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE, RATE));
+    let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE));
     server.wait_for_port(21);
-    let session = client.start(&["/usr/bin/python3", "-c", WAITING]);
-    let port = session.line("port ").trim_start_matches("port ").parse().unwrap();
+    let session = Session::begin(client, "passive");
     assert_eq!(seen(stranger, "10.77.0.2", 21), "open");
-    assert_eq!(seen(stranger, "10.77.0.2", port), "open");
+    assert_eq!(seen(stranger, "10.77.0.2", session.port), "open");
 }
 
 #[test]
@@ -150,14 +157,13 @@ fn a_port_nobody_came_to_closes_with_its_session() {
     let [client, server] = net.hosts();
     client.policy(POLICY);
     server.policy(POLICY);
-    let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE, RATE));
+    let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE));
     server.wait_for_port(21);
-    let mut session = client.start(&["/usr/bin/python3", "-c", WAITING]);
-    let port = session.line("port ").trim_start_matches("port ").parse().unwrap();
+    let session = Session::begin(client, "passive");
+    let port = session.port;
     // It is there, for the session's host.
     assert_eq!(seen(client, "10.77.0.2", port), "open");
-    session.say("\n");
-    assert_eq!(session.wait(), 0);
+    drop(session);
     eventually("the port is closed", || (seen(client, "10.77.0.2", port) != "open").then_some(()));
 }
 
@@ -187,13 +193,11 @@ fn one_process_with_many_controls_is_said_to_be_shared() {
     for host in [client, server, other] {
         host.policy(POLICY);
     }
-    let _daemon = server.start(&Daemon::Pyftpdlib.command(server, SIZE, RATE));
+    let _daemon = server.start(&Daemon::Pyftpdlib.command(server, SIZE));
     server.wait_for_port(21);
-    let mut first = client.start(&["/usr/bin/python3", "-c", WAITING]);
-    first.line("port ");
-    let second = other.start(&["/usr/bin/python3", "-c", WAITING]);
-    second.line("port ");
+    let first = Session::begin(client, "passive");
+    let second = Session::begin(other, "passive");
     server.record("a shared session", |r| r["op"] == "listen" && r.to_string().contains("shared"));
-    first.say("\n");
-    assert_eq!(first.wait(), 0);
+    first.finish();
+    second.finish();
 }

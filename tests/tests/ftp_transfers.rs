@@ -13,14 +13,14 @@ fn transfers(daemon: Daemon) {
     let [client, server] = net.hosts();
     client.policy(ftp::POLICY);
     server.policy(ftp::POLICY);
-    let _daemon = server.start(&daemon.command(server, SIZE, 0));
+    let _daemon = server.start(&daemon.command(server, SIZE));
     server.wait_for_port(21);
     for peer in [Client::Lftp, Client::Curl, Client::Tnftp, Client::Ftplib] {
         for &mode in peer.modes() {
             fetch(client, "10.77.0.2", peer, mode, daemon);
         }
     }
-    for mode in [Mode::Epsv, Mode::Eprt] {
+    for mode in [Mode::Epsv, Mode::Eprt].into_iter().filter(|_| daemon.has_ipv6()) {
         fetch(client, "[fd77::2]", Client::Curl, mode, daemon);
     }
     for host in [client, server] {
