@@ -1,0 +1,265 @@
+//! Verdicts of the broker on real sockets: each refusal beside the same call permitted.
+
+use portcullis_tests::{Finished, Host, Net, Running};
+use serde_json::Value;
+
+const PY: &str = "/usr/bin/python3";
+
+/// Runs a Python script wrapped; its output, trimmed.
+fn python(host: &Host, script: &str) -> String {
+    let done = Finished::of(&mut host.run(&[PY, "-c", script]));
+    format!("{}{}", done.stdout.trim(), if done.status == 0 { "" } else { done.stderr.trim() })
+}
+
+/// A script that says `ok` or the errno's name.
+fn attempt(body: &str) -> String {
+    let body = body.replace('\n', "\n    ");
+    format!(
+        "import socket, errno, os\ntry:\n    {body}\n    print('ok')\nexcept OSError as e:\n    print(errno.errorcode.get(e.errno, e))"
+    )
+}
+
+fn is(record: &Value, op: &str, verdict: &str) -> bool {
+    record["op"] == op && record["verdict"] == verdict
+}
+
+/// A TCP server of the other host, not wrapped, that greets.
+fn greeter(host: &Host, port: u16) -> Running {
+    let script = format!(
+        "import socket\ns = socket.create_server(('', {port}), reuse_port=True, family=socket.AF_INET6, dualstack_ipv6=True)\n\
+         print('up', flush=True)\n\
+         while True:\n    c, a = s.accept()\n    c.sendall(b'hello')\n    c.close()"
+    );
+    let running = Running::start(host.plain(&[PY, "-c", &script]));
+    running.line("up");
+    running
+}
+
+#[test]
+fn connect_is_refused_at_once_and_permitted_where_a_rule_says_so() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _servers = (greeter(b, 80), greeter(b, 81));
+    a.policy("allow tcp/80(*, IPv4{10.77.0.2} | IPv6{fd77::2});");
+    for far in ["10.77.0.2", "fd77::2", "::ffff:10.77.0.2"] {
+        let connect = |port| {
+            attempt(&format!(
+                "s = socket.create_connection(('{far}', {port}), 5)\nassert s.recv(9) == b'hello'"
+            ))
+        };
+        assert_eq!(python(a, &connect(80)), "ok", "{far}");
+        assert_eq!(python(a, &connect(81)), "EACCES", "{far}");
+    }
+    let good = a.record("permit", |r| is(r, "connect", "permit"));
+    assert_eq!(good["rule"], "allow tcp/80(*, IPv4{10.77.0.2} | IPv6{fd77::2});");
+    let bad = a.record("refusal", |r| is(r, "connect", "refuse"));
+    assert_eq!(bad["remote"], "10.77.0.2:81");
+    assert_eq!(bad["exe"], std::fs::canonicalize(PY).unwrap().to_str().unwrap());
+    assert!(bad["reason"].as_str().unwrap().contains("no rule permits it"));
+    for r in a.records() {
+        for field in
+            "seq time host pid start exe sha256 user unit session op proto local remote peer assurance \
+                      verdict rule reason lane association generation via"
+                .split_whitespace()
+        {
+            assert!(r.get(field).is_some(), "{field} in {r}");
+        }
+    }
+}
+
+#[test]
+fn a_permitted_destination_is_not_asked_for_twice_and_each_call_is_on_record() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _server = greeter(b, 80);
+    a.policy("allow tcp/80(*, *);");
+    let script = "import socket\nfor i in range(500):\n    s = socket.create_connection(('10.77.0.2', 80)); s.recv(9); s.close()\nprint('ok')";
+    assert_eq!(python(a, script), "ok");
+    let records = a.records();
+    let calls: Vec<_> = records.iter().filter(|r| is(r, "connect", "permit")).collect();
+    assert_eq!(calls.len(), 500);
+    let by_table = calls.iter().filter(|r| r["via"] == "table").count();
+    assert!(by_table >= 498, "{by_table} by table");
+    assert!(calls.iter().all(|r| r["rule"] == "allow tcp/80(*, *);" && r["claim"].is_null()));
+    let numbers: Vec<_> = records.iter().map(|r| r["seq"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>(), "no gaps");
+}
+
+#[test]
+fn listen_is_refused_without_a_rule() {
+    let host = Host::here();
+    host.policy("allow tcp/7001(*, process{exe=\"/usr/bin/python3*\"});");
+    let listen = |port| attempt(&format!("s = socket.socket()\ns.bind(('127.0.0.1', {port}))\ns.listen()"));
+    assert_eq!(python(&host, &listen(7001)), "ok");
+    assert_eq!(python(&host, &listen(7002)), "EACCES");
+    assert!(
+        host.record("bind", |r| is(r, "bind", "permit"))["local"]
+            .as_str()
+            .unwrap()
+            .starts_with("127.0.0.1:70")
+    );
+    let refused = host.record("listen", |r| is(r, "listen", "refuse"));
+    assert_eq!(refused["local"], "127.0.0.1:7002");
+    host.record("permitted listen", |r| is(r, "listen", "permit") && r["local"] == "127.0.0.1:7001");
+}
+
+/// A wrapped server that greets whom it accepts.
+fn wrapped_greeter(host: &Host, port: u16) -> Running {
+    let script = format!(
+        "import socket\ns = socket.create_server(('', {port}))\nprint('up', flush=True)\n\
+         while True:\n    c, a = s.accept()\n    c.sendall(b'hello')\n    c.close()"
+    );
+    let running = host.start(&[PY, "-c", &script]);
+    running.line("up");
+    running
+}
+
+fn plain_python(host: &Host, script: &str) -> String {
+    let done = Finished::of(&mut host.plain(&[PY, "-c", script]));
+    format!("{}{}", done.stdout.trim(), if done.status == 0 { "" } else { done.stderr.trim() })
+}
+
+const HELLO: &str = "s = socket.create_connection(('10.77.0.1', 7003), 2)\nassert s.recv(9) == b'hello'";
+
+#[test]
+fn a_listener_for_some_addresses_is_filtered_for_all_others() {
+    let net = Net::new(&["server", "friend", "stranger"]);
+    let [server, friend, stranger] = net.hosts();
+    server.policy("allow tcp/7003(IPv4{10.77.0.2}, *);");
+    let _running = wrapped_greeter(server, 7003);
+    assert_eq!(plain_python(friend, &attempt(HELLO)), "ok");
+    assert!(plain_python(stranger, &attempt(HELLO)).contains("timed out"), "no SYN-ACK");
+    let seen = server.record("the stranger", |r| r["via"] == "filter");
+    assert_eq!((&seen["verdict"], &seen["op"]), (&"refuse".into(), &"accept".into()));
+    assert!(seen["remote"].as_str().unwrap().starts_with("10.77.0.3:"));
+    assert_eq!(seen["local"], "10.77.0.1:7003");
+    server.record("the friend", |r| {
+        is(r, "accept", "permit") && r["remote"].as_str().unwrap().starts_with("10.77.0.2:")
+    });
+}
+
+#[test]
+fn a_closed_flow_says_how_much_and_how_long() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let server = "import socket\ns = socket.create_server(('', 80))\nprint('up', flush=True)\n\
+        c, a = s.accept()\nc.recv(10, socket.MSG_WAITALL)\nc.sendall(b'hello')\nc.close()";
+    let server = Running::start(b.plain(&[PY, "-c", server]));
+    server.line("up");
+    a.policy("allow tcp/80(*, *);");
+    let script = "s = socket.create_connection(('10.77.0.2', 80))\ns.sendall(b'x' * 10)\nassert s.recv(9) == b'hello'\ns.recv(1)";
+    assert_eq!(python(a, &attempt(script)), "ok");
+    let closed = a.record("close", |r| r["op"] == "close");
+    let begun = a.record("connect", |r| r["op"] == "connect");
+    assert_eq!(closed["association"], begun["association"]);
+    assert_eq!(closed["bytes_out"], 10);
+    assert!([5, 6].contains(&closed["bytes_in"].as_u64().unwrap()), "{closed}");
+    assert!(closed["duration"].as_f64().unwrap() < 20.0);
+}
+
+#[test]
+fn only_one_program_and_user_reaches_a_service_on_loopback() {
+    let host = Host::here();
+    host.policy(
+        "client = process{exe=\"/usr/bin/curl\", user=\"nobody\"};\n\
+         server = process{exe=\"/usr/bin/python3*\"};\n\
+         allow tcp/7004(client, server);",
+    );
+    let _server = {
+        let script = "import socket\ns = socket.create_server(('127.0.0.1', 7004))\nprint('up', flush=True)\n\
+            while True:\n    c, a = s.accept()\n    c.recv(100)\n    c.sendall(b'HTTP/1.0 200 OK\\r\\n\\r\\nhello')\n    c.close()";
+        let running = host.start(&[PY, "-c", script]);
+        running.line("up");
+        running
+    };
+    let curl = ["curl", "-sS", "http://127.0.0.1:7004/"];
+    let as_nobody = |words: &[&str]| {
+        let mut line = vec!["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "--"];
+        line.extend(words);
+        Finished::of(&mut host.run(&line))
+    };
+    let good = as_nobody(&curl);
+    assert_eq!(good.stdout, "hello", "{good}");
+    let permit = host.record("connect", |r| is(r, "connect", "permit"));
+    assert_eq!((&permit["assurance"], &permit["user"]), (&"kernel".into(), &"nobody".into()));
+    assert!(permit["peer"].as_str().unwrap().contains("python3"), "{permit}");
+    let accept = host.record("accept", |r| is(r, "accept", "permit"));
+    assert!(accept["peer"].as_str().unwrap().contains("/usr/bin/curl\", user=\"nobody\""), "{accept}");
+    assert_eq!(accept["assurance"], "kernel");
+    // The same program as another user; another program as that user; not wrapped.
+    assert_ne!(Finished::of(&mut host.run(&curl)).status, 0);
+    assert_ne!(
+        as_nobody(&[PY, "-c", "import socket; socket.create_connection(('127.0.0.1', 7004))"]).status,
+        0
+    );
+    let refusals = host.records().iter().filter(|r| is(r, "connect", "refuse")).count();
+    assert_eq!(refusals, 2);
+    let unwrapped = Finished::of(&mut host.plain(&curl));
+    assert_ne!(unwrapped.status, 0, "{unwrapped}");
+    let told = host.record("unwrapped", |r| is(r, "accept", "refuse"));
+    assert!(told["peer"].as_str().unwrap().contains("not wrapped"), "{told}");
+    assert!(told["reason"].as_str().unwrap().contains("not wrapped"), "{told}");
+}
+
+#[test]
+fn datagrams_that_nobody_asked_for_are_not_delivered_and_wake_nobody() {
+    let net = Net::new(&["a", "b", "c"]);
+    let [a, b, c] = net.hosts();
+    a.policy("allow udp/53(*, IPv4{10.77.0.2}); allow udp/7005(IPv4{10.77.0.2}, *);");
+    let echo = "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.bind(('', 53))\nprint('up', flush=True)\n\
+        while True:\n    d, a = s.recvfrom(100)\n    s.sendto(d, a)\n    t = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); t.sendto(b'other port', a)";
+    let running = [b, c].map(|h| {
+        let it = Running::start(h.plain(&[PY, "-c", echo]));
+        it.line("up");
+        it
+    });
+    // The answer comes, what another socket there sends does not, not even as readiness.
+    let query = "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.sendto(b'q', ('10.77.0.2', 53))\n\
+        s.settimeout(3)\nassert s.recv(9) == b'q'\nimport select\nassert select.select([s], [], [], 0.3)[0] == [], 'readable'";
+    assert_eq!(python(a, &attempt(query)), "ok");
+    assert_eq!(python(a, &attempt(&query.replace("10.77.0.2", "10.77.0.3"))), "EPERM");
+    // A server: rules say who may ask, and who asked is answered.
+    let server = "import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.bind(('', 7005))\nprint('up', flush=True)\n\
+        while True:\n    d, a = s.recvfrom(100)\n    s.sendto(b're ' + d, a)";
+    let served = a.start(&[PY, "-c", server]);
+    served.line("up");
+    let ask = attempt(
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(1)\ns.sendto(b'x', ('10.77.0.1', 7005))\nassert s.recv(9) == b're x'",
+    );
+    assert_eq!(plain_python(b, &ask), "ok");
+    assert!(plain_python(c, &ask).contains("timed out"));
+    a.record("receive", |r| {
+        is(r, "receive", "permit") && r["remote"].as_str().unwrap().starts_with("10.77.0.2:")
+    });
+    drop(running);
+}
+
+#[test]
+fn in_mode_audit_all_goes_on_and_is_on_record() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _server = greeter(b, 80);
+    a.policy("allow tcp/81(*, *);");
+    let script = attempt("s = socket.create_connection(('10.77.0.2', 80))\nassert s.recv(9) == b'hello'");
+    assert_eq!(Finished::of(&mut a.run_with(&["--mode", "audit"], &[PY, "-c", &script])).stdout.trim(), "ok");
+    let would = a.record("would-refuse", |r| r["verdict"] == "would-refuse");
+    assert_eq!(would["remote"], "10.77.0.2:80");
+}
+
+#[test]
+fn what_a_process_becomes_is_judged_anew() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _server = greeter(b, 80);
+    a.policy("allow tcp/80(process{user=\"root\", exe=\"/usr/bin/python3*\"}, *);");
+    // Twice as root (the second from the table), then by a raw setuid that no hook sees.
+    let script = "import ctypes, socket\n\
+        def go():\n    try:\n        s = socket.create_connection(('10.77.0.2', 80)); s.recv(9); s.close(); return 'ok'\n    except OSError as e:\n        return e.errno\n\
+        print(go(), go(), flush=True)\n\
+        ctypes.CDLL(None).syscall(105, 65534)\nprint(go(), flush=True)";
+    assert_eq!(python(a, script).replace('\n', " "), "ok ok 13");
+    // By exec of another program.
+    let script = "import socket, os\nsocket.create_connection(('10.77.0.2', 80)).recv(9)\nos.execv('/usr/bin/curl', ['curl', '-sS', 'http://10.77.0.2/'])";
+    let done = Finished::of(&mut a.run(&[PY, "-c", script]));
+    assert_eq!(done.status, 7, "{done}");
+}
