@@ -60,6 +60,9 @@ impl FarEnd {
     }
 }
 
+/// Sockets of a process: descriptor and inode.
+pub(super) type Held = Vec<(i32, u64)>;
+
 /// Who holds which listening socket: pid and descriptor.
 #[derive(Debug, Default)]
 pub(super) struct Holders(HashMap<u64, (u64, Vec<(i32, i32)>)>);
@@ -138,7 +141,7 @@ impl Broker {
     }
 
     /// All processes in which the shim is, with their sockets: for a broker that was restarted.
-    pub(super) fn wrapped_processes(&mut self) -> Vec<(Rc<Context>, Vec<(i32, u64)>)> {
+    pub(super) fn wrapped_processes(&mut self) -> Vec<(Rc<Context>, Held)> {
         let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
         let pids: Vec<i32> = all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
         pids.into_iter()

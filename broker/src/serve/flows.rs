@@ -6,7 +6,7 @@ use std::{
     rc::Rc,
 };
 
-use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId};
+use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::Request;
 
 use super::{Broker, RuleText};
@@ -30,7 +30,6 @@ pub(super) struct Flow {
     pub(super) local: Option<SocketAddr>,
     pub(super) remote: Option<SocketAddr>,
     pub(super) rule: Option<RuleText>,
-    pub(super) rule_id: Option<RuleId>,
     /// The control association it is related to.
     pub(super) session: Option<u64>,
     pub(super) lane: Lane,

@@ -263,20 +263,22 @@ impl Broker {
             }
         }
         let mut finding = Finding { far, ..Finding::of(judgement) };
-        if !finding.judgement.permitted && !finding.judgement.denied && call.protocol == Protocol::TCP {
-            if let Some(by) = self.related(context, remote, finding.far.as_ref()) {
-                finding.shared = by.shared.then_some(2);
-                finding.judgement = Judgement {
-                    permitted: true,
-                    verdict: Verdict::Permit,
-                    rule: by.control.rule_id,
-                    lane: by.control.lane,
-                    assurance: by.assurance,
-                    reason: Some("related to a control association that lives".to_owned()),
-                    ..Judgement::refusal(String::new())
-                };
-                finding.session = Some(by.control);
-            }
+        if !finding.judgement.permitted
+            && !finding.judgement.denied
+            && call.protocol == Protocol::TCP
+            && let Some(by) = self.related(context, remote, finding.far.as_ref())
+        {
+            finding.shared = (by.of > 1).then_some(by.of);
+            finding.judgement = Judgement {
+                permitted: true,
+                verdict: Verdict::Permit,
+                rule: by.control.rule_id,
+                lane: by.control.lane,
+                assurance: by.assurance,
+                reason: Some("related to a control association that lives".to_owned()),
+                ..Judgement::refusal(String::new())
+            };
+            finding.session = Some(by.control);
         }
         if !finding.judgement.permitted || finding.judgement.observed.is_some() {
             let processes = finding.far.as_ref().map(FarEnd::processes);
@@ -356,7 +358,7 @@ impl Broker {
             word(Verdict::Refuse)
         };
         let shown = finding.far.as_ref().and_then(FarEnd::shown);
-        let shared = finding.shared.map(|n| format!("the process is in {n} or more sessions at once"));
+        let shared = finding.shared.map(|n| format!("the process is in {n} sessions at once"));
         let observed_why = observed.as_ref().map(|_| "a rule under audit would refuse it");
         let parents;
         let mut more = Vec::with_capacity(8);
@@ -471,11 +473,8 @@ impl Broker {
                 remote: loopback_for(remote),
                 since: ticks(boottime()),
                 maker: (context.key, call.number),
-                rule: rule.clone(),
                 rule_id: judgement.rule,
                 lane: judgement.lane,
-                outbound,
-                port: if outbound { remote.port() } else { call.local.map_or(0, |l| l.port()) },
             });
         }
         self.flows.open(
@@ -487,7 +486,6 @@ impl Broker {
                 local: call.local,
                 remote: call.remote,
                 rule,
-                rule_id: judgement.rule,
                 session: finding.session.as_ref().map(|c| c.cookie),
                 lane: judgement.lane,
                 assurance: judgement.assurance,

@@ -226,15 +226,15 @@ impl Broker {
                 remote: own_family(found.remote),
             };
             if let Ok(by) = keyd.cut_by_name(&flow) {
-                return Ok(match by {
-                    keyd::CutBy::Gone => "it had ended",
-                    keyd::CutBy::Destroy => "destroyed in the kernel",
-                    keyd::CutBy::Disconnect => "disconnected",
-                    keyd::CutBy::Shutdown => "shut down",
-                });
+                return Ok(cut_word(by));
             }
         }
         let socket = self.socket_of(context.key, found).ok_or("its socket could not be reached")?;
+        if let Some(keyd) = &mut self.keyd
+            && let Ok(by) = keyd.cut(socket.as_fd())
+        {
+            return Ok(cut_word(by));
+        }
         shutdown(std::os::fd::AsRawFd::as_raw_fd(&socket), Shutdown::Both).map_err(|e| e.to_string())?;
         Ok("shut down")
     }
@@ -319,7 +319,6 @@ impl Broker {
         if !(judgement.permitted && judgement.related) {
             return;
         }
-        let outbound = flow.op == Op::Connect;
         self.add_session(Control {
             cookie: found.cookie,
             inode: found.inode,
@@ -327,12 +326,18 @@ impl Broker {
             remote: found.remote,
             since: flow.context.key.start,
             maker: (flow.context.key, number),
-            rule: self.rule_text(judgement.rule),
             rule_id: judgement.rule,
             lane: judgement.lane,
-            outbound,
-            port: if outbound { found.remote.port() } else { found.local.port() },
         });
+    }
+}
+
+const fn cut_word(by: keyd::CutBy) -> &'static str {
+    match by {
+        keyd::CutBy::Gone => "it had ended",
+        keyd::CutBy::Destroy => "destroyed in the kernel",
+        keyd::CutBy::Disconnect => "disconnected",
+        keyd::CutBy::Shutdown => "shut down",
     }
 }
 
@@ -346,7 +351,6 @@ fn adopted(context: Rc<Context>, found: &Found, listening: &HashSet<u16>) -> Flo
         local: Some(found.local),
         remote: Some(found.remote),
         rule: None,
-        rule_id: None,
         session: None,
         lane: Lane::Plain,
         assurance: Assurance::None,

@@ -8,7 +8,7 @@ use std::{collections::HashMap, net::SocketAddr, rc::Rc};
 
 use portcullis_types::{Assurance, Lane, Protocol, RuleId};
 
-use super::{Broker, RuleText, far::FarEnd};
+use super::{Broker, far::FarEnd};
 use crate::{
     process::{Context, ProcessKey},
     sys::{diag::state, pidfd_getfd, proc::ProcDir, socket::Facts},
@@ -31,13 +31,8 @@ pub(super) struct Control {
     pub(super) since: u64,
     /// Who accepted or opened it, and by which descriptor.
     pub(super) maker: (ProcessKey, i32),
-    pub(super) rule: Option<RuleText>,
     pub(super) rule_id: Option<RuleId>,
     pub(super) lane: Lane,
-    /// Judged process opened it.
-    pub(super) outbound: bool,
-    /// The service's port.
-    pub(super) port: u16,
 }
 
 /// Sessions that a process is in.
@@ -45,8 +40,9 @@ pub(super) struct Control {
 pub(super) struct Membership {
     /// The one that the flow in question belongs to.
     pub(super) control: Control,
-    /// The process has others at the same time, so that the far side's session is not told apart.
-    pub(super) shared: bool,
+    /// How many sessions the process is in at once; with more than one, what it opens is open to
+    /// the peers of all.
+    pub(super) of: usize,
     pub(super) assurance: Assurance,
 }
 
@@ -148,16 +144,16 @@ impl Broker {
     ) -> Option<Membership> {
         let mine = self.sessions_of(context);
         let ip = remote.ip().to_canonical();
-        let shared = mine.len() > 1;
+        let of = mine.len();
         for control in mine {
             if control.remote.ip().to_canonical() != ip {
                 continue;
             }
             let Some(far) = far else {
-                return Some(Membership { control, shared, assurance: Assurance::Address });
+                return Some(Membership { control, of, assurance: Assurance::Address });
             };
             if self.is_far_session(&control, far) {
-                return Some(Membership { control, shared, assurance: Assurance::Kernel });
+                return Some(Membership { control, of, assurance: Assurance::Kernel });
             }
         }
         None

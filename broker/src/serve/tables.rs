@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc};
 
-use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId};
+use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::shared::{Entry, RECORDS, Record, Ring, Shape, VerdictTable};
 
 use super::{Broker, RuleText, flows::Flow};
@@ -239,7 +239,6 @@ impl Broker {
                     local,
                     remote,
                     rule: rule.cloned(),
-                    rule_id: (record.rule != u32::MAX).then_some(RuleId(record.rule)),
                     session: None,
                     lane: Lane::Plain,
                     assurance,

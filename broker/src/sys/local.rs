@@ -31,12 +31,6 @@ impl Own {
         Ok(Self(all.collect()))
     }
 
-    /// Those given.
-    #[must_use]
-    pub fn of(all: impl IntoIterator<Item = IpAddr>) -> Self {
-        Self(all.into_iter().collect())
-    }
-
     /// Whether a flow to or from `ip` stays on this host: loopback, one of the host's addresses, or
     /// unspecified (which connect(2) takes for loopback).
     #[must_use]

@@ -199,25 +199,6 @@ impl ProcDir {
         readlinkat(&self.0, format!("fd/{number}").as_str())
             .is_ok_and(|link| socket_inode(&link) == Some(inode))
     }
-
-    /// Its children, all threads' together.
-    #[must_use]
-    pub fn children(&self) -> Vec<i32> {
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let Ok(mut threads) = Dir::openat(&self.0, "task", flags, Mode::empty()) else { return Vec::new() };
-        let mut all = Vec::new();
-        for thread in threads.iter().flatten() {
-            let Ok(name) = thread.file_name().to_str().map(str::to_owned) else { continue };
-            if name.starts_with('.') {
-                continue;
-            }
-            let text = self.read(&format!("task/{name}/children"), 1 << 20).unwrap_or_default();
-            all.extend(
-                String::from_utf8_lossy(&text).split_ascii_whitespace().filter_map(|p| p.parse::<i32>().ok()),
-            );
-        }
-        all
-    }
 }
 
 /// Which file a path names in this process's own view.
