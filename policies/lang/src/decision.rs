@@ -47,7 +47,7 @@ impl Decision {
 /// the same.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Region {
-    /// Addresses of the far side; the whole of IPv6 if the flow has no far address. For an
+    /// Addresses of the far side; the unspecified address if the flow has no far address. For an
     /// IPv4-mapped address this is a prefix of IPv4.
     pub prefix: IpNet,
     /// Service ports, host byte order.

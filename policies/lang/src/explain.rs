@@ -9,7 +9,6 @@ use crate::{
     facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side},
     model::{Atom, CertificateField, Effect, Expr, ProcessField, Rule, Truth},
     policy::Policy,
-    reference,
     source::to_u32,
     view::View,
 };
@@ -71,8 +70,8 @@ const SHOWN: usize = 5;
 
 pub(crate) fn explain(policy: &Policy, question: &Question<'_>) -> Explanation {
     let far = if question.far == Side::To { &question.to } else { &question.from };
-    let matches = reference::matches(&policy.rules, &question.flow(), &question.from, &question.to);
-    let decision = decide(&matches, far, question.far == Side::To, |id| policy.get(id));
+    let matches = policy.matches(&question.flow(), &question.from, &question.to);
+    let decision = decide(&matches, far, question.far, |id| policy.get(id));
     if decision.verdict != Verdict::Refuse {
         return Explanation { decision, near: Vec::new(), permit_with: None };
     }

@@ -16,13 +16,18 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod compile;
 mod decide;
 mod decision;
 mod diagnostic;
+#[cfg(test)]
+mod differential;
 mod display;
 mod explain;
 mod facts;
 mod fmt;
+#[cfg(test)]
+mod generate;
 mod listener;
 mod load;
 mod model;

@@ -6,13 +6,17 @@ use portcullis_types::{Protocol, RuleId};
 
 use crate::{
     check::{Checked, Names, Test},
+    compile::Compiled,
+    decide::{Matches, decide},
     decision::{Decision, ListenerScope, Region},
     diagnostic::Diagnostics,
     explain::{Explanation, Question},
     facts::{Flow, Party, Side},
     load::{self, LoadError},
     model::{Atom, Rule},
+    region::Edges,
     source::{Source, to_u32, to_usize},
+    view::View,
 };
 
 /// A policy: compiled, immutable, shared by reference.
@@ -25,6 +29,8 @@ pub struct Policy {
     pub(crate) names: Names,
     pub(crate) sources: Vec<Source>,
     addresses: [bool; 2],
+    compiled: Option<Compiled>,
+    edges: Edges,
 }
 
 /// A policy that may be put in force, and what is odd about it.
@@ -72,7 +78,9 @@ impl Policy {
             })
         };
         let addresses = [by_address(Side::From), by_address(Side::To)];
-        Self { rules, tests, names, sources, addresses }
+        let compiled = Compiled::new(&rules);
+        let edges = Edges::new(&rules);
+        Self { rules, tests, names, sources, addresses, compiled, edges }
     }
 
     /// Decides one flow. Total, deterministic, and without allocation.
@@ -80,13 +88,27 @@ impl Policy {
     /// Precedence follows LANGUAGE.md, section "Verdicts".
     #[must_use]
     pub fn evaluate(&self, flow: &Flow<'_>) -> Decision {
-        crate::reference::evaluate(&self.rules, flow)
+        let (from, to) = (View::of(flow, Side::From), View::of(flow, Side::To));
+        let matches = self.matches(flow, &from, &to);
+        let far = if flow.far == Side::To { &to } else { &from };
+        decide(&matches, far, flow.far, |id| self.get(id))
+    }
+
+    /// The rules that matter for a flow as its parties are seen.
+    pub(crate) fn matches(&self, flow: &Flow<'_>, from: &View<'_>, to: &View<'_>) -> Matches {
+        let found = self.compiled.as_ref().and_then(|c| c.matches(flow, from, to));
+        // What no index answers, every rule is asked for: rare, and just as right.
+        found.unwrap_or_else(|| crate::reference::matches(&self.rules, flow, from, to))
     }
 
     /// Decides one flow, and says how far around it the same holds.
     #[must_use]
     pub fn evaluate_region(&self, flow: &Flow<'_>) -> (Decision, Region) {
-        (self.evaluate(flow), crate::region::point(flow))
+        let ports = match &self.compiled {
+            Some(compiled) => compiled.ports_around(flow.protocol, flow.port),
+            None => flow.port..=flow.port,
+        };
+        (self.evaluate(flow), Region { prefix: self.edges.around(flow), ports })
     }
 
     /// Who may open flows to this process on this port, at the time `now`.

@@ -13,7 +13,6 @@ use crate::{
     facts::Side,
     parser,
     policy::Policy,
-    reference,
     services::Service,
     source::Source,
 };
@@ -97,8 +96,8 @@ fn question<'a>(from: &'a Example, to: &'a Example, protocol: Protocol, port: u1
 }
 
 fn answer(policy: &Policy, question: &Question<'_>) -> Decision {
-    let matches = reference::matches(&policy.rules, &question.flow(), &question.from, &question.to);
-    decide(&matches, &question.to, true, |id| policy.get(id))
+    let matches = policy.matches(&question.flow(), &question.from, &question.to);
+    decide(&matches, &question.to, Side::To, |id| policy.get(id))
 }
 
 /// The answer to a question in policy words, for one protocol and port of the service it names.

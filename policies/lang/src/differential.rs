@@ -1,0 +1,132 @@
+//! The compiled policy against the naive evaluator, on random policies and flows.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::{
+    facts::{Flow, Party, Side},
+    generate::{self, Dice, World},
+    load,
+    policy::Policy,
+    reference,
+};
+
+/// Pairs of policy and flow: `PORTCULLIS_PAIRS`, else enough for some seconds; the release run takes millions.
+fn pairs() -> usize {
+    std::env::var("PORTCULLIS_PAIRS").ok().and_then(|s| s.parse().ok()).unwrap_or(200_000)
+}
+
+fn policy(text: &str) -> Policy {
+    load::parse("random.pol", text).unwrap_or_else(|d| panic!("{d}\n{text}")).policy
+}
+
+#[test]
+fn compiled_and_naive_evaluation_agree() {
+    let mut dice = Dice::new(generate::seed("compiled against reference"));
+    const FLOWS: usize = 1000;
+    for _ in 0..pairs() / FLOWS {
+        let text = generate::policy(&mut dice);
+        let policy = policy(&text);
+        for _ in 0..FLOWS {
+            let world = World::new(&mut dice);
+            let (from, to) = (world.party(0), world.party(1));
+            let flow = generate::flow(&mut dice, &from, &to);
+            let (left, right) = (policy.evaluate(&flow), reference::evaluate(&policy.rules, &flow));
+            assert_eq!(left, right, "compiled, then reference\n{text}\n{flow:#?}");
+        }
+    }
+}
+
+/// Some addresses of a prefix: its ends, and those of the world within it.
+fn addresses(dice: &mut Dice, prefix: ipnet::IpNet) -> Vec<IpAddr> {
+    let mut list = vec![prefix.network(), prefix.broadcast()];
+    list.extend((0..4).map(|_| generate::address(dice)).filter(|a| prefix.contains(a)));
+    if let ipnet::IpNet::V4(net) = prefix {
+        let size = u32::from(net.broadcast()) - u32::from(net.network());
+        let offset = u32::try_from(dice.roll(1 << 31)).unwrap() % size.max(1);
+        list.push(Ipv4Addr::from(u32::from(net.network()) + offset).into());
+    }
+    list
+}
+
+#[test]
+fn within_a_region_the_decision_is_the_same() {
+    let mut dice = Dice::new(generate::seed("regions"));
+    for _ in 0..pairs() / 5000 {
+        let text = generate::policy(&mut dice);
+        let policy = policy(&text);
+        for _ in 0..100 {
+            let world = World::new(&mut dice);
+            let (from, to) = (world.party(0), world.party(1));
+            let flow = generate::flow(&mut dice, &from, &to);
+            let (decision, region) = policy.evaluate_region(&flow);
+            assert_eq!(decision, policy.evaluate(&flow));
+            let far = if flow.far == Side::To { &to } else { &from };
+            let Some(address) = far.addr else {
+                assert_eq!(region.prefix.to_string(), "::/128");
+                continue;
+            };
+            let address = match address {
+                IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(address, IpAddr::V4),
+                v4 @ IpAddr::V4(_) => v4,
+            };
+            assert!(
+                region.prefix.contains(&address) && region.ports.contains(&flow.port),
+                "{region:?} {flow:#?}"
+            );
+            for address in addresses(&mut dice, region.prefix) {
+                // An IPv6 socket shows an IPv4 address as a mapped one.
+                let mapped = match address {
+                    IpAddr::V4(v4) => IpAddr::V6(Ipv4Addr::to_ipv6_mapped(&v4)),
+                    IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from(v6.octets())),
+                };
+                for address in [address, mapped] {
+                    for port in [*region.ports.start(), *region.ports.end()] {
+                        let party = Party { addr: Some(address), ..*far };
+                        let (from, to) = if flow.far == Side::To { (&from, &party) } else { (&party, &to) };
+                        let moved = Flow { from, to, port, ..flow };
+                        assert_eq!(
+                            policy.evaluate(&moved),
+                            decision,
+                            "{region:?}\n{text}\n{flow:#?}\n{moved:#?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn formatting_keeps_the_meaning() {
+    let mut dice = Dice::new(generate::seed("formatting"));
+    for _ in 0..300 {
+        let text: String = generate::policy(&mut dice).replace(", ", ",  # why\n").replace(" & ", "&");
+        let once = crate::fmt::format("t.pol", &text).unwrap_or_else(|d| panic!("{d}\n{text}"));
+        assert_eq!(crate::fmt::format("t.pol", &once).unwrap(), once);
+        let (old, new) = (policy(&text), policy(&once));
+        let parts = |p: &Policy| -> Vec<_> {
+            p.rules
+                .iter()
+                .map(|r| (r.effect, r.service.clone(), r.from.clone(), r.to.clone(), r.rank(), r.expires))
+                .collect()
+        };
+        assert_eq!(parts(&old), parts(&new), "{text}\n{once}");
+    }
+}
+
+#[test]
+fn a_printed_principal_reads_back_as_itself() {
+    let mut dice = Dice::new(generate::seed("printing"));
+    for _ in 0..2000 {
+        let text = generate::principal(&mut dice, 3);
+        let first = policy(&format!("allow *({text}, *);"));
+        let printed = crate::display::expr(&first.rules[0].from);
+        let again = policy(&format!("allow *({printed}, *);"));
+        for _ in 0..50 {
+            let world = World::new(&mut dice);
+            let (from, to) = (world.party(0), world.party(1));
+            let flow = generate::flow(&mut dice, &from, &to);
+            assert_eq!(first.evaluate(&flow), again.evaluate(&flow), "{text}\n{printed}\n{flow:#?}");
+        }
+    }
+}
