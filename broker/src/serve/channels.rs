@@ -179,8 +179,10 @@ impl Broker {
         match opcode {
             OpCode::Judge => {
                 self.judge_frame(key, request, attached, &mut reply);
+                // A sender of datagrams needs the state page: it remembers its peers for one generation.
+                let sends = request.call == portcullis_types::Op::Send as u8 && reply.errno == 0;
                 if Flags(request.flags).has(Flags::WANT_MEMORY)
-                    && Flags(reply.flags).has(Flags::CACHED)
+                    && (Flags(reply.flags).has(Flags::CACHED) || sends)
                     && let Some([state, table, ring]) = self.memory_of(key)
                 {
                     reply.flags |= Flags::MEMORY;

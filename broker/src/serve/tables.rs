@@ -135,9 +135,14 @@ impl Broker {
         process.memory.as_mut().is_some_and(|m| m.insert(Region { entry, rule }))
     }
 
-    /// Descriptors of state page, table and ring of a process that has them.
-    pub(super) fn memory_of(&self, key: ProcessKey) -> Option<[OwnedFd; 3]> {
-        let memory = self.processes.get(&key)?.memory.as_ref()?;
+    /// Descriptors of state page, table and ring of a process, made if it has none yet.
+    pub(super) fn memory_of(&mut self, key: ProcessKey) -> Option<[OwnedFd; 3]> {
+        let generation = self.generation_in_force();
+        let process = self.processes.get_mut(&key)?;
+        if process.memory.is_none() {
+            process.memory = Memory::new(generation).ok();
+        }
+        let memory = process.memory.as_ref()?;
         let dup = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().ok();
         Some([dup(self.page.descriptor())?, dup(memory.table.descriptor())?, dup(memory.ring.descriptor())?])
     }

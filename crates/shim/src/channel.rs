@@ -202,7 +202,7 @@ fn read(got: isize, bytes: &[u8]) -> Result<(OpCode, Reply), Silence> {
 pub fn ask(request: &mut Request, attach: c_int) -> Result<Reply, Silence> {
     if own::sandboxed() {
         request.flags |= Flags::NO_DESCRIPTOR;
-    } else if own::shared().is_none() && !own::borrowed() && own::own().is_some() {
+    } else if wants_memory(request) {
         request.flags |= Flags::WANT_MEMORY;
     }
     request.seq = number();
@@ -230,11 +230,20 @@ pub fn ask(request: &mut Request, attach: c_int) -> Result<Reply, Silence> {
         if why != Silence::Lost || waited >= PATIENCE_NS {
             break; // a restarted broker is asked again, a hung one is not
         }
-        if own::shared().is_none() && !own::sandboxed() && !own::borrowed() {
+        if wants_memory(request) {
             request.flags |= Flags::WANT_MEMORY;
         }
     }
     Err(why)
+}
+
+/// Whether the answer should bring the verdict table along.
+fn wants_memory(request: &Request) -> bool {
+    request.opcode == OpCode::Judge as u16
+        && !own::sandboxed()
+        && !own::borrowed()
+        && own::own().is_some()
+        && own::shared().is_none()
 }
 
 /// Says something that has no reply. Never blocks; nothing comes of it if there is no channel.

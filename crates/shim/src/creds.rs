@@ -11,9 +11,10 @@ pub fn changed() {
         return;
     }
     let _ = shield(|| {
-        own::forsake();
-        if channel::used() {
-            let _ = channel::ask(&mut Request::new(OpCode::Changed, 0), -1);
+        let table = own::suspend();
+        // A process that has not asked anything has nothing to be forgotten.
+        if channel::used() && channel::ask(&mut Request::new(OpCode::Changed, 0), -1).is_ok() {
+            own::resume(table);
         }
         Ok(())
     });

@@ -13,7 +13,7 @@ use portcullis_wire::Addr;
 use crate::{
     Errno,
     gate::call_cancellable,
-    hints::{self, KNOWN, Sock},
+    hints::{self, Sock},
     judge::{self, Call, Op, judge},
     own::{self, PEERS},
     peer::Peer,
@@ -97,9 +97,6 @@ fn plan(fd: c_int, peer: Peer, flags: c_int) -> Result<Plan, Errno> {
     call.remote = remote;
     let permit = judge(&call)?;
     if op == Op::Send {
-        if !sock.has(KNOWN) {
-            hints::mark(fd, KNOWN, 0);
-        }
         stream::watch(fd, sock, &permit);
         remember(op, sock, &remote);
     }

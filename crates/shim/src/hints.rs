@@ -45,8 +45,6 @@ pub const TOKEN: u16 = 1 << 1;
 pub const WATCHED: u16 = 1 << 2;
 /// A non-blocking connect(2) that was permitted is under way.
 pub const CONNECTING: u16 = 1 << 3;
-/// A datagram socket that some judged call has named to the broker.
-pub const KNOWN: u16 = 1 << 4;
 
 /// Set in every hint, so that none is zero.
 const VALID: u64 = 1 << 31;
@@ -223,7 +221,7 @@ mod tests {
 
     #[test]
     fn hints_survive_packing() {
-        let sock = Sock { domain: 10, kind: 1, protocol: 262, flags: LISTENS | KNOWN, extra: 65535 };
+        let sock = Sock { domain: 10, kind: 1, protocol: 262, flags: LISTENS | TOKEN, extra: 65535 };
         assert_eq!(Sock::unpack(sock.pack()), Some(sock));
         assert_eq!(Sock::unpack(0), None);
         assert_eq!(sock.iana(), 6);

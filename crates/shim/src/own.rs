@@ -193,6 +193,20 @@ pub fn forsake() {
     }
 }
 
+/// As [`forsake`], until the broker has emptied the table: gives what [`resume`] takes.
+pub fn suspend() -> *mut VerdictTable {
+    let Some(own) = own() else { return null_mut() };
+    own.epoch.fetch_add(1, Ordering::Relaxed);
+    own.table.swap(null_mut(), Ordering::AcqRel)
+}
+
+/// Uses a table again; unless another came in its place meanwhile.
+pub fn resume(table: *mut VerdictTable) {
+    if let Some(own) = own() {
+        let _ = own.table.compare_exchange(null_mut(), table, Ordering::AcqRel, Ordering::Relaxed);
+    }
+}
+
 /// Takes over the three descriptors of a reply with memory, and closes them.
 pub fn adopt(fds: [c_int; 3]) {
     let [state, table, ring] = fds;
