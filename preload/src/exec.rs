@@ -31,7 +31,7 @@ fn current() -> Strings {
 hooks! {
     execve => on_execve: fn(path: *const c_char, argv: Strings, env: Strings) -> c_int, or -1, {
         // SAFETY: see above.
-        unsafe { exec::with_environment(env, |env| redhook::real!(execve)(path, argv, env)) }
+        unsafe { exec::with_environment(env, &|env| redhook::real!(execve)(path, argv, env)) }
     }
     execv => on_execv: fn(path: *const c_char, argv: Strings) -> c_int, or -1, {
         // SAFETY: see above.
@@ -39,7 +39,7 @@ hooks! {
     }
     execvpe => on_execvpe: fn(file: *const c_char, argv: Strings, env: Strings) -> c_int, or -1, {
         // SAFETY: see above.
-        unsafe { exec::with_environment(env, |env| redhook::real!(execvpe)(file, argv, env)) }
+        unsafe { exec::with_environment(env, &|env| redhook::real!(execvpe)(file, argv, env)) }
     }
     execvp => on_execvp: fn(file: *const c_char, argv: Strings) -> c_int, or -1, {
         // SAFETY: see above.
@@ -47,23 +47,23 @@ hooks! {
     }
     fexecve => on_fexecve: fn(fd: c_int, argv: Strings, env: Strings) -> c_int, or -1, {
         // SAFETY: see above.
-        unsafe { exec::with_environment(env, |env| redhook::real!(fexecve)(fd, argv, env)) }
+        unsafe { exec::with_environment(env, &|env| redhook::real!(fexecve)(fd, argv, env)) }
     }
     execveat => on_execveat: fn(dir: c_int, path: *const c_char, argv: Strings, env: Strings, flags: c_int) -> c_int, or -1, {
         // SAFETY: see above.
-        unsafe { exec::with_environment(env, |env| redhook::real!(execveat)(dir, path, argv, env, flags)) }
+        unsafe { exec::with_environment(env, &|env| redhook::real!(execveat)(dir, path, argv, env, flags)) }
     }
     posix_spawn => on_posix_spawn: fn(pid: *mut c_int, path: *const c_char, actions: *const c_void, attributes: *const c_void, argv: Strings, env: Strings) -> c_int, or libc::EAGAIN, {
         // SAFETY: see above. Its failures are errnos, not -1.
         let result = unsafe {
-            exec::with_environment(env, |env| redhook::real!(posix_spawn)(pid, path, actions, attributes, argv, env))
+            exec::with_environment(env, &|env| redhook::real!(posix_spawn)(pid, path, actions, attributes, argv, env))
         };
         if result < 0 { libc::E2BIG } else { result }
     }
     posix_spawnp => on_posix_spawnp: fn(pid: *mut c_int, file: *const c_char, actions: *const c_void, attributes: *const c_void, argv: Strings, env: Strings) -> c_int, or libc::EAGAIN, {
         // SAFETY: see above.
         let result = unsafe {
-            exec::with_environment(env, |env| redhook::real!(posix_spawnp)(pid, file, actions, attributes, argv, env))
+            exec::with_environment(env, &|env| redhook::real!(posix_spawnp)(pid, file, actions, attributes, argv, env))
         };
         if result < 0 { libc::E2BIG } else { result }
     }
@@ -104,17 +104,17 @@ type Registers = *const [*const c_char; 5];
 
 unsafe extern "C" fn from_execl(path: *const c_char, registers: Registers, rest: Strings) -> c_int {
     // SAFETY: as `listed!` has put them; exec(3)'s contract is the caller's.
-    unsafe { exec::with_arguments(registers, rest, |argv, _| on_execve(path, argv, current())) }
+    unsafe { exec::with_arguments(registers, rest, &|argv, _| on_execve(path, argv, current())) }
 }
 
 unsafe extern "C" fn from_execlp(file: *const c_char, registers: Registers, rest: Strings) -> c_int {
     // SAFETY: as above.
-    unsafe { exec::with_arguments(registers, rest, |argv, _| on_execvpe(file, argv, current())) }
+    unsafe { exec::with_arguments(registers, rest, &|argv, _| on_execvpe(file, argv, current())) }
 }
 
 unsafe extern "C" fn from_execle(path: *const c_char, registers: Registers, rest: Strings) -> c_int {
     // SAFETY: as above; execle's environment follows the null.
-    unsafe { exec::with_arguments(registers, rest, |argv, env| on_execve(path, argv, env)) }
+    unsafe { exec::with_arguments(registers, rest, &|argv, env| on_execve(path, argv, env)) }
 }
 
 /// vfork(2).
@@ -268,12 +268,12 @@ unsafe extern "C-unwind" fn hooked(
             libc::SYS_dup2 => on_dup2(int(a), int(b)).into(),
             libc::SYS_dup3 => on_dup3(int(a), int(b), int(c)).into(),
             libc::SYS_fcntl => fcntl(int(a), int(b), c as c_ulong).into(),
-            libc::SYS_execve => exec::with_environment(pointer::<*const c_char>(c), |env| {
+            libc::SYS_execve => exec::with_environment(pointer::<*const c_char>(c), &|env| {
                 let all = [a, b, env.expose_provenance(), 0, 0, 0];
                 returned_int(sys::call(nr, all))
             })
             .into(),
-            libc::SYS_execveat => exec::with_environment(pointer::<*const c_char>(d), |env| {
+            libc::SYS_execveat => exec::with_environment(pointer::<*const c_char>(d), &|env| {
                 let all = [a, b, c, env.expose_provenance(), e, 0];
                 returned_int(sys::call(nr, all))
             })

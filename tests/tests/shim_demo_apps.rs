@@ -182,3 +182,22 @@ fn connects_in_a_signal_handler_are_served_in_the_middle_of_others() {
     let done = Finished::of(&mut host.run(&client("dial-signal", &at, &["300"])));
     assert_eq!(done.success(), "answers=300 in-handler=true failed=0\n");
 }
+
+#[test]
+fn a_child_in_a_sandbox_of_its_own_is_served_and_refused() {
+    let host = Host::here();
+    let (open, shut) = (free_port(), free_port());
+    host.policy(&format!(
+        "service open = tcp/{open};\nservice shut = tcp/{shut};\n\
+         allow open(*, *);\nallow shut(process{{user=\"root\"}}, *);\n"
+    ));
+    for (port, child) in [(open, "Exited(Pid(child), 0)"), (shut, "Exited(Pid(child), 1)")] {
+        let at = format!("127.0.0.1:{port}");
+        let _server = serving(&host, false, &[&app("serve"), &at, "4", "threads"]);
+        let done = Finished::of(&mut host.run(&client("dial-confined", &at, &["3"])));
+        assert_eq!(done.success(), format!("pong 0\n{child}\n"), "port {port}");
+    }
+    // The child is judged as who it has become.
+    let refused = host.record("the child's refusal", |r| r["verdict"] == "refuse");
+    assert_eq!(refused["user"], "nobody", "{refused}");
+}

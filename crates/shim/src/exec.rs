@@ -122,7 +122,7 @@ const EXTRA: usize = 4;
 /// `environment` is null or a null-terminated array of C strings.
 pub unsafe fn with_environment(
     environment: *const *const c_char,
-    exec: impl FnOnce(*const *const c_char) -> c_int,
+    exec: &dyn Fn(*const *const c_char) -> c_int,
 ) -> c_int {
     start::ensure();
     let Some(kept) = KEPT.get() else { return exec(environment) };
@@ -143,7 +143,7 @@ pub unsafe fn with_environment(
 unsafe fn sized<const N: usize>(
     kept: &Kept,
     environment: *const *const c_char,
-    exec: impl FnOnce(*const *const c_char) -> c_int,
+    exec: &dyn Fn(*const *const c_char) -> c_int,
 ) -> c_int {
     let mut array = [const { MaybeUninit::<*const c_char>::uninit() }; N];
     let mut libraries = Text::new();
@@ -257,7 +257,7 @@ impl Door {
 pub unsafe fn with_arguments(
     registers: *const [*const c_char; 5],
     rest: *const *const c_char,
-    exec: impl FnOnce(*const *const c_char, *const *const c_char) -> c_int,
+    exec: &dyn Fn(*const *const c_char, *const *const c_char) -> c_int,
 ) -> c_int {
     // SAFETY: five pointers were pushed there, and beyond the fifth is the stack's.
     let at = |i: usize| unsafe {
@@ -268,8 +268,8 @@ pub unsafe fn with_arguments(
     };
     let n = (0..).take_while(|&i| !at(i).is_null()).count();
     match n {
-        0..=255 => listed::<256>(n, at, exec),
-        256..=8191 => listed::<8192>(n, at, exec),
+        0..=255 => listed::<256>(n, &at, exec),
+        256..=8191 => listed::<8192>(n, &at, exec),
         _ => fail(Errno(libc::E2BIG)),
     }
 }
@@ -277,8 +277,8 @@ pub unsafe fn with_arguments(
 #[inline(never)]
 fn listed<const N: usize>(
     n: usize,
-    at: impl Fn(usize) -> *const c_char,
-    exec: impl FnOnce(*const *const c_char, *const *const c_char) -> c_int,
+    at: &dyn Fn(usize) -> *const c_char,
+    exec: &dyn Fn(*const *const c_char, *const *const c_char) -> c_int,
 ) -> c_int {
     let mut array = [const { MaybeUninit::<*const c_char>::uninit() }; N];
     for (i, place) in array.iter_mut().enumerate().take(n + 1) {
@@ -299,19 +299,19 @@ mod tests {
         let strings: Vec<CString> = given.iter().map(|s| CString::new(*s).unwrap()).collect();
         let mut pointers: Vec<*const c_char> = strings.iter().map(|s| s.as_ptr()).collect();
         pointers.push(null());
-        let mut out = Vec::new();
+        let out = std::cell::RefCell::new(Vec::new());
         let take = |env: *const *const c_char| {
             // SAFETY: `fill` made a null-terminated array of C strings.
             unsafe {
                 for i in 0..count(env) {
-                    out.push(CStr::from_ptr(*env.add(i)).to_str().unwrap().to_owned());
+                    out.borrow_mut().push(CStr::from_ptr(*env.add(i)).to_str().unwrap().to_owned());
                 }
             }
             0
         };
         // SAFETY: a null-terminated array of C strings.
-        unsafe { with_environment(pointers.as_ptr(), take) };
-        out
+        unsafe { with_environment(pointers.as_ptr(), &take) };
+        out.into_inner()
     }
 
     #[test]
@@ -335,15 +335,15 @@ mod tests {
         all.push(null());
         all.push(c"environment".as_ptr());
         let registers: [*const c_char; 5] = all[..5].try_into().unwrap();
-        let mut seen = 0;
+        let seen = std::cell::Cell::new(0);
         // SAFETY: eight strings, a null, and what follows it.
         unsafe {
-            with_arguments(&raw const registers, all[5..].as_ptr(), |argv, env| {
-                seen = count(argv);
+            with_arguments(&raw const registers, all[5..].as_ptr(), &|argv, env| {
+                seen.set(count(argv));
                 assert_eq!(CStr::from_ptr(env.cast()), c"environment");
                 0
             });
         }
-        assert_eq!(seen, 8);
+        assert_eq!(seen.get(), 8);
     }
 }
