@@ -17,6 +17,16 @@ fn careless_calls_have_the_results_they_have_unwrapped() {
 }
 
 #[test]
+fn threads_that_wait_in_a_call_can_be_cancelled() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let program = built::program("cancel");
+    let done = Finished::of(&mut host.run(&[program.to_str().unwrap()]));
+    let expected = "accept: cancelled\nrecv: cancelled\nrecvmsg: cancelled\nconnect: cancelled\n";
+    assert_eq!(done.success(), expected);
+}
+
+#[test]
 fn nothing_but_these_symbols_is_exported() {
     let library = built::program("libportcullis_preload.so");
     let listed = Finished::of(Command::new("nm").args(["-D", "--defined-only"]).arg(library)).success();
