@@ -126,7 +126,9 @@ fn who(record: &Record) -> Option<String> {
 }
 
 fn first_text(value: &serde_json::Value) -> Option<&str> {
-    value.as_str().or_else(|| value.as_array()?.first()?.as_str()).filter(|t| !t.is_empty())
+    let all = value.as_str().or_else(|| value.as_array()?.first()?.as_str())?;
+    // The broker writes them nearest first: `/bin/sh < /usr/sbin/cron`.
+    all.split(" < ").next().filter(|t| !t.is_empty())
 }
 
 fn what(record: &Record) -> Option<String> {
@@ -179,7 +181,7 @@ mod tests {
     #[test]
     fn a_refusal_is_explained_in_plain_words() {
         let record = Record::parse(
-            r#"{"seq":3,"pid":7,"exe":"/usr/bin/curl","user":"www\u001b-data","parents":["/bin/sh"],"op":"connect",
+            r#"{"seq":3,"pid":7,"exe":"/usr/bin/curl","user":"www\u001b-data","parents":"/bin/sh < /sbin/init","op":"connect",
                 "proto":"tcp","remote":"192.0.2.1:80","verdict":"refuse","reason":"no rule permits it"}"#,
         )
         .unwrap();

@@ -44,7 +44,7 @@ pub(crate) fn demo() -> Outcome {
         "--package",
         "portcullis-preload",
     ]))?;
-    run(Command::new(target().join("release/portcullis")).args(["demo", "ftp"]))
+    run(Command::new(target().join("debug/portcullis")).args(["demo", "ftp"]))
 }
 
 /// Cargo's target folder.
@@ -61,7 +61,7 @@ pub(crate) fn test(filter: &[&str]) -> Outcome {
     // Tests start these as programs, so no test depends on them in cargo's eyes.
     run(&mut cargo(&["build", "--workspace", "--quiet"]))?;
     let mut command = cargo(&["test", "--workspace", "--no-fail-fast", "--quiet", "--"]);
-    command.args(filter).env("PORTCULLIS_DAEMONS", target().join("daemons"));
+    command.args(filter).env("PORTCULLIS_BUILT", "1");
     run(&mut command)
 }
 

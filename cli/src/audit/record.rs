@@ -79,50 +79,57 @@ impl Record {
 
     /// The record as one line for people.
     pub fn line(&self, out: &Out) -> String {
+        let time = self.time().map_or_else(
+            || self.shown("time").unwrap_or_default(),
+            |t| t.to_zoned(jiff::tz::TimeZone::system()).strftime("%m-%d %H:%M:%S%.3f").to_string(),
+        );
+        let mut line = format!("{} {}", out.ink(Ink::Faint, &time), self.what(out));
+        line.insert_str(0, &format!("{:>6} ", self.shown("seq").unwrap_or_default()));
+        if let Some(why) = self.why() {
+            line.push_str("  ");
+            line.push_str(&out.ink(Ink::Faint, &why));
+        }
+        line
+    }
+
+    /// Verdict, call, program and flow.
+    pub fn what(&self, out: &Out) -> String {
         let verdict = self.verdict();
         let ink = match verdict {
             "permit" | "protect" => Ink::Good,
             "would-refuse" => Ink::Note,
             _ => Ink::Bad,
         };
-        let field = |name: &str| self.shown(name).unwrap_or_else(|| "-".into());
-        let time = self.time().map_or_else(
-            || field("time"),
-            |t| t.to_zoned(jiff::tz::TimeZone::system()).strftime("%m-%d %H:%M:%S%.3f").to_string(),
-        );
-        let program = self.program().map_or_else(|| "?".into(), escape);
-        let mut line = format!(
-            "{:>6} {} {} {:<7} {:<4} {}[{}]",
-            field("seq"),
-            out.ink(Ink::Faint, &time),
-            out.ink(ink, &format!("{verdict:<12}")),
-            field("op"),
-            field("proto"),
-            program,
-            field("pid"),
-        );
+        let field = |name: &str| self.shown(name).unwrap_or_default();
+        let verdict = out.ink(ink, &format!("{verdict:<12}"));
+        let mut what = format!("{verdict} {:<7} {:<4}", field("op"), field("proto"));
+        if let Some(pid) = self.shown("pid") {
+            what.push_str(&format!(" {}[{pid}]", self.program().map_or_else(|| "?".into(), escape)));
+        }
         for (arrow, name) in self.flow() {
             if let Some(address) = self.shown(name) {
-                line.push_str(arrow);
-                line.push_str(&address);
+                what.push_str(arrow);
+                what.push_str(&address);
             }
         }
         if let Some(peer) = self.shown("peer") {
-            line.push_str(&format!(" ({peer})"));
+            what.push_str(&format!(" ({peer})"));
         }
+        what
+    }
+
+    /// The reason, or the rule, and what is special about it.
+    pub fn why(&self) -> Option<String> {
         // Why it was refused says more than the rule; why it was permitted is the rule.
         let why = if self.is_refusal() { ["reason", "rule"] } else { ["rule", "reason"] };
-        if let Some(why) = why.into_iter().find_map(|name| self.shown(name)) {
-            line.push_str("  ");
-            line.push_str(&out.ink(Ink::Faint, &why));
-        }
-        for extra in ["assurance", "session", "via", "bytes_in", "bytes_out", "duration", "delay_ms", "lost"]
-        {
-            if let Some(value) = self.shown(extra).filter(|v| !["none", "shim"].contains(&v.as_str())) {
-                line.push_str(&out.ink(Ink::Faint, &format!(" {extra}={value}")));
-            }
-        }
-        line
+        let why = why.into_iter().find_map(|name| self.shown(name));
+        let extras = ["assurance", "session", "via", "bytes_in", "bytes_out", "duration", "delay_ms", "lost"];
+        let extras = extras.into_iter().filter_map(|name| {
+            let value = self.shown(name).filter(|v| !["none", "shim", "broker"].contains(&v.as_str()))?;
+            Some(format!("{name}={value}"))
+        });
+        let all: Vec<String> = why.into_iter().chain(extras).collect();
+        (!all.is_empty()).then(|| all.join(" "))
     }
 
     /// The two addresses in the direction in which the flow was opened.

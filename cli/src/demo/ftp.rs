@@ -188,17 +188,24 @@ impl<'a> Story<'a> {
             &format!("portcullis run -- lftp -c 'set ftp:passive-mode {mode}; get report.bin'"),
         );
         let opener = if way == Way::Passive { &self.server } else { &self.client };
-        let line = port.line(self.out);
         let around: Vec<u16> = (number.saturating_sub(100)..=number.saturating_add(100)).collect();
         // The transfer is under way: its file grows.
         wait_for("data arrives", || fs::metadata(&copy).ok().filter(|m| m.len() > 0))?;
         let seen = self.probe(&self.stranger, opener, &around)?;
         let still = fs::metadata(&copy).is_ok_and(|m| usize::try_from(m.len()).is_ok_and(|n| n < SIZE));
         let address = opener.address;
-        let caught = opener.record("the stranger is on record", after, |r| {
-            r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.stranger.address)
+        // A client closes its port as soon as the server has come, and then nobody is there to drop a stranger.
+        let caught = match way {
+            Way::Passive => Some(opener.record("the stranger is on record", after, |r| {
+                r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.stranger.address)
+            })?),
+            Way::Active => None,
+        };
+        let taken = opener.record("the data connection is on record", after, |r| {
+            r.text("op") == Some("accept") && r.verdict() == "permit" && r.shown("session").is_some()
         })?;
-        self.out.line(format!("    {line}"));
+        self.show(&port);
+        self.show(&taken);
         self.shell(
             "stranger",
             &format!("scan {address}:{}-{}", around.first().unwrap_or(&0), around.last().unwrap_or(&0)),
@@ -209,7 +216,9 @@ impl<'a> Story<'a> {
             &format!("{} ports scanned while the data flowed, {open} open", seen.len()),
         );
         self.seen(&seen, number);
-        self.show(&caught);
+        if let Some(caught) = caught {
+            self.show(&caught);
+        }
         finish(lftp, "lftp")?;
         let same = fs::read(&copy).is_ok_and(|got| got == content);
         let sums = [self.checksum(&self.server.path("files/report.bin"))?, self.checksum(&copy)?];
@@ -311,8 +320,12 @@ impl<'a> Story<'a> {
     }
 
     fn show(&mut self, record: &Record) {
-        let line = record.line(self.out);
-        self.out.line(format!("    {line}"));
+        let what = record.what(self.out);
+        self.out.line(format!("  {:>4} {what}", record.shown("seq").unwrap_or_default()));
+        if let Some(why) = record.why() {
+            let why = self.out.ink(Ink::Faint, &why);
+            self.out.line(format!("       {why}"));
+        }
     }
 
     fn check(&mut self, right: bool, text: &str) {

@@ -1,0 +1,69 @@
+//! The demo tells its story, and leaves nothing behind.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+
+use std::{process::Command, time::Instant};
+
+use nix::sys::signal::Signal;
+use portcullis_tests::{Finished, Running, built};
+
+fn demo() -> Command {
+    let mut command = Command::new(built::portcullis());
+    command.args(["demo", "ftp"]);
+    command
+}
+
+/// Namespaces and folders of the demo with this process id.
+fn remains(pid: i32) -> Vec<String> {
+    let listed = Finished::of(Command::new("ip").args(["netns", "list"])).success();
+    let name = format!("portcullis-demo-{pid}");
+    let folder = std::env::temp_dir().join(&name);
+    let spaces = listed.lines().filter(|l| l.starts_with(&format!("{name}-"))).map(ToOwned::to_owned);
+    spaces.chain(folder.exists().then(|| folder.display().to_string())).collect()
+}
+
+#[test]
+fn it_ends_well_within_twenty_seconds_without_colour_in_a_pipe() {
+    let begun = Instant::now();
+    let mut child = demo().stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let mut story = String::new();
+    std::io::Read::read_to_string(&mut child.stdout.take().unwrap(), &mut story).unwrap();
+    assert!(child.wait().unwrap().success(), "{story}");
+    assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+    assert!(!story.contains('✗') && !story.contains('\u{1b}'), "{story}");
+    for part in [
+        "A passive transfer",
+        "An active transfer",
+        "filtered: not even a SYN-ACK",
+        "portcullis why",
+        "allow ",
+    ] {
+        assert!(story.contains(part), "no `{part}` in:\n{story}");
+    }
+    assert_eq!(story.matches("6 MiB arrived").count(), 2);
+    assert_eq!(remains(pid), [""; 0]);
+}
+
+#[test]
+fn interrupted_it_cleans_up() {
+    let mut demo = Running::start(demo());
+    demo.line("A passive transfer");
+    assert!(!remains(demo.pid()).is_empty(), "it was at work");
+    demo.signal(Signal::SIGINT);
+    assert_eq!(demo.wait(), 130);
+    assert_eq!(remains(demo.pid()), [""; 0]);
+}
+
+#[test]
+fn a_killed_one_is_cleaned_up_by_the_next() {
+    let mut first = Running::start(demo());
+    first.line("A passive transfer");
+    first.signal(Signal::SIGKILL);
+    first.wait();
+    assert!(!remains(first.pid()).is_empty());
+    let mut next = Running::start(demo());
+    next.line("The server starts");
+    assert_eq!(remains(first.pid()), [""; 0]);
+    next.signal(Signal::SIGTERM);
+    assert_eq!(next.wait(), 130);
+}
