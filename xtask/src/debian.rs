@@ -29,9 +29,12 @@ pub(crate) const TESTS: &[&str] = &[
     "python3-pyftpdlib",
     "netcat-openbsd",
     "nginx-light",
+    "libnginx-mod-stream",
     "redis-server",
+    "redis-tools",
     "memcached",
     "mosquitto",
+    "mosquitto-clients",
     // libraries of the daemons below
     "libacl1",
     "libhiredis0.14",
