@@ -256,10 +256,10 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         fs::File::options().read(true).write(true).open("/dev/null").map_err(failed("open /dev/null"))?;
     let arguments = supervise::Args {
         state: place.state.clone(),
-        runtime: place.runtime.clone(),
+        runtime: Some(place.runtime.clone()),
         policy,
         mode: args.mode.unwrap_or_default(),
-        shim,
+        shim: Some(shim),
         lock_fd: Some(lock.as_raw_fd()),
         socket_fd: Some(socket.as_raw_fd()),
     }

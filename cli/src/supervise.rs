@@ -44,18 +44,18 @@ pub struct Args {
     /// State folder, absolute
     #[arg(long)]
     pub state: PathBuf,
-    /// Runtime folder, absolute
+    /// Runtime folder, absolute [default: the state folder's own]
     #[arg(long)]
-    pub runtime: PathBuf,
+    pub runtime: Option<PathBuf>,
     /// Policy file, absolute
     #[arg(long)]
     pub policy: PathBuf,
     /// Enforce or audit
     #[arg(long, value_enum, default_value_t)]
     pub mode: Mode,
-    /// The shim that programs load
+    /// The shim that programs load [default: where it is found]
     #[arg(long)]
-    pub shim: PathBuf,
+    pub shim: Option<PathBuf>,
     /// Inherited descriptor of the lock file, already locked
     #[arg(long)]
     pub lock_fd: Option<i32>,
@@ -73,21 +73,19 @@ impl Args {
             words.push(value.to_vec());
         };
         option("--state", self.state.as_os_str().as_bytes());
-        option("--runtime", self.runtime.as_os_str().as_bytes());
         option("--policy", self.policy.as_os_str().as_bytes());
         option("--mode", self.mode.as_str().as_bytes());
-        option("--shim", self.shim.as_os_str().as_bytes());
+        for (name, path) in [("--runtime", &self.runtime), ("--shim", &self.shim)] {
+            if let Some(path) = path {
+                option(name, path.as_os_str().as_bytes());
+            }
+        }
         for (name, fd) in [("--lock-fd", self.lock_fd), ("--socket-fd", self.socket_fd)] {
             if let Some(fd) = fd {
                 option(name, fd.to_string().as_bytes());
             }
         }
         words.into_iter().filter_map(|w| CString::new(w).ok()).collect()
-    }
-
-    /// The places these options name.
-    pub fn place(&self) -> Place {
-        Place { state: self.state.clone(), runtime: self.runtime.clone() }
     }
 }
 
@@ -108,6 +106,8 @@ struct Visitor {
 
 struct Supervisor {
     args: Args,
+    place: Place,
+    shim: PathBuf,
     socket: OwnedFd,
     signals: SignalFd,
     parts: Parts,
@@ -139,7 +139,14 @@ fn supervise(args: Args) -> Result<(), RunError> {
     for fd in &inherited {
         sys::close_on_exec(*fd).map_err(failed("take over a descriptor"))?;
     }
-    let place = args.place();
+    let place = match &args.runtime {
+        Some(runtime) => Place { state: args.state.clone(), runtime: runtime.clone() },
+        None => Place::make(Some(&args.state))?,
+    };
+    let shim = match &args.shim {
+        Some(shim) => shim.clone(),
+        None => place_shim(&place)?,
+    };
     // Let go when this process ends, however that happens.
     let _lock = match args.lock_fd {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
@@ -156,9 +163,11 @@ fn supervise(args: Args) -> Result<(), RunError> {
     mask.thread_block().map_err(failed("block signals"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .map_err(failed("receive signals"))?;
-    let parts = Parts::new(&args)?;
+    let parts = Parts::new(&args, &place)?;
     let mut supervisor = Supervisor {
         args,
+        place,
+        shim,
         socket,
         signals,
         parts,
@@ -286,10 +295,10 @@ impl Supervisor {
                 (None, Health::Starting) => continue,
                 (None, Health::Failed(why)) => Answer::Failed(why.clone()),
                 (None, Health::Serving) => Answer::Welcome {
-                    broker: self.args.place().broker_socket(),
+                    broker: self.place.broker_socket(),
                     // The supervisor has called listen(2), and keeps the socket over the broker's restarts.
                     uid: geteuid().as_raw(),
-                    shim: self.args.shim.clone(),
+                    shim: self.shim.clone(),
                 },
             };
             visitor.welcomed = true;
@@ -311,13 +320,13 @@ impl Supervisor {
     /// Ends what was started and removes what was made. New runs fail to connect from here on, and find the
     /// lock free once this process is gone.
     fn end(&mut self) {
-        let place = self.args.place();
+        let place = &self.place;
         let _absent = fs::remove_file(place.supervisor_socket());
         self.parts.end();
         for path in [place.broker_socket(), place.control_socket()] {
             let _absent = fs::remove_file(path);
         }
-        shim::remove(&place);
+        shim::remove(place);
         let _not_empty = fs::remove_dir(&place.runtime);
     }
 }

@@ -23,6 +23,7 @@ use nix::{
 use super::Args;
 use crate::{
     link,
+    place::Place,
     run::{RunError, failed},
 };
 
@@ -81,8 +82,7 @@ pub struct Parts {
 
 impl Parts {
     /// Makes the sockets and starts both.
-    pub fn new(args: &Args) -> Result<Self, RunError> {
-        let place = args.place();
+    pub fn new(args: &Args, place: &Place) -> Result<Self, RunError> {
         let doors = link::bind(&place.broker_socket()).map_err(failed("bind the broker's socket"))?;
         // Programs of every user ask here.
         fs::set_permissions(place.broker_socket(), fs::Permissions::from_mode(0o666))

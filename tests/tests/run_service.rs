@@ -1,0 +1,44 @@
+//! A supervisor that a service manager starts: it stays, and runs join it.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+
+use nix::sys::signal::Signal;
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built, eventually};
+
+#[test]
+fn it_stays_without_runs_serves_them_and_ends_when_told() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let (state, policy) = (host.state(), host.path("policy.pol"));
+    let program = built::portcullis();
+    let words = ["supervise", "--state", state.to_str().unwrap(), "--policy", policy.to_str().unwrap()];
+    let line: Vec<&str> = std::iter::once(program.to_str().unwrap()).chain(words).collect();
+    let mut service = Running::start(host.plain(&line));
+    eventually("the broker serves", || {
+        host.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
+    });
+    for _ in 0..3 {
+        let run = ["run", "--state", state.to_str().unwrap(), "--", "echo", "ran"];
+        let line: Vec<&str> = std::iter::once(program.to_str().unwrap()).chain(run).collect();
+        assert_eq!(Finished::of(&mut host.plain(&line)).success(), "ran\n");
+    }
+    assert!(!service.has_ended());
+    assert_eq!(host.daemons().len(), 2, "one supervisor, one broker");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait(), 0);
+    assert!(host.daemons().is_empty());
+}
+
+#[test]
+fn a_second_one_on_the_same_folder_is_an_error() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let keeper = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+    keeper.line("up");
+    let (state, policy) = (host.state(), host.path("policy.pol"));
+    let program = built::portcullis();
+    let words = ["supervise", "--state", state.to_str().unwrap(), "--policy", policy.to_str().unwrap()];
+    let line: Vec<&str> = std::iter::once(program.to_str().unwrap()).chain(words).collect();
+    let second = Finished::of(&mut host.plain(&line));
+    assert_eq!(second.code(), 2, "{second}");
+    assert!(second.stderr.contains("another supervisor serves"), "{second}");
+}
