@@ -35,6 +35,11 @@ pub(crate) const TESTS: &[&str] = &[
     "memcached",
     "mosquitto",
     "mosquitto-clients",
+    "postgresql",
+    "openssh-server",
+    "openssh-client",
+    "dovecot-imapd",
+    "exim4-daemon-light",
     // libraries of the daemons below
     "libacl1",
     "libhiredis0.14",
