@@ -19,6 +19,8 @@ pub fn folder() -> &'static Path {
             let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
             build.args(["build", "--quiet", "-p", "portcullis", "-p", "portcullis-preload"]);
             build.args(["-p", "portcullis-demo-apps"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+            // Where this test lies, whatever a relative CARGO_TARGET_DIR means from here.
+            build.arg("--target-dir").arg(folder.parent().unwrap());
             if folder.file_name().is_some_and(|name| name == "release") {
                 build.arg("--release");
             }
