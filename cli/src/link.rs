@@ -38,10 +38,6 @@ pub enum Say {
     /// Second, unless nested: the guard's listener and the process's pidfd are attached, in this order; the
     /// listener is missing if another was there before.
     Tree {
-        /// What is run, for people.
-        command: Vec<String>,
-        /// `--name`.
-        name: Option<String>,
         /// Whether the guard's listener comes first.
         guarded: bool,
     },

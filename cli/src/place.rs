@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::unistd::{Uid, geteuid};
+use nix::unistd::{AccessFlags, Uid, access, geteuid};
 
 /// Why there is no place.
 #[derive(Debug, thiserror::Error)]
@@ -146,7 +146,7 @@ pub fn name_state(option: Option<&Path>) -> Result<PathBuf, PlaceError> {
 }
 
 fn runtime_base(me: Uid) -> PathBuf {
-    if me.is_root() {
+    if me.is_root() && access("/run", AccessFlags::W_OK).is_ok() {
         return PathBuf::from("/run/portcullis");
     }
     let fits = |p: &Path| {

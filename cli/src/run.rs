@@ -131,6 +131,9 @@ pub fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> RunEr
     move |source| RunError::System { what, source: source.into() }
 }
 
+/// Environment variable with the label that `--name` gives to all processes of a run.
+pub const ENV_NAME: &str = "PORTCULLIS_NAME";
+
 /// Policy of a host that has one for all its programs.
 const SYSTEM_POLICY: &str = "/etc/portcullis/policy.pol";
 
@@ -161,11 +164,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     let door = open_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
     let guard = guard::install().map_err(failed("install the guard's filter"))?;
-    let tree = Say::Tree {
-        command: args.command.iter().map(|a| a.to_string_lossy().into_owned()).collect(),
-        name: args.name.clone(),
-        guarded: matches!(guard, Guard::Listener(_)),
-    };
+    let tree = Say::Tree { guarded: matches!(guard, Guard::Listener(_)) };
     let mut fds = Vec::new();
     if let Guard::Listener(listener) = &guard {
         fds.push(listener.as_raw_fd());
@@ -176,7 +175,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
         Some((Answer::Watched, _)) => {}
         _ => return Err(RunError::NoBroker("it ended before the program began".into())),
     }
-    Ok(environment(&welcome, door))
+    Ok(environment(&welcome, door, args.name.as_deref()))
 }
 
 /// What the supervisor says of a broker that is ready.
@@ -364,7 +363,7 @@ fn variable(name: &OsStr, value: &OsStr) -> Option<CString> {
 }
 
 /// The program's environment: ours, with the shim before whatever is preloaded already.
-fn environment(welcome: &Welcome, door: RawFd) -> Vec<CString> {
+fn environment(welcome: &Welcome, door: RawFd, name: Option<&str>) -> Vec<CString> {
     const PRELOAD: &str = "LD_PRELOAD";
     let mut preload = welcome.shim.clone().into_os_string();
     if let Some(theirs) = std::env::var_os(PRELOAD).filter(|v| !v.is_empty()) {
@@ -373,7 +372,8 @@ fn environment(welcome: &Welcome, door: RawFd) -> Vec<CString> {
     }
     let mut broker = welcome.broker.clone().into_os_string();
     broker.push(format!(":{}", welcome.uid));
-    let ours = [(PRELOAD, preload), (ENV_BROKER, broker), (ENV_DOOR, OsString::from(door.to_string()))];
+    let mut ours = vec![(PRELOAD, preload), (ENV_BROKER, broker), (ENV_DOOR, door.to_string().into())];
+    ours.extend(name.map(|name| (ENV_NAME, name.into())));
     let kept = std::env::vars_os().filter(|(name, _)| !ours.iter().any(|(n, _)| name == n));
     let ours = ours.iter().map(|(n, v)| (OsString::from(n), v.clone()));
     kept.chain(ours).filter_map(|(name, value)| variable(&name, &value)).collect()

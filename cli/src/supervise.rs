@@ -267,7 +267,7 @@ impl Supervisor {
                     visitor.hello = Some((policy, mode));
                     self.visitors.push(visitor);
                 }
-                Ok(Some((Say::Tree { guarded, .. }, fds))) if visitor.welcomed => {
+                Ok(Some((Say::Tree { guarded }, fds))) if visitor.welcomed => {
                     if let Some(watched) = fds.into_iter().next()
                         && visitor.link.send(&Answer::Watched, &[]).is_ok()
                     {

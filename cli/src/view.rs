@@ -8,6 +8,7 @@ use crate::{
     control::{self, AskError},
     output::{Ink, Out, escape},
     place::Place,
+    run::ENV_NAME,
 };
 
 /// Options of `portcullis ps` and `portcullis status`.
@@ -33,6 +34,7 @@ pub fn ps(args: &Args, out: &mut Out) -> u8 {
             return COULD_NOT;
         }
     };
+    let rows: Vec<Row> = rows.into_iter().map(|process| Row { name: label(process.pid), process }).collect();
     match args.format {
         Format::Json => out.json(&rows),
         Format::Text => table(&rows, out),
@@ -40,24 +42,40 @@ pub fn ps(args: &Args, out: &mut Out) -> u8 {
     0
 }
 
+/// One process, with the label of its run.
+#[derive(Serialize)]
+struct Row {
+    /// `run --name`, as the process's environment has it: a label, which proves nothing.
+    name: Option<String>,
+    #[serde(flatten)]
+    process: ProcessRow,
+}
+
+fn label(pid: i32) -> Option<String> {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let mut values = environment.split(|b| *b == 0).filter_map(|v| v.strip_prefix(ENV_NAME.as_bytes()));
+    Some(String::from_utf8_lossy(values.next()?.strip_prefix(b"=")?).into_owned())
+}
+
 fn ask(args: &Args, request: &Request) -> Result<Option<Answer>, AskError> {
     let place = Place::find(args.state.state.as_deref())?;
     control::ask(&place, request)
 }
 
-fn table(rows: &[ProcessRow], out: &mut Out) {
+fn table(rows: &[Row], out: &mut Out) {
     let head = format!(
-        "{:>7}  {:<10} {:<20} {:>9} {:>7}  COMMAND",
-        "PID", "USER", "HELD BY", "PERMITTED", "REFUSED"
+        "{:>7}  {:<10} {:<10} {:<20} {:>9} {:>7}  COMMAND",
+        "PID", "NAME", "USER", "HELD BY", "PERMITTED", "REFUSED"
     );
     out.line(out.ink(Ink::Strong, &head));
-    for row in rows {
+    for Row { name, process: row } in rows {
         let held = if row.held_by.is_empty() { "nothing".to_owned() } else { row.held_by.join(",") };
         let refused = format!("{:>7}", row.refused);
         let refused = if row.refused > 0 { out.ink(Ink::Bad, &refused) } else { refused };
         out.line(format!(
-            "{:>7}  {:<10} {:<20} {:>9} {refused}  {}",
+            "{:>7}  {:<10} {:<10} {:<20} {:>9} {refused}  {}",
             row.pid,
+            name.as_deref().map_or_else(|| "-".into(), escape),
             escape(&row.user),
             escape(&held),
             row.permitted,

@@ -46,7 +46,7 @@ fn audit_prints_one_line_for_each_record() {
          1 01-31 10:00:00.500 permit       listen  tcp  vsftpd[70] 0.0.0.0:21  allow ftp(clients, servers)
          2 01-31 10:00:01.000 refuse       connect tcp  curl[71] -> 192.0.2.7:443  no rule permits it
          3 01-31 10:00:02.000 would-refuse accept  tcp  \u{1b}[2J\u{202e}gpj[72] [2001:db8::1]:5 -> 10.0.0.1:21 (web.example.com)  a deny rule refuses it assurance=address via=guard
-         7 01-31 11:00:00.000 permit       close   tcp  vsftpd[70] 10.0.0.1:21 -> 10.0.0.2:5 via=broker bytes_in=10 bytes_out=2000 duration=1.5
+         7 01-31 11:00:00.000 permit       close   tcp  vsftpd[70] 10.0.0.1:21 -> 10.0.0.2:5  bytes_in=10 bytes_out=2000 duration=1.5
     ---- on standard error ----
     portcullis: line 2 of `/HOST/state/audit/00000000000000000003.jsonl` is no record
     portcullis: records 4 to 6 are missing
@@ -164,7 +164,7 @@ fn status_and_ps_say_that_nothing_runs() {
     ");
     assert_snapshot!(said(&host, &["ps"]), @r"
     exit 0
-        PID  USER       HELD BY              PERMITTED REFUSED  COMMAND
+        PID  NAME       USER       HELD BY              PERMITTED REFUSED  COMMAND
     ");
     assert_snapshot!(said(&host, &["ps", "--format", "json"]), @r"
     exit 0

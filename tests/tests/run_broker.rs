@@ -210,3 +210,22 @@ fn without_a_policy_nothing_runs() {
     assert_eq!((absent.code(), absent.stdout.as_str()), (125, ""));
     assert!(absent.stderr.contains("`/no/such.pol`"), "{}", absent.stderr);
 }
+
+#[test]
+fn a_name_is_a_label_in_ps() {
+    let host = host();
+    let script =
+        "import socket; s = socket.create_server(('127.0.0.1', 0)); print('up', flush=True); input()";
+    let it = Running::start(host.run_with(&["--name", "web\u{1b}[2J"], &["python3", "-c", script]));
+    it.line("up");
+    let listed = host.portcullis(&["ps"]).success();
+    let row = listed.lines().find(|l| l.trim_start().starts_with(&it.pid().to_string()));
+    assert!(row.is_some_and(|row| row.contains("web\\u{1b}[2J")), "{listed}");
+}
+
+#[test]
+fn a_long_command_line_is_no_obstacle() {
+    let host = host();
+    let long = "x".repeat(120_000);
+    assert_eq!(Finished::of(&mut host.run(&["sh", "-c", "echo ${#0}", &long])).success(), "120000\n");
+}

@@ -147,7 +147,8 @@ mod tests {
 
     #[test]
     fn what_came_from_outside_is_escaped() {
-        let record = Record::parse(r#"{"seq":1,"exe":"/tmp/\u001b[2Jx","verdict":"refuse"}"#).unwrap();
+        let record =
+            Record::parse(r#"{"seq":1,"pid":2,"exe":"/tmp/\u001b[2Jx","verdict":"refuse"}"#).unwrap();
         let line = record.line(&Out::new());
         assert!(line.contains("\\u{1b}[2Jx"), "{line}");
     }
