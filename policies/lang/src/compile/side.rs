@@ -1,6 +1,6 @@
 //! Which principals one party is: from its facts, not by asking each principal.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use arrayvec::ArrayVec;
 
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     facts::{CertificateFact, CertificateFacts, Fact, ProcessFact},
-    model::{Address, Atom, CertificateField, Expr, ProcessField, Truth},
+    model::{Address, AddressSet, Atom, CertificateField, Expr, ProcessField, Truth},
     region::{prefixes_v4, prefixes_v6},
     source::{to_u32, to_usize},
     view::{self, View},
@@ -32,7 +32,7 @@ pub(super) type Hits = ArrayVec<Hit, MOST>;
 pub(super) struct TooMany;
 
 /// A fact by whose value principals are found.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[repr(u8)]
 enum Lead {
     Name,
@@ -50,7 +50,10 @@ enum Lead {
     ProcessUid,
     ProcessGroup,
     ProcessUnit,
+    Prefix,
 }
+
+const LEADS: usize = 16;
 
 impl Lead {
     const fn seed(self) -> u64 {
@@ -69,6 +72,7 @@ impl Lead {
             Self::ProcessUser | Self::ProcessUid => USER,
             Self::ProcessGroup => GROUP,
             Self::ProcessUnit => UNIT,
+            Self::Prefix => ADDRESS,
             _ => return None,
         })
     }
@@ -81,6 +85,7 @@ const GROUP: usize = 3;
 const UNIT: usize = 4;
 const ADDRESS: usize = 5;
 
+/// Where the alternatives stand that one value leads to, or two values together.
 #[derive(Clone, Copy, Debug)]
 struct Key {
     hash: u64,
@@ -88,11 +93,33 @@ struct Key {
     end: u32,
 }
 
-/// Terms by address: for each prefix length in use, a hash of the address cut to it.
-#[derive(Debug)]
-struct Prefixes {
-    lengths: Vec<u8>,
-    table: Table<(u128, u8, u32, u32)>,
+/// The hashes of what is known of a party, by kind.
+struct Values {
+    hashes: ArrayVec<u64, MOST>,
+    ends: [u8; LEADS + 1],
+}
+
+impl Values {
+    fn push(&mut self, hash: u64) -> Result<(), TooMany> {
+        self.hashes.try_push(hash).map_err(|_| TooMany)
+    }
+
+    fn text(&mut self, lead: Lead, text: &str) -> Result<(), TooMany> {
+        self.push(hash::text::<false>(lead.seed(), text.as_bytes()))
+    }
+
+    #[inline]
+    fn of(&self, lead: Lead) -> &[u64] {
+        let at = lead as usize;
+        let (start, end) = (self.ends.get(at).copied(), self.ends.get(at + 1).copied());
+        let range = usize::from(start.unwrap_or(0))..usize::from(end.unwrap_or(0));
+        self.hashes.get(range).unwrap_or_default()
+    }
+}
+
+/// Two values together; in either order.
+const fn both(a: u64, b: u64) -> u64 {
+    mix(a ^ b, a.wrapping_add(b))
 }
 
 /// One alternative of one principal.
@@ -112,16 +139,19 @@ pub(super) struct SideIndex {
     alternatives: Vec<Alternative>,
     checks: Vec<super::condition::Condition>,
     rests: Vec<Expr>,
-    /// Alternatives by value of a fact.
+    /// Alternatives by value of a fact, or of two.
     keys: Table<Key>,
     lists: Vec<u32>,
-    v4: Prefixes,
-    v6: Prefixes,
-    /// Facts in use.
+    /// Facts that lead somewhere alone; pairs that do together; facts of either.
+    single: Vec<Lead>,
+    pairs: Vec<(Lead, Lead)>,
     used: u32,
-    /// Numbers of labels that indexed name ends have; of slashes that folders have.
+    /// Numbers of labels that indexed name ends have; of slashes that folders have; lengths that
+    /// prefixes have.
     labels: u64,
     slashes: u64,
+    lengths_v4: Vec<u8>,
+    lengths_v6: Vec<u8>,
     /// Principals that are everyone.
     everyone: Vec<u32>,
     /// Alternatives that no fact leads to.
@@ -131,16 +161,13 @@ pub(super) struct SideIndex {
     unknown: [Vec<u32>; 6],
 }
 
-/// How a term is found.
-enum Pivot {
-    Always,
-    Texts(Vec<(Lead, u64)>, usize),
-    Address(usize),
-}
+/// Values that as many alternatives as this share are narrowed down by a second one.
+const CROWD: u32 = 3;
 
 impl SideIndex {
     /// Indexes principals; `denies` says which of them a `deny` names.
     pub(super) fn new(principals: &[Expr], denies: &[bool]) -> Self {
+        let mut builder = Builder { denies, ..Builder::default() };
         let mut found: Vec<(u32, Term)> = Vec::with_capacity(principals.len());
         let mut everyone = Vec::new();
         for (number, principal) in principals.iter().enumerate() {
@@ -152,39 +179,37 @@ impl SideIndex {
                 }
             }
         }
-        let mut crowd: HashMap<u64, u32> = HashMap::new();
+        let mut crowd: HashMap<u64, u32> = HashMap::with_capacity(found.len());
         for (_, term) in &found {
             for literal in &term.literals {
-                for (_, hash) in candidates(&literal.atom, literal.negated) {
+                for (_, hash) in candidates(literal) {
                     *crowd.entry(hash).or_default() += 1;
                 }
             }
         }
-        let mut index = Builder { denies, ..Builder::default() };
+        builder.alternatives.reserve(found.len());
         for (principal, term) in found {
-            index.add(principal, term, &crowd);
+            builder.add(principal, term, &crowd);
         }
-        index.finish(everyone)
+        builder.finish(everyone)
     }
 }
 
 /// The facts by which a condition can be found.
-fn candidates(atom: &Atom, negated: bool) -> Vec<(Lead, u64)> {
-    let text = |fact: Lead, bytes: &[u8]| vec![(fact, hash::text::<false>(fact.seed(), bytes))];
-    if negated {
+fn candidates(literal: &Literal) -> Vec<(Lead, u64)> {
+    let text = |lead: Lead, bytes: &[u8]| vec![(lead, hash::text::<false>(lead.seed(), bytes))];
+    if literal.negated {
         return Vec::new();
     }
-    match atom {
+    match &*literal.atom {
         Atom::Sha256(sha256) => text(Lead::Sha256, sha256),
-        Atom::Certificate(CertificateField::Name, pattern) => {
-            match (pattern.literal(), label_suffix(pattern)) {
-                (Some(name), _) => vec![(Lead::Name, hash::text::<true>(Lead::Name.seed(), &name))],
-                (None, Some(end)) => vec![(Lead::NameEnd, hash::text::<true>(Lead::NameEnd.seed(), &end))],
-                (None, None) => Vec::new(),
-            }
-        }
+        Atom::Certificate(CertificateField::Name, pattern) => match (pattern.literal(), label_suffix(pattern)) {
+            (Some(name), _) => vec![(Lead::Name, hash::text::<true>(Lead::Name.seed(), &name))],
+            (None, Some(end)) => vec![(Lead::NameEnd, hash::text::<true>(Lead::NameEnd.seed(), &end))],
+            (None, None) => Vec::new(),
+        },
         Atom::Certificate(field, pattern) => {
-            let fact = match field {
+            let lead = match field {
                 CertificateField::Group => Lead::Group,
                 CertificateField::Org => Lead::Org,
                 CertificateField::Process => Lead::Process,
@@ -192,58 +217,38 @@ fn candidates(atom: &Atom, negated: bool) -> Vec<(Lead, u64)> {
                 CertificateField::User => Lead::User,
                 CertificateField::Issuer | CertificateField::Name => Lead::Issuer,
             };
-            pattern.literal().map_or_else(Vec::new, |value| text(fact, &value))
+            pattern.literal().map_or_else(Vec::new, |value| text(lead, &value))
         }
         Atom::Process(field, pattern) => match (field, pattern.literal()) {
             (ProcessField::Exe, Some(path)) => text(Lead::Exe, &path),
-            (ProcessField::Exe, None) => {
-                folder_prefix(pattern).map_or_else(Vec::new, |f| text(Lead::Folder, &f))
-            }
+            (ProcessField::Exe, None) => folder_prefix(pattern).map_or_else(Vec::new, |f| text(Lead::Folder, &f)),
             (ProcessField::Group, Some(group)) => text(Lead::ProcessGroup, &group),
             (ProcessField::Unit, Some(unit)) => text(Lead::ProcessUnit, &unit),
             (ProcessField::User, Some(user)) => {
                 let mut found = text(Lead::ProcessUser, &user);
-                found.extend(
-                    view::number(pattern)
-                        .map(|uid| (Lead::ProcessUid, mix(Lead::ProcessUid.seed(), uid.into()))),
-                );
+                let uid = view::number(pattern);
+                found.extend(uid.map(|uid| (Lead::ProcessUid, mix(Lead::ProcessUid.seed(), uid.into()))));
                 found
             }
             _ => Vec::new(),
         },
-        Atom::Address(_) | Atom::Shown | Atom::Version(..) => Vec::new(),
+        Atom::Address(set) => prefixes(set).map(|(_, _, hash)| (Lead::Prefix, hash)).collect(),
+        Atom::Shown | Atom::Version(..) => Vec::new(),
     }
 }
 
-/// Everything about an address set that a pivot needs: how many prefixes it is.
-fn prefix_count(atom: &Atom) -> usize {
-    let Atom::Address(set) = atom else { return usize::MAX };
-    let v4 = set.v4.iter().map(|(low, high)| prefixes_v4(*low, *high).count()).sum::<usize>();
-    let v6 = set.v6.iter().map(|(low, high)| prefixes_v6(*low, *high).count()).sum::<usize>();
-    v4 + v6
-}
-
-fn pivot(term: &Term, crowd: &HashMap<u64, u32>) -> Pivot {
-    let mut best = (u64::MAX, Pivot::Always);
-    for (i, literal) in term.literals.iter().enumerate() {
-        let facts = candidates(&literal.atom, literal.negated);
-        if let Some(worst) = facts.iter().map(|(_, h)| u64::from(crowd.get(h).copied().unwrap_or(0))).max() {
-            // An exact text says more than the end or the beginning of one.
-            let vague = facts.iter().any(|(f, _)| matches!(f, Lead::NameEnd | Lead::Folder));
-            let cost = worst * if vague { 3 } else { 2 };
-            if cost < best.0 {
-                best = (cost, Pivot::Texts(facts, i));
-            }
-        } else if !literal.negated && matches!(*literal.atom, Atom::Address(_)) {
-            // Long lists cost memory, and prefixes are looked up only if some set needs them.
-            let count = prefix_count(&literal.atom) as u64;
-            let cost = 8 + count;
-            if cost < best.0 {
-                best = (cost, Pivot::Address(i));
-            }
-        }
-    }
-    best.1
+/// The prefixes of a set: family, length and hash.
+fn prefixes(set: &AddressSet) -> impl Iterator<Item = (bool, u8, u64)> {
+    let v4 = set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)).map(|net| {
+        let (address, length) = (u32::from(net.network()), net.prefix_len());
+        (false, length, address_hash(address.into(), length))
+    });
+    let v6 = set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)).map(|net| {
+        let (address, length) = (u128::from(net.network()), net.prefix_len());
+        // Kept apart from IPv4 by the length.
+        (true, length, address_hash(address, length + 64))
+    });
+    v4.chain(v6)
 }
 
 #[derive(Default)]
@@ -253,11 +258,11 @@ struct Builder<'a> {
     checks: Vec<super::condition::Condition>,
     rests: Vec<Expr>,
     keys: HashMap<u64, Vec<u32>>,
-    v4: HashMap<(u128, u8), Vec<u32>>,
-    v6: HashMap<(u128, u8), Vec<u32>>,
-    used: u32,
+    single: u32,
+    pairs: BTreeSet<(Lead, Lead)>,
     labels: u64,
     slashes: u64,
+    lengths: BTreeSet<(bool, u8)>,
     always: Vec<u32>,
     unknown: [Vec<u32>; 6],
 }
@@ -266,47 +271,48 @@ impl Builder<'_> {
     fn add(&mut self, principal: u32, term: Term, crowd: &HashMap<u64, u32>) {
         let number = to_u32(self.alternatives.len());
         let denied = self.denies.get(to_usize(principal)).copied().unwrap_or(false);
-        let chosen = pivot(&term, crowd);
-        let mut settled = None;
-        match &chosen {
-            Pivot::Always => self.always.push(number),
-            Pivot::Texts(facts, at) => {
-                for (fact, hash) in facts {
-                    self.used |= fact.bit();
+        // What each condition leads by, the least crowded first; long lists cost memory.
+        let mut leads: Vec<(u32, usize, Vec<(Lead, u64)>)> = Vec::new();
+        for (at, literal) in term.literals.iter().enumerate() {
+            let facts = candidates(literal);
+            let most = facts.iter().map(|(_, h)| crowd.get(h).copied().unwrap_or(0)).max();
+            leads.extend(most.map(|most| (most.saturating_add(to_u32(facts.len())), at, facts)));
+        }
+        leads.sort_by_key(|(crowd, at, _)| (*crowd, *at));
+        let mut leads = leads.into_iter();
+        let chosen = match (leads.next(), leads.next()) {
+            (None, _) => {
+                self.always.push(number);
+                Vec::new()
+            }
+            (Some(first), Some(second)) if first.0 > CROWD && first.2.len() * second.2.len() <= 1024 => {
+                for (a, left) in &first.2 {
+                    for (b, right) in &second.2 {
+                        self.pairs.insert((*a.min(b), *a.max(b)));
+                        self.keys.entry(both(*left, *right)).or_default().push(number);
+                    }
+                }
+                vec![first, second]
+            }
+            (Some(first), _) => {
+                for (lead, hash) in &first.2 {
+                    self.single |= lead.bit();
                     self.keys.entry(*hash).or_default().push(number);
                 }
-                if let Some(Literal { atom, .. }) = term.literals.get(*at) {
-                    self.depths(atom);
-                }
-                let lists = facts.first().and_then(|(fact, _)| fact.unknown());
-                if let Some(list) = lists.filter(|_| denied).and_then(|n| self.unknown.get_mut(n)) {
-                    list.push(number);
-                }
+                vec![first]
             }
-            Pivot::Address(at) => {
-                if let Some(Atom::Address(set)) = term.literals.get(*at).map(|l| &*l.atom) {
-                    for net in set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)) {
-                        let key = (u128::from(u32::from(net.network())), net.prefix_len());
-                        self.v4.entry(key).or_default().push(number);
-                    }
-                    for net in set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)) {
-                        self.v6.entry((net.network().into(), net.prefix_len())).or_default().push(number);
-                    }
-                }
-                // Prefixes are compared in full, so this condition needs no further look, unless the
-                // address is not known.
-                settled = (!denied).then_some(*at);
-                if denied && let Some(list) = self.unknown.get_mut(ADDRESS) {
-                    list.push(number);
-                }
+        };
+        for (_, at, facts) in chosen {
+            if let Some(literal) = term.literals.get(at) {
+                self.depths(&literal.atom);
+            }
+            let list = facts.first().and_then(|(lead, _)| lead.unknown()).filter(|_| denied);
+            if let Some(list) = list.and_then(|n| self.unknown.get_mut(n)) {
+                list.push(number);
             }
         }
         let first = to_u32(self.checks.len());
-        for (i, literal) in term.literals.into_iter().enumerate() {
-            if settled != Some(i) {
-                self.checks.push(super::condition::Condition::new(literal));
-            }
-        }
+        self.checks.extend(term.literals.into_iter().map(super::condition::Condition::new));
         let rest = to_u32(self.rests.len());
         self.rests.extend(term.rest);
         self.alternatives.push(Alternative {
@@ -318,6 +324,7 @@ impl Builder<'_> {
         });
     }
 
+    /// Notes at which depths of names and paths, and lengths of prefixes, something is to be found.
     fn depths(&mut self, atom: &Atom) {
         match atom {
             Atom::Certificate(CertificateField::Name, pattern) => {
@@ -332,54 +339,37 @@ impl Builder<'_> {
                     self.slashes |= 1_u64.checked_shl(to_u32(slashes)).unwrap_or(1 << 63);
                 }
             }
+            Atom::Address(set) => self.lengths.extend(prefixes(set).map(|(v6, length, _)| (v6, length))),
             _ => {}
         }
     }
 
     fn finish(self, everyone: Vec<u32>) -> SideIndex {
         let mut lists = Vec::new();
-        let mut take = |numbers: Vec<u32>| {
-            let start = to_u32(lists.len());
-            lists.extend(numbers);
-            (start, to_u32(lists.len()))
-        };
         let mut keys: Vec<_> = self.keys.into_iter().collect();
         keys.sort_unstable();
         let keys: Vec<Key> = keys
             .into_iter()
             .map(|(hash, numbers)| {
-                let (start, end) = take(numbers);
-                Key { hash, start, end }
+                let start = to_u32(lists.len());
+                lists.extend(numbers);
+                Key { hash, start, end: to_u32(lists.len()) }
             })
             .collect();
-        let mut prefixes = |map: HashMap<(u128, u8), Vec<u32>>| {
-            let mut all: Vec<_> = map.into_iter().collect();
-            all.sort_unstable();
-            let mut lengths: Vec<u8> = all.iter().map(|((_, length), _)| *length).collect();
-            lengths.sort_unstable();
-            lengths.dedup();
-            let all: Vec<_> = all
-                .into_iter()
-                .map(|((address, length), numbers)| {
-                    let (start, end) = take(numbers);
-                    (address, length, start, end)
-                })
-                .collect();
-            let items = all.iter().map(|e| (address_hash(e.0, e.1), *e));
-            Prefixes { lengths, table: Table::new(all.len(), items, (0, 0, 0, 0)) }
-        };
-        let (v4, v6) = (prefixes(self.v4), prefixes(self.v6));
-        let table =
-            Table::new(keys.len(), keys.iter().map(|k| (k.hash, *k)), Key { hash: 0, start: 0, end: 0 });
+        let table = Table::new(keys.len(), keys.iter().map(|k| (k.hash, *k)), Key { hash: 0, start: 0, end: 0 });
+        let used = self.pairs.iter().fold(self.single, |bits, (a, b)| bits | a.bit() | b.bit());
+        let lengths = |v6| self.lengths.iter().filter(|l| l.0 == v6).map(|l| l.1).collect();
         SideIndex {
             alternatives: self.alternatives,
             checks: self.checks,
             rests: self.rests,
             keys: table,
             lists,
-            v4,
-            v6,
-            used: self.used,
+            single: ALL.into_iter().filter(|lead| self.single & lead.bit() != 0).collect(),
+            lengths_v4: lengths(false),
+            lengths_v6: lengths(true),
+            pairs: self.pairs.into_iter().collect(),
+            used,
             labels: self.labels,
             slashes: self.slashes,
             everyone,
@@ -389,9 +379,28 @@ impl Builder<'_> {
     }
 }
 
+const ALL: [Lead; LEADS] = [
+    Lead::Name,
+    Lead::NameEnd,
+    Lead::Group,
+    Lead::Org,
+    Lead::Process,
+    Lead::Unit,
+    Lead::User,
+    Lead::Issuer,
+    Lead::Exe,
+    Lead::Folder,
+    Lead::Sha256,
+    Lead::ProcessUser,
+    Lead::ProcessUid,
+    Lead::ProcessGroup,
+    Lead::ProcessUnit,
+    Lead::Prefix,
+];
+
 #[expect(clippy::cast_possible_truncation, reason = "the two halves of the address are wanted")]
-fn address_hash(address: u128, length: u8) -> u64 {
-    mix(address as u64 ^ u64::from(length) << 56, (address >> 64) as u64)
+const fn address_hash(address: u128, length: u8) -> u64 {
+    mix(address as u64 ^ (length as u64) << 56, (address >> 64) as u64 ^ Lead::Prefix.seed())
 }
 
 /// An address cut to its first bits.
@@ -408,28 +417,28 @@ impl SideIndex {
             hits.try_push(Hit { principal: *principal, truth: Truth::TRUE }).map_err(|_| TooMany)?;
         }
         self.try_all(&self.always, view, hits)?;
-        self.by_address(view, hits)?;
         if self.used == 0 {
             return Ok(());
         }
-        match view.process {
-            _ if view.no_process => {}
-            ProcessFact::Known(_) | ProcessFact::UserOnly { .. } => self.by_process(view, hits)?,
-            ProcessFact::Unknown if !view.far => {
-                for list in self.unknown.iter().take(ADDRESS) {
-                    self.try_all(list, view, hits)?;
+        self.try_unknown(view, hits)?;
+        let values = self.values(view)?;
+        for lead in &self.single {
+            for hash in values.of(*lead) {
+                self.by_hash(*hash, view, hits)?;
+            }
+        }
+        for (a, b) in &self.pairs {
+            for left in values.of(*a) {
+                for right in values.of(*b) {
+                    self.by_hash(both(*left, *right), view, hits)?;
                 }
             }
-            ProcessFact::Unknown => {}
-        }
-        if let CertificateFact::Shown(facts) = view.certificate {
-            self.by_certificate(facts, view, hits)?;
         }
         Ok(())
     }
 
-    fn uses(&self, fact: Lead) -> bool {
-        self.used & fact.bit() != 0
+    const fn uses(&self, lead: Lead) -> bool {
+        self.used & lead.bit() != 0
     }
 
     #[inline]
@@ -469,149 +478,117 @@ impl SideIndex {
         }
     }
 
+    /// What a fact would lead to that could not be established: it may hold, in a `deny`.
     #[inline]
-    fn by_text(&self, fact: Lead, text: &str, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        self.by_hash(hash::text::<false>(fact.seed(), text.as_bytes()), view, hits)
-    }
-
-    fn by_address(&self, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        let (prefixes, address, width) = match view.address {
-            Address::V4(v4) => (&self.v4, u128::from(v4), 32),
-            Address::V6(v6) => (&self.v6, v6, 128),
-            Address::Unknown => {
-                return self.unknown.get(ADDRESS).map_or(Ok(()), |list| self.try_all(list, view, hits));
+    fn try_unknown(&self, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
+        let mut unknown: u32 = 0;
+        if view.address == Address::Unknown {
+            unknown |= 1 << ADDRESS;
+        }
+        match view.process {
+            _ if view.no_process => {}
+            ProcessFact::Known(facts) => {
+                unknown |= u32::from(facts.exe == Fact::Unknown) << EXE;
+                unknown |= u32::from(facts.sha256 == Fact::Unknown) << SHA256;
             }
-            Address::Absent => return Ok(()),
-        };
-        for length in &prefixes.lengths {
-            let cut = cut(address, width, *length);
-            let found = prefixes.table.get(address_hash(cut, *length), |e| e.0 == cut && e.1 == *length);
-            if let Some((_, _, start, end)) = found {
-                let list = self.lists.get(to_usize(*start)..to_usize(*end)).unwrap_or_default();
-                self.try_all(list, view, hits)?;
-            }
+            ProcessFact::UserOnly { .. } => unknown |= 1 << EXE | 1 << SHA256 | 1 << GROUP | 1 << UNIT,
+            ProcessFact::Unknown if view.far => {}
+            ProcessFact::Unknown => unknown |= (1 << ADDRESS) - 1,
         }
-        Ok(())
-    }
-
-    fn by_process(&self, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        let (uid, user) = match view.process {
-            ProcessFact::Known(facts) => (facts.uid, facts.user.as_str()),
-            ProcessFact::UserOnly { uid, user } => (uid, user),
-            ProcessFact::Unknown => return Ok(()),
-        };
-        if self.uses(Lead::ProcessUser) {
-            self.by_text(Lead::ProcessUser, user, view, hits)?;
-        }
-        if self.uses(Lead::ProcessUid) {
-            self.by_hash(mix(Lead::ProcessUid.seed(), uid.into()), view, hits)?;
-        }
-        let ProcessFact::Known(facts) = view.process else {
-            for list in [EXE, SHA256, GROUP, UNIT] {
-                self.try_all(self.unknown.get(list).map_or(&[], Vec::as_slice), view, hits)?;
-            }
-            return Ok(());
-        };
-        match &facts.exe {
-            Fact::Known(path) => self.by_path(path, view, hits)?,
-            Fact::Unknown => self.try_all(self.unknown.get(EXE).map_or(&[], Vec::as_slice), view, hits)?,
-        }
-        if self.uses(Lead::Sha256) {
-            match &facts.sha256 {
-                Fact::Known(sha256) => {
-                    self.by_hash(hash::text::<false>(Lead::Sha256.seed(), sha256), view, hits)?;
-                }
-                Fact::Unknown => {
-                    self.try_all(self.unknown.get(SHA256).map_or(&[], Vec::as_slice), view, hits)?
+        if unknown != 0 {
+            for (n, list) in self.unknown.iter().enumerate() {
+                if unknown >> n & 1 == 1 {
+                    self.try_all(list, view, hits)?;
                 }
             }
         }
-        if self.uses(Lead::ProcessGroup) {
-            for group in &facts.groups {
-                self.by_text(Lead::ProcessGroup, group, view, hits)?;
+        Ok(())
+    }
+
+    /// The hashes of what is known of a party, as far as they may lead somewhere.
+    #[inline]
+    fn values(&self, view: &View<'_>) -> Result<Values, TooMany> {
+        let mut values = Values { hashes: ArrayVec::new(), ends: [0; LEADS + 1] };
+        let certificate = match view.certificate {
+            CertificateFact::Shown(facts) => Some(facts),
+            CertificateFact::None | CertificateFact::Pending => None,
+        };
+        // What a certificate says of its process counts where nothing nearer does.
+        let remote = view.far && !view.no_process && matches!(view.process, ProcessFact::Unknown);
+        let attested = certificate.filter(|_| remote);
+        for (lead, end) in ALL.into_iter().zip(1..) {
+            if self.uses(lead) {
+                match lead {
+                    Lead::Prefix => self.address(view, &mut values)?,
+                    Lead::Exe | Lead::Folder | Lead::Sha256 => self.executable(lead, view, attested, &mut values)?,
+                    Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
+                        process(lead, view, attested, &mut values)?;
+                    }
+                    lead => {
+                        if let Some(facts) = certificate {
+                            self.certificate(lead, facts, &mut values)?;
+                        }
+                    }
+                }
+            }
+            if let Some(slot) = values.ends.get_mut(end) {
+                // At most 128.
+                *slot = u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
             }
         }
-        if self.uses(Lead::ProcessUnit)
-            && let Some(unit) = &facts.unit
-        {
-            self.by_text(Lead::ProcessUnit, unit, view, hits)?;
+        Ok(values)
+    }
+
+    fn address(&self, view: &View<'_>, values: &mut Values) -> Result<(), TooMany> {
+        match view.address {
+            Address::V4(v4) => {
+                for length in &self.lengths_v4 {
+                    values.push(address_hash(cut(v4.into(), 32, *length), *length))?;
+                }
+            }
+            Address::V6(v6) => {
+                for length in &self.lengths_v6 {
+                    values.push(address_hash(cut(v6, 128, *length), *length + 64))?;
+                }
+            }
+            Address::Unknown | Address::Absent => {}
         }
         Ok(())
     }
 
-    fn by_path(&self, path: &str, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        if self.uses(Lead::Exe) {
-            self.by_text(Lead::Exe, path, view, hits)?;
-        }
-        if self.slashes == 0 {
-            return Ok(());
-        }
-        let (mut slashes, deepest) = (0, 64 - self.slashes.leading_zeros());
-        for (at, byte) in path.bytes().enumerate() {
-            if byte != b'/' {
-                continue;
+    fn certificate(&self, lead: Lead, facts: &CertificateFacts, values: &mut Values) -> Result<(), TooMany> {
+        let one = match lead {
+            Lead::Name | Lead::NameEnd => {
+                for name in &facts.names {
+                    let name = name.as_bytes();
+                    let name = name.strip_suffix(b".").unwrap_or(name);
+                    if lead == Lead::Name {
+                        values.push(hash::text::<true>(Lead::Name.seed(), name))?;
+                    } else {
+                        self.name_ends(name, values)?;
+                    }
+                }
+                return Ok(());
             }
-            slashes += 1;
-            // Deeper ones than can be told apart share the last bit.
-            if self.slashes >> slashes.min(63) & 1 == 1 {
-                let folder = path.as_bytes().get(..=at).unwrap_or_default();
-                self.by_hash(hash::text::<false>(Lead::Folder.seed(), folder), view, hits)?;
-            }
-            if slashes >= deepest && deepest < 64 {
-                break;
-            }
-        }
-        Ok(())
+            Lead::Group => return facts.groups.iter().try_for_each(|group| values.text(lead, group)),
+            Lead::Org => &facts.org,
+            Lead::Process => &facts.process,
+            Lead::Unit => &facts.unit,
+            Lead::User => &facts.user,
+            _ => &facts.issuer,
+        };
+        one.as_ref().map_or(Ok(()), |text| values.text(lead, text))
     }
 
-    fn by_certificate(
-        &self,
-        facts: &CertificateFacts,
-        view: &View<'_>,
-        hits: &mut Hits,
-    ) -> Result<(), TooMany> {
-        for name in &facts.names {
-            let name = name.as_bytes();
-            let name = name.strip_suffix(b".").unwrap_or(name);
-            if self.uses(Lead::Name) {
-                self.by_hash(hash::text::<true>(Lead::Name.seed(), name), view, hits)?;
-            }
-            if self.labels != 0 {
-                self.by_name_end(name, view, hits)?;
-            }
-        }
-        if self.uses(Lead::Group) {
-            for group in &facts.groups {
-                self.by_text(Lead::Group, group, view, hits)?;
-            }
-        }
-        let others = [
-            (Lead::Org, &facts.org),
-            (Lead::Process, &facts.process),
-            (Lead::Unit, &facts.unit),
-            (Lead::User, &facts.user),
-            (Lead::Issuer, &facts.issuer),
-        ];
-        for (fact, value) in others {
-            if self.uses(fact)
-                && let Some(value) = value
-            {
-                self.by_text(fact, value, view, hits)?;
-            }
-        }
-        self.attested(facts, view, hits)
-    }
-
-    fn by_name_end(&self, name: &[u8], view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
+    fn name_ends(&self, name: &[u8], values: &mut Values) -> Result<(), TooMany> {
         let (mut dots, most) = (0, 64 - self.labels.leading_zeros());
         for (at, byte) in name.iter().enumerate().rev() {
             if *byte != b'.' {
                 continue;
             }
-            // What lies behind this dot has `dots` dots in it.
+            // What lies behind this dot has `dots` dots in it; very many share the last bit.
             if self.labels >> dots.min(63) & 1 == 1 {
-                let end = name.get(at + 1..).unwrap_or_default();
-                self.by_hash(hash::text::<true>(Lead::NameEnd.seed(), end), view, hits)?;
+                values.push(hash::text::<true>(Lead::NameEnd.seed(), name.get(at + 1..).unwrap_or_default()))?;
             }
             dots += 1;
             if dots >= most && most < 64 {
@@ -621,23 +598,73 @@ impl SideIndex {
         Ok(())
     }
 
-    /// What a certificate says of its process, where nothing nearer does.
-    fn attested(&self, facts: &CertificateFacts, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        if !view.far || view.no_process || !matches!(view.process, ProcessFact::Unknown) {
-            return Ok(());
+    fn executable(
+        &self,
+        lead: Lead,
+        view: &View<'_>,
+        attested: Option<&CertificateFacts>,
+        values: &mut Values,
+    ) -> Result<(), TooMany> {
+        let (path, sha256) = match (view.process, attested) {
+            (ProcessFact::Known(facts), _) if !view.no_process => {
+                let path = if let Fact::Known(path) = &facts.exe { Some(path) } else { None };
+                let sha256 = if let Fact::Known(sha256) = &facts.sha256 { Some(sha256) } else { None };
+                (path, sha256)
+            }
+            (_, Some(facts)) => (facts.exe.as_ref(), facts.sha256.as_ref()),
+            _ => return Ok(()),
+        };
+        match (lead, path, sha256) {
+            (Lead::Exe, Some(path), _) => values.text(lead, path),
+            (Lead::Folder, Some(path), _) => self.folders(path.as_bytes(), values),
+            (Lead::Sha256, _, Some(sha256)) => values.push(hash::text::<false>(lead.seed(), sha256)),
+            _ => Ok(()),
         }
-        if let Some(exe) = &facts.exe {
-            self.by_path(exe, view, hits)?;
-        }
-        if let Some(sha256) = &facts.sha256 {
-            self.by_hash(hash::text::<false>(Lead::Sha256.seed(), sha256), view, hits)?;
-        }
-        if let Some(user) = &facts.user {
-            self.by_text(Lead::ProcessUser, user, view, hits)?;
-        }
-        if let Some(unit) = &facts.unit {
-            self.by_text(Lead::ProcessUnit, unit, view, hits)?;
+    }
+
+    fn folders(&self, path: &[u8], values: &mut Values) -> Result<(), TooMany> {
+        let (mut slashes, most) = (0, 64 - self.slashes.leading_zeros());
+        for (at, byte) in path.iter().enumerate() {
+            if *byte != b'/' {
+                continue;
+            }
+            slashes += 1;
+            if self.slashes >> slashes.min(63) & 1 == 1 {
+                values.push(hash::text::<false>(Lead::Folder.seed(), path.get(..=at).unwrap_or_default()))?;
+            }
+            if slashes >= most && most < 64 {
+                break;
+            }
         }
         Ok(())
+    }
+}
+
+fn process(
+    lead: Lead,
+    view: &View<'_>,
+    attested: Option<&CertificateFacts>,
+    values: &mut Values,
+) -> Result<(), TooMany> {
+    let uid_hash = |uid: u32| mix(Lead::ProcessUid.seed(), uid.into());
+    match (view.process, attested) {
+        _ if view.no_process => Ok(()),
+        (ProcessFact::Known(facts), _) => match lead {
+            Lead::ProcessUser => values.text(lead, &facts.user),
+            Lead::ProcessUid => values.push(uid_hash(facts.uid)),
+            Lead::ProcessGroup => facts.groups.iter().try_for_each(|group| values.text(lead, group)),
+            _ => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
+        },
+        (ProcessFact::UserOnly { uid, user }, _) => match lead {
+            Lead::ProcessUser => values.text(lead, user),
+            Lead::ProcessUid => values.push(uid_hash(uid)),
+            _ => Ok(()),
+        },
+        (ProcessFact::Unknown, Some(facts)) => match lead {
+            Lead::ProcessUser => facts.user.as_ref().map_or(Ok(()), |user| values.text(lead, user)),
+            Lead::ProcessUnit => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
+            _ => Ok(()),
+        },
+        (ProcessFact::Unknown, None) => Ok(()),
     }
 }

@@ -1,0 +1,292 @@
+//! What a decision costs, and how little of that is due to the number of rules.
+//!
+//! Policies of four sizes, made the way large ones grow (services × groups × prefixes, some rules for
+//! executables, some denials), take turns on the same flows in short batches. Beside them, in the same
+//! run, libwrap's `hosts_ctl` (tcpd's rules, where Debian's libwrap0 is installed) on as many lines, and
+//! a bare hash table as the floor. Then: compiling, checking, and what it takes of memory.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    collections::HashMap,
+    fmt::Write as _,
+    hint::black_box,
+    net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Instant,
+};
+
+use portcullis_benches::{median, row};
+use portcullis_policy::{
+    CertificateFact, CertificateFacts, Fact, Flow, Party, Policy, ProcessFact, ProcessFacts, Side,
+};
+use portcullis_types::{Protocol, Verdict};
+
+/// Counts what is allocated.
+struct Counting;
+
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+#[expect(unsafe_code, reason = "an allocator is an unsafe trait; this one only counts")]
+// SAFETY: every call goes on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        CALLS.fetch_add(1, Relaxed);
+        let held = HELD.fetch_add(layout.size(), Relaxed) + layout.size();
+        PEAK.fetch_max(held, Relaxed);
+        // SAFETY: `layout` is the caller's, for which it vouches to us as it would to the system.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: `pointer` came from `alloc` above, so from the system, with this layout.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A stream of random numbers (xorshift64*, Vigna 2016).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        let n = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
+        usize::try_from(n).unwrap_or(0) % sides.max(1)
+    }
+
+    fn one<'a>(&mut self, of: &[&'a str]) -> &'a str {
+        of.get(self.roll(of.len())).copied().unwrap_or("")
+    }
+}
+
+const SERVICES: [&str; 24] = [
+    "smtp", "http", "https", "ssh", "domain", "imaps", "ldap", "ldaps", "ntp", "postgresql", "mysql", "redis",
+    "amqp", "nfs", "rsync", "snmp", "syslog", "kerberos", "tcp/8000-8099", "tcp/9000-9100", "tcp/2000-4000",
+    "tcp", "submission", "sip",
+];
+const PORTS: [u16; 24] = [
+    25, 80, 443, 22, 53, 993, 389, 636, 123, 5432, 3306, 6379, 5672, 2049, 873, 161, 514, 88, 8080, 9090, 3000,
+    7777, 587, 5060,
+];
+
+/// How many of each thing a policy of so many rules is about.
+struct World {
+    rules: usize,
+    groups: usize,
+    zones: usize,
+    prefixes: usize,
+    daemons: usize,
+}
+
+impl World {
+    fn new(rules: usize) -> Self {
+        let root = rules.isqrt();
+        Self { rules, groups: root * 2, zones: root / 2 + 2, prefixes: root * 8, daemons: root }
+    }
+
+    fn prefix(&self, n: usize) -> (Ipv4Addr, u8) {
+        let n = u32::try_from(n % self.prefixes).unwrap_or(0);
+        match n % 8 {
+            0 => (Ipv4Addr::from(0x0a00_0000 | (n % 256) << 16), 16),
+            1..=5 => (Ipv4Addr::from(0x0a00_0000 | (n % 0xffff) << 8), 24),
+            _ => (Ipv4Addr::from(0x0a00_0000 | n.wrapping_mul(7919) % 0xff_ffff), 32),
+        }
+    }
+
+    fn rule(&self, dice: &mut Dice) -> String {
+        let service = dice.one(&SERVICES);
+        let (group, zone, daemon) = (dice.roll(self.groups), dice.roll(self.zones), dice.roll(self.daemons));
+        let (address, length) = self.prefix(dice.roll(self.prefixes));
+        let ver = 20_200_101 + dice.roll(5) * 10_000;
+        match dice.roll(20) {
+            0..=8 => format!(
+                "allow {service}(x509{{name=\"*.z{zone}.example.com\", group=\"g{group}\"}}, IPv4{{{address}/{length}}});"
+            ),
+            9..=11 => format!(
+                "allow {service}(x509{{name=\"h{group}.z{zone}.example.com\", ver>{ver}}}, IPv4{{{address}/{length}}});"
+            ),
+            12..=15 => format!(
+                "allow {service}(process{{exe=\"/usr/sbin/d{daemon}\", user=\"u{group}\"}}, IPv4{{{address}/{length}}});"
+            ),
+            16 | 17 => format!(
+                "allow {service}(x509{{group=\"g{group}\"}} & process{{exe=\"/opt/z{zone}/**\"}}, x509{{name=\"*.z{zone}.example.com\"}});"
+            ),
+            18 => format!("deny {service}(process{{exe=\"/tmp/**\"}}, IPv4{{{address}/{length}}});"),
+            _ => format!("deny {service}(x509{{group=\"g{group}\", ver<20200101}}, *);"),
+        }
+    }
+
+    fn policy(&self) -> String {
+        let mut dice = Dice(0x5eed ^ self.rules as u64);
+        let mut text = String::from("deny *(process{exe=\"/tmp/**\"}, *);\n");
+        for _ in 1..self.rules {
+            let _infallible = writeln!(text, "{}", self.rule(&mut dice));
+        }
+        text
+    }
+}
+
+/// The facts of one flow.
+struct Facts {
+    process: ProcessFacts,
+    own: CertificateFacts,
+    theirs: Option<CertificateFacts>,
+    from: IpAddr,
+    to: IpAddr,
+    port: u16,
+}
+
+impl World {
+    fn facts(&self, dice: &mut Dice) -> Facts {
+        let (group, zone, daemon) = (dice.roll(self.groups), dice.roll(self.zones), dice.roll(self.daemons));
+        let exe = match dice.roll(20) {
+            0 => format!("/tmp/build{daemon}"),
+            1..=8 => format!("/opt/z{zone}/bin/tool{daemon}"),
+            _ => format!("/usr/sbin/d{daemon}"),
+        };
+        let certificate = |dice: &mut Dice| CertificateFacts {
+            names: vec![format!("h{group}.z{zone}.example.com")],
+            ver: Some(20_240_101),
+            groups: vec![format!("g{group}"), format!("g{}", dice.roll(self.groups)), "staff".to_owned()],
+            org: Some("Example".to_owned()),
+            ..CertificateFacts::default()
+        };
+        let (prefix, length) = self.prefix(dice.roll(self.prefixes));
+        let host = u32::try_from(dice.roll(1 << (32 - u32::from(length)))).unwrap_or(0);
+        let theirs = (dice.roll(2) == 0).then(|| certificate(dice));
+        Facts {
+            process: ProcessFacts {
+                exe: Fact::Known(exe),
+                sha256: Fact::Known([7; 32]),
+                uid: 1000,
+                user: format!("u{group}"),
+                groups: vec!["daemon".to_owned(), "ssl-cert".to_owned()],
+                unit: Some(format!("d{daemon}.service")),
+                cmdline: format!("d{daemon} --foreground"),
+                ancestors: vec![Fact::Known("/usr/lib/systemd/systemd".to_owned())],
+            },
+            own: certificate(dice),
+            theirs,
+            from: IpAddr::V4(Ipv4Addr::from(0x0a01_0203)),
+            to: IpAddr::V4(Ipv4Addr::from(u32::from(prefix) | host)),
+            port: PORTS.get(dice.roll(PORTS.len())).copied().unwrap_or(0),
+        }
+    }
+}
+
+/// Flows in one batch; a batch is timed as a whole.
+const BATCH: usize = 64;
+const FLOWS: usize = 4096;
+
+fn parties(facts: &Facts) -> (Party<'_>, Party<'_>) {
+    let from = Party {
+        addr: Some(facts.from),
+        process: ProcessFact::Known(&facts.process),
+        certificate: CertificateFact::Shown(&facts.own),
+    };
+    let to = Party {
+        addr: Some(facts.to),
+        process: ProcessFact::Unknown,
+        certificate: facts.theirs.as_ref().map_or(CertificateFact::None, CertificateFact::Shown),
+    };
+    (from, to)
+}
+
+fn decide(policy: &Policy, from: &Party<'_>, to: &Party<'_>, port: u16) -> Verdict {
+    let flow = Flow { from, to, protocol: Protocol::TCP, port, now: 1_790_000_000, far: Side::To };
+    policy.evaluate(&flow).verdict
+}
+
+struct Subject {
+    rules: usize,
+    policy: Policy,
+    facts: Vec<Facts>,
+    compile_ms: f64,
+    peak: usize,
+    held: usize,
+    batches: Vec<f64>,
+}
+
+impl Subject {
+    fn new(rules: usize) -> Option<Self> {
+        let world = World::new(rules);
+        let text = world.policy();
+        let before = HELD.load(Relaxed);
+        PEAK.store(before, Relaxed);
+        let begun = Instant::now();
+        let loaded = Policy::parse("bench.pol", &text);
+        let compile_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let policy = loaded.ok()?.policy;
+        let (peak, held) = (PEAK.load(Relaxed) - before, HELD.load(Relaxed) - before);
+        let mut dice = Dice(0xf10e5);
+        let facts = (0..FLOWS).map(|_| world.facts(&mut dice)).collect();
+        Some(Self { rules, policy, facts, compile_ms, peak, held, batches: Vec::new() })
+    }
+
+    fn turn(&mut self, number: usize) {
+        let start = number * BATCH % FLOWS;
+        let Some(batch) = self.facts.get(start..start + BATCH) else { return };
+        let parties: Vec<_> = batch.iter().map(|f| (parties(f), f.port)).collect();
+        let begun = Instant::now();
+        for ((from, to), port) in &parties {
+            black_box(decide(&self.policy, from, to, *port));
+        }
+        self.batches.push(begun.elapsed().as_secs_f64() * 1e9 / BATCH as f64);
+    }
+
+    /// How many of the flows are permitted, and whether deciding them allocates.
+    fn census(&self) -> (usize, usize) {
+        let before = CALLS.load(Relaxed);
+        let permitted = self.facts.iter().filter(|f| {
+            let (from, to) = parties(f);
+            decide(&self.policy, &from, &to, f.port) != Verdict::Refuse
+        });
+        let permitted = permitted.count();
+        (permitted, CALLS.load(Relaxed) - before)
+    }
+}
+
+fn main() {
+    let sizes = [100, 1_000, 10_000, 100_000];
+    let mut subjects: Vec<Subject> = sizes.into_iter().filter_map(Subject::new).collect();
+    let floor: HashMap<String, u32> = (0..1000).map(|n| (format!("h{n}.z{}.example.com", n % 32), n)).collect();
+    let keys: Vec<String> = (0..BATCH).map(|n| format!("h{n}.z{}.example.com", n % 32)).collect();
+    let mut hashed = Vec::new();
+    for turn in 0..40 * FLOWS / BATCH {
+        for subject in &mut subjects {
+            subject.turn(turn);
+        }
+        let begun = Instant::now();
+        for key in &keys {
+            black_box(floor.get(key));
+        }
+        hashed.push(begun.elapsed().as_secs_f64() * 1e9 / BATCH as f64);
+    }
+    row("rules     ns/decision   vs 100   permitted   allocations   compile ms   peak MB   held MB");
+    let mut base = 0.0;
+    for subject in &subjects {
+        let ns = median(subject.batches.clone());
+        if subject.rules == 100 {
+            base = ns;
+        }
+        let (permitted, calls) = subject.census();
+        let mb = |bytes: usize| bytes as f64 / 1e6;
+        row(&format!(
+            "{:<9} {ns:>11.1} {:>8.2} {:>10.1}% {calls:>13} {:>12.1} {:>9.1} {:>9.1}",
+            subject.rules,
+            ns / base,
+            permitted as f64 * 100.0 / FLOWS as f64,
+            subject.compile_ms,
+            mb(subject.peak),
+            mb(subject.held),
+        ));
+    }
+    row(&format!("bare hash of a name: {:.1} ns", median(hashed)));
+}
