@@ -60,20 +60,37 @@ impl Dice {
         let n = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33;
         usize::try_from(n).unwrap_or(0) % sides.max(1)
     }
-
-    fn one<'a>(&mut self, of: &[&'a str]) -> &'a str {
-        of.get(self.roll(of.len())).copied().unwrap_or("")
-    }
 }
 
 const SERVICES: [&str; 24] = [
-    "smtp", "http", "https", "ssh", "domain", "imaps", "ldap", "ldaps", "ntp", "postgresql", "mysql", "redis",
-    "amqp", "nfs", "rsync", "snmp", "syslog", "kerberos", "tcp/8000-8099", "tcp/9000-9100", "tcp/2000-4000",
-    "tcp", "submission", "sip",
+    "smtp",
+    "http",
+    "https",
+    "ssh",
+    "domain",
+    "imaps",
+    "ldap",
+    "ldaps",
+    "ntp",
+    "postgresql",
+    "mysql",
+    "redis",
+    "amqp",
+    "nfs",
+    "rsync",
+    "snmp",
+    "syslog",
+    "kerberos",
+    "tcp/8000-8099",
+    "tcp/9000-9100",
+    "tcp/2000-4000",
+    "tcp",
+    "submission",
+    "sip",
 ];
 const PORTS: [u16; 24] = [
-    25, 80, 443, 22, 53, 993, 389, 636, 123, 5432, 3306, 6379, 5672, 2049, 873, 161, 514, 88, 8080, 9090, 3000,
-    7777, 587, 5060,
+    25, 80, 443, 22, 53, 993, 389, 636, 123, 5432, 3306, 6379, 5672, 2049, 873, 161, 514, 88, 8080, 9090,
+    3000, 7777, 587, 5060,
 ];
 
 /// How many of each thing a policy of so many rules is about.
@@ -83,6 +100,16 @@ struct World {
     zones: usize,
     prefixes: usize,
     daemons: usize,
+}
+
+/// What one rule, or one flow, is about.
+#[derive(Clone, Copy)]
+struct Picked {
+    group: usize,
+    zone: usize,
+    daemon: usize,
+    prefix: usize,
+    service: usize,
 }
 
 impl World {
@@ -100,10 +127,20 @@ impl World {
         }
     }
 
-    fn rule(&self, dice: &mut Dice) -> String {
-        let service = dice.one(&SERVICES);
-        let (group, zone, daemon) = (dice.roll(self.groups), dice.roll(self.zones), dice.roll(self.daemons));
-        let (address, length) = self.prefix(dice.roll(self.prefixes));
+    fn pick(&self, dice: &mut Dice) -> Picked {
+        Picked {
+            group: dice.roll(self.groups),
+            zone: dice.roll(self.zones),
+            daemon: dice.roll(self.daemons),
+            prefix: dice.roll(self.prefixes),
+            service: dice.roll(SERVICES.len()),
+        }
+    }
+
+    fn rule(&self, dice: &mut Dice, picked: &Picked) -> String {
+        let Picked { group, zone, daemon, prefix, service } = *picked;
+        let service = SERVICES.get(service).copied().unwrap_or("*");
+        let (address, length) = self.prefix(prefix);
         let ver = 20_200_101 + dice.roll(5) * 10_000;
         match dice.roll(20) {
             0..=8 => format!(
@@ -123,13 +160,16 @@ impl World {
         }
     }
 
-    fn policy(&self) -> String {
+    fn policy(&self) -> (String, Vec<Picked>) {
         let mut dice = Dice(0x5eed ^ self.rules as u64);
         let mut text = String::from("deny *(process{exe=\"/tmp/**\"}, *);\n");
+        let mut all = Vec::new();
         for _ in 1..self.rules {
-            let _infallible = writeln!(text, "{}", self.rule(&mut dice));
+            let picked = self.pick(&mut dice);
+            let _infallible = writeln!(text, "{}", self.rule(&mut dice, &picked));
+            all.push(picked);
         }
-        text
+        (text, all)
     }
 }
 
@@ -144,8 +184,13 @@ struct Facts {
 }
 
 impl World {
-    fn facts(&self, dice: &mut Dice) -> Facts {
-        let (group, zone, daemon) = (dice.roll(self.groups), dice.roll(self.zones), dice.roll(self.daemons));
+    /// Facts that some rule is about, three times in four; else any.
+    fn facts(&self, dice: &mut Dice, rules: &[Picked]) -> Facts {
+        let any = self.pick(dice);
+        let Picked { group, zone, daemon, prefix, service } = match rules.get(dice.roll(rules.len())) {
+            Some(picked) if dice.roll(4) > 0 => *picked,
+            _ => any,
+        };
         let exe = match dice.roll(20) {
             0 => format!("/tmp/build{daemon}"),
             1..=8 => format!("/opt/z{zone}/bin/tool{daemon}"),
@@ -158,7 +203,7 @@ impl World {
             org: Some("Example".to_owned()),
             ..CertificateFacts::default()
         };
-        let (prefix, length) = self.prefix(dice.roll(self.prefixes));
+        let (prefix, length) = self.prefix(prefix);
         let host = u32::try_from(dice.roll(1 << (32 - u32::from(length)))).unwrap_or(0);
         let theirs = (dice.roll(2) == 0).then(|| certificate(dice));
         Facts {
@@ -176,13 +221,36 @@ impl World {
             theirs,
             from: IpAddr::V4(Ipv4Addr::from(0x0a01_0203)),
             to: IpAddr::V4(Ipv4Addr::from(u32::from(prefix) | host)),
-            port: PORTS.get(dice.roll(PORTS.len())).copied().unwrap_or(0),
+            port: PORTS.get(service).copied().unwrap_or(0),
         }
     }
 }
 
+/// Reads all there is of a flow's facts.
+fn touch(facts: &Facts) {
+    let sum = |text: &String| text.bytes().map(usize::from).sum::<usize>();
+    let certificate = |c: &CertificateFacts| {
+        c.names.iter().map(sum).sum::<usize>()
+            + c.groups.iter().map(sum).sum::<usize>()
+            + c.org.as_ref().map_or(0, sum)
+    };
+    let exe = if let Fact::Known(exe) = &facts.process.exe { sum(exe) } else { 0 };
+    black_box(
+        exe + sum(&facts.process.user)
+            + certificate(&facts.own)
+            + facts.theirs.as_ref().map_or(0, certificate),
+    );
+}
+
+/// A number below [`FLOWS`], the small ones more often: its logarithm is spread evenly.
+fn zipf(dice: &mut Dice) -> usize {
+    let even = dice.roll(1 << 24) as f64 / f64::from(1 << 24);
+    let number = (even * (FLOWS as f64 + 1.0).ln()).exp() - 1.0;
+    (0..FLOWS).take_while(|n| *n as f64 + 1.0 <= number).count().min(FLOWS - 1)
+}
+
 /// Flows in one batch; a batch is timed as a whole.
-const BATCH: usize = 64;
+const BATCH: usize = 16;
 const FLOWS: usize = 4096;
 
 fn parties(facts: &Facts) -> (Party<'_>, Party<'_>) {
@@ -211,13 +279,15 @@ struct Subject {
     compile_ms: f64,
     peak: usize,
     held: usize,
-    batches: Vec<f64>,
+    /// Nanoseconds per decision, by batch: flows as they come, and all alike often.
+    usual: Vec<f64>,
+    uniform: Vec<f64>,
 }
 
 impl Subject {
     fn new(rules: usize) -> Option<Self> {
         let world = World::new(rules);
-        let text = world.policy();
+        let (text, picked) = world.policy();
         let before = HELD.load(Relaxed);
         PEAK.store(before, Relaxed);
         let begun = Instant::now();
@@ -226,19 +296,32 @@ impl Subject {
         let policy = loaded.ok()?.policy;
         let (peak, held) = (PEAK.load(Relaxed) - before, HELD.load(Relaxed) - before);
         let mut dice = Dice(0xf10e5);
-        let facts = (0..FLOWS).map(|_| world.facts(&mut dice)).collect();
-        Some(Self { rules, policy, facts, compile_ms, peak, held, batches: Vec::new() })
+        let facts = (0..FLOWS).map(|_| world.facts(&mut dice, &picked)).collect();
+        Some(Self { rules, policy, facts, compile_ms, peak, held, usual: Vec::new(), uniform: Vec::new() })
     }
 
-    fn turn(&mut self, number: usize) {
-        let start = number * BATCH % FLOWS;
-        let Some(batch) = self.facts.get(start..start + BATCH) else { return };
+    /// One batch of each kind.
+    fn turn(&mut self, dice: &mut Dice) {
+        // As traffic is (Zipf's law): the n-th most frequent flow comes 1/n as often as the first.
+        let usual: Vec<usize> = (0..BATCH).map(|_| zipf(dice)).collect();
+        let ns = self.batch(&usual);
+        self.usual.push(ns);
+        let uniform: Vec<usize> = (0..BATCH).map(|_| dice.roll(FLOWS)).collect();
+        let ns = self.batch(&uniform);
+        self.uniform.push(ns);
+    }
+
+    fn batch(&self, numbers: &[usize]) -> f64 {
+        let batch: Vec<&Facts> = numbers.iter().filter_map(|n| self.facts.get(*n)).collect();
         let parties: Vec<_> = batch.iter().map(|f| (parties(f), f.port)).collect();
+        // The broker has only just gathered what it asks about, so that is in the cache; the policy,
+        // with all the others taking turns, is not.
+        batch.iter().for_each(|f| touch(f));
         let begun = Instant::now();
         for ((from, to), port) in &parties {
             black_box(decide(&self.policy, from, to, *port));
         }
-        self.batches.push(begun.elapsed().as_secs_f64() * 1e9 / BATCH as f64);
+        begun.elapsed().as_secs_f64() * 1e9 / BATCH as f64
     }
 
     /// How many of the flows are permitted, and whether deciding them allocates.
@@ -254,14 +337,17 @@ impl Subject {
 }
 
 fn main() {
-    let sizes = [100, 1_000, 10_000, 100_000];
+    let only = std::env::args().nth(1).and_then(|n| n.parse().ok());
+    let sizes = only.map_or_else(|| vec![100, 1_000, 10_000, 100_000], |n| vec![n]);
     let mut subjects: Vec<Subject> = sizes.into_iter().filter_map(Subject::new).collect();
-    let floor: HashMap<String, u32> = (0..1000).map(|n| (format!("h{n}.z{}.example.com", n % 32), n)).collect();
+    let floor: HashMap<String, u32> =
+        (0..1000).map(|n| (format!("h{n}.z{}.example.com", n % 32), n)).collect();
     let keys: Vec<String> = (0..BATCH).map(|n| format!("h{n}.z{}.example.com", n % 32)).collect();
     let mut hashed = Vec::new();
-    for turn in 0..40 * FLOWS / BATCH {
+    let mut dice = Dice(7);
+    for _ in 0..6000 {
         for subject in &mut subjects {
-            subject.turn(turn);
+            subject.turn(&mut dice);
         }
         let begun = Instant::now();
         for key in &keys {
@@ -269,19 +355,22 @@ fn main() {
         }
         hashed.push(begun.elapsed().as_secs_f64() * 1e9 / BATCH as f64);
     }
-    row("rules     ns/decision   vs 100   permitted   allocations   compile ms   peak MB   held MB");
-    let mut base = 0.0;
+    row(
+        "rules     ns/decision   vs 100   uniform ns   vs 100   permitted   allocations   compile ms   peak MB   held MB",
+    );
+    let mut base = (0.0, 0.0);
     for subject in &subjects {
-        let ns = median(subject.batches.clone());
-        if subject.rules == 100 {
-            base = ns;
+        let (ns, uniform) = (median(subject.usual.clone()), median(subject.uniform.clone()));
+        if base.0 == 0.0 {
+            base = (ns, uniform);
         }
         let (permitted, calls) = subject.census();
         let mb = |bytes: usize| bytes as f64 / 1e6;
         row(&format!(
-            "{:<9} {ns:>11.1} {:>8.2} {:>10.1}% {calls:>13} {:>12.1} {:>9.1} {:>9.1}",
+            "{:<9} {ns:>11.1} {:>8.2} {uniform:>12.1} {:>8.2} {:>10.1}% {calls:>13} {:>12.1} {:>9.1} {:>9.1}",
             subject.rules,
-            ns / base,
+            ns / base.0,
+            uniform / base.1,
             permitted as f64 * 100.0 / FLOWS as f64,
             subject.compile_ms,
             mb(subject.peak),

@@ -9,11 +9,12 @@
 //! Where a certificate has yet to be shown, a second index answers what could be: there, every
 //! condition on the certificate of that side is taken to hold.
 
-mod condition;
+mod code;
 mod hash;
 mod ports;
 mod side;
 mod terms;
+mod values;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -58,8 +59,8 @@ struct Entry {
 
 #[derive(Debug)]
 struct Index {
-    from: SideIndex,
-    to: SideIndex,
+    from: Arc<SideIndex>,
+    to: Arc<SideIndex>,
     from_partners: Vec<Partners>,
     to_partners: Vec<Partners>,
     table: Table<Entry>,
@@ -133,12 +134,22 @@ fn same_place(a: &Expr, b: &Expr) -> bool {
     }
 }
 
-/// A rule with its place in each order.
-struct Numbered<'a> {
-    rule: &'a Rule,
-    service: u32,
-    expires: u32,
-    brief: Brief,
+impl Principals {
+    /// The same principals as they stand before their certificate is shown; with the new number of
+    /// each, none if it cannot hold.
+    fn before_certificate(&self) -> (Self, Vec<Option<u32>>) {
+        let mut soft = Self::default();
+        let number = |(expr, denies): (&Expr, &bool)| {
+            let expr = terms::before_certificate(expr, false);
+            (expr != Expr::Nothing).then(|| soft.number(&expr, *denies))
+        };
+        let numbers = self.all.iter().zip(&self.denies).map(number).collect();
+        (soft, numbers)
+    }
+
+    fn index(&self) -> Arc<SideIndex> {
+        Arc::new(SideIndex::new(&self.all, &self.denies))
+    }
 }
 
 impl Compiled {
@@ -157,32 +168,43 @@ impl Compiled {
         let mut expiries: Vec<u64> = rules.iter().filter_map(|r| r.expires).collect();
         expiries.sort_unstable();
         expiries.dedup();
-        let mut numbered = Vec::with_capacity(rules.len());
+        let (mut froms, mut tos) = (Principals::default(), Principals::default());
+        let mut entries = Vec::with_capacity(rules.len());
         for (i, (rule, rank)) in rules.iter().zip(&ranks).enumerate() {
             let service = *service_numbers.entry(&rule.service).or_insert_with(|| {
                 services.push(&rule.service);
                 to_u32(services.len() - 1)
             });
-            let expires = rule.expires.map_or(0, |end| to_u32(expiries.partition_point(|e| *e < end) + 1));
-            numbered.push(Numbered {
-                rule,
+            if rule.from == Expr::Nothing || rule.to == Expr::Nothing {
+                continue;
+            }
+            let denies = rule.effect == Effect::Deny;
+            entries.push(Entry {
+                from: froms.number(&rule.from, denies),
+                to: tos.number(&rule.to, denies),
                 service,
-                expires,
+                next: 0,
+                expires: rule.expires.map_or(0, |end| to_u32(expiries.partition_point(|e| *e < end) + 1)),
+                effect: rule.effect,
                 brief: Brief::of(RuleId(to_u32(i)), *rank, rule),
             });
         }
-        let unsettled = |expr: &Expr| expr.mentions(|a| !matches!(a, Atom::Address(_)));
-        let before = |side: Side| {
-            let concerned = rules.iter().any(|r| unsettled(if side == Side::To { &r.to } else { &r.from }));
-            concerned.then(|| Index::new(&numbered, Some(side)))
-        };
-        Some(Self {
-            ports: PortIndex::new(&services)?,
-            exact: Index::new(&numbered, None),
-            before_to: before(Side::To),
-            before_from: before(Side::From),
-            expiries,
-        })
+        let (from, to) = (froms.index(), tos.index());
+        let unsettled =
+            |list: &Principals| list.all.iter().any(|e| e.mentions(|a| !matches!(a, Atom::Address(_))));
+        let soften = |list: &[Option<u32>], n: u32| list.get(to_usize(n)).copied().flatten();
+        let before_to = unsettled(&tos).then(|| {
+            let (soft, numbers) = tos.before_certificate();
+            let moved = entries.iter().filter_map(|e| Some(Entry { to: soften(&numbers, e.to)?, ..*e }));
+            Index::new(moved.collect(), (Arc::clone(&from), froms.all.len()), (soft.index(), soft.all.len()))
+        });
+        let before_from = unsettled(&froms).then(|| {
+            let (soft, numbers) = froms.before_certificate();
+            let moved = entries.iter().filter_map(|e| Some(Entry { from: soften(&numbers, e.from)?, ..*e }));
+            Index::new(moved.collect(), (soft.index(), soft.all.len()), (Arc::clone(&to), tos.all.len()))
+        });
+        let exact = Index::new(entries, (from, froms.all.len()), (to, tos.all.len()));
+        Some(Self { ports: PortIndex::new(&services)?, exact, before_to, before_from, expiries })
     }
 
     /// The rules that matter; `None` if a party is too many principals at once.
@@ -243,35 +265,10 @@ impl Compiled {
 }
 
 impl Index {
-    fn new(rules: &[Numbered<'_>], before: Option<Side>) -> Self {
-        let (mut froms, mut tos) = (Principals::default(), Principals::default());
-        let mut entries: Vec<Entry> = Vec::with_capacity(rules.len());
-        let mut softened: HashMap<Expr, Expr> = HashMap::new();
-        for item in rules {
-            let rule = item.rule;
-            let denies = rule.effect == Effect::Deny;
-            let mut soft = |expr: &Expr, side: Side| {
-                if before != Some(side) {
-                    return expr.clone();
-                }
-                softened.entry(expr.clone()).or_insert_with(|| terms::before_certificate(expr, false)).clone()
-            };
-            let (from, to) = (soft(&rule.from, Side::From), soft(&rule.to, Side::To));
-            if from == Expr::Nothing || to == Expr::Nothing {
-                continue;
-            }
-            entries.push(Entry {
-                from: froms.number(&from, denies),
-                to: tos.number(&to, denies),
-                service: item.service,
-                next: 0,
-                expires: item.expires,
-                effect: rule.effect,
-                brief: item.brief,
-            });
-        }
-        let mut from_partners = vec![Partners::default(); froms.all.len()];
-        let mut to_partners = vec![Partners::default(); tos.all.len()];
+    /// Of rules, and the principals of each side with their number.
+    fn new(mut entries: Vec<Entry>, from: (Arc<SideIndex>, usize), to: (Arc<SideIndex>, usize)) -> Self {
+        let mut from_partners = vec![Partners::default(); from.1];
+        let mut to_partners = vec![Partners::default(); to.1];
         for entry in &entries {
             if let Some(partners) = from_partners.get_mut(to_usize(entry.from)) {
                 partners.principals |= bit(entry.to);
@@ -309,14 +306,7 @@ impl Index {
             brief: Brief::NONE,
         };
         let table = Table::new(heads.len(), items, empty);
-        Self {
-            from: SideIndex::new(&froms.all, &froms.denies),
-            to: SideIndex::new(&tos.all, &tos.denies),
-            from_partners,
-            to_partners,
-            table,
-            more,
-        }
+        Self { from: from.0, to: to.0, from_partners, to_partners, table, more }
     }
 
     #[inline]

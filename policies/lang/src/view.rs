@@ -41,6 +41,47 @@ impl<'a> View<'a> {
         !self.no_process && !matches!(self.process, ProcessFact::Unknown)
     }
 
+    /// Its certificate, or how every condition on one stands.
+    pub(crate) const fn shown(&self) -> Result<&'a CertificateFacts, Truth> {
+        match self.certificate {
+            CertificateFact::None => Err(Truth::FALSE),
+            CertificateFact::Pending => Err(Truth::PENDING),
+            CertificateFact::Shown(facts) => Ok(facts),
+        }
+    }
+
+    /// The path of its executable, or how every condition on that stands.
+    pub(crate) fn exe(&self) -> Result<&'a str, Truth> {
+        match self.process {
+            _ if self.no_process => Err(Truth::FALSE),
+            ProcessFact::Known(facts) => match &facts.exe {
+                Fact::Known(path) => Ok(path),
+                Fact::Unknown => Err(Truth::UNKNOWN),
+            },
+            ProcessFact::UserOnly { .. } => Err(Truth::UNKNOWN),
+            ProcessFact::Unknown => self.attested(|c| c.exe.as_deref()),
+        }
+    }
+
+    /// The name of its user, or how every condition on that stands.
+    pub(crate) fn user(&self) -> Result<&'a str, Truth> {
+        match self.process {
+            _ if self.no_process => Err(Truth::FALSE),
+            ProcessFact::Known(facts) => Ok(&facts.user),
+            ProcessFact::UserOnly { user, .. } => Ok(user),
+            ProcessFact::Unknown => self.attested(|c| c.user.as_deref()),
+        }
+    }
+
+    fn attested<T>(&self, of: impl Fn(&'a CertificateFacts) -> Option<T>) -> Result<T, Truth> {
+        match self.certificate {
+            _ if !self.far => Err(Truth::UNKNOWN),
+            CertificateFact::None => Err(Truth::INVISIBLE),
+            CertificateFact::Pending => Err(Truth::PENDING),
+            CertificateFact::Shown(facts) => of(facts).ok_or(Truth::INVISIBLE),
+        }
+    }
+
     /// How a formula stands.
     pub(crate) fn expr(&self, expr: &Expr, negated: bool) -> Truth {
         match expr {
@@ -80,11 +121,13 @@ impl<'a> View<'a> {
                 Address::Absent => known(negated),
                 Address::Unknown => Truth::UNKNOWN,
             },
-            Atom::Shown => self.shown(negated, |_| true),
+            Atom::Shown => self.certificate(negated, |_| true),
             Atom::Version(low, high) => {
-                self.shown(negated, |c| c.ver.is_some_and(|v| (*low..=*high).contains(&v)))
+                self.certificate(negated, |c| c.ver.is_some_and(|v| (*low..=*high).contains(&v)))
             }
-            Atom::Certificate(field, pattern) => self.shown(negated, |c| certificate(c, *field, pattern)),
+            Atom::Certificate(field, pattern) => {
+                self.certificate(negated, |c| certificate(c, *field, pattern))
+            }
             Atom::Sha256(hash) => self.process(
                 negated,
                 |p| match &p.sha256 {
@@ -113,7 +156,7 @@ impl<'a> View<'a> {
         }
     }
 
-    fn shown(&self, negated: bool, holds: impl Fn(&CertificateFacts) -> bool) -> Truth {
+    fn certificate(&self, negated: bool, holds: impl Fn(&CertificateFacts) -> bool) -> Truth {
         match self.certificate {
             CertificateFact::None => known(negated),
             CertificateFact::Pending => Truth::PENDING,

@@ -5,18 +5,20 @@ use std::collections::{BTreeSet, HashMap};
 use arrayvec::ArrayVec;
 
 use super::{
-    hash::{self, Table, mix},
-    terms::{self, Literal, Term, folder_prefix, label_suffix},
+    code::{self, Code},
+    hash::Table,
+    terms::{self, Literal, Term},
+    values::{ADDRESS, ALL, Depths, EXE, GROUP, Lead, SHA256, UNIT, Values, both, candidates},
 };
 use crate::{
-    facts::{CertificateFact, CertificateFacts, Fact, ProcessFact},
-    model::{Address, AddressSet, Atom, CertificateField, Expr, ProcessField, Truth},
-    region::{prefixes_v4, prefixes_v6},
+    facts::{Fact, ProcessFact},
+    model::{Address, Expr, Truth},
     source::{to_u32, to_usize},
-    view::{self, View},
+    view::View,
 };
 
-/// Most principals that one party may be at once; more, and the flow is decided the slow way.
+/// Most principals that one party may be at once, and values that may lead to them; more, and the flow
+/// is decided the slow way.
 pub(super) const MOST: usize = 128;
 
 /// A principal that a party is, and how certainly.
@@ -28,146 +30,54 @@ pub(super) struct Hit {
 
 pub(super) type Hits = ArrayVec<Hit, MOST>;
 
-/// More principals than [`MOST`].
+/// More principals, or values, than [`MOST`].
 pub(super) struct TooMany;
 
-/// A fact by whose value principals are found.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-#[repr(u8)]
-enum Lead {
-    Name,
-    NameEnd,
-    Group,
-    Org,
-    Process,
-    Unit,
-    User,
-    Issuer,
-    Exe,
-    Folder,
-    Sha256,
-    ProcessUser,
-    ProcessUid,
-    ProcessGroup,
-    ProcessUnit,
-    Prefix,
-}
-
-const LEADS: usize = 16;
-
-impl Lead {
-    const fn seed(self) -> u64 {
-        (self as u64 + 1).wrapping_mul(0xa076_1d64_78bd_642f)
-    }
-
-    const fn bit(self) -> u32 {
-        1 << self as u32
-    }
-
-    /// Which list of [`SideIndex::unknown`] holds what cannot be found when this is not known.
-    const fn unknown(self) -> Option<usize> {
-        Some(match self {
-            Self::Exe | Self::Folder => EXE,
-            Self::Sha256 => SHA256,
-            Self::ProcessUser | Self::ProcessUid => USER,
-            Self::ProcessGroup => GROUP,
-            Self::ProcessUnit => UNIT,
-            Self::Prefix => ADDRESS,
-            _ => return None,
-        })
-    }
-}
-
-const EXE: usize = 0;
-const SHA256: usize = 1;
-const USER: usize = 2;
-const GROUP: usize = 3;
-const UNIT: usize = 4;
-const ADDRESS: usize = 5;
-
-/// Where the alternatives stand that one value leads to, or two values together.
+/// One alternative of a principal, under the value that leads to it, or two values together.
 #[derive(Clone, Copy, Debug)]
-struct Key {
+#[repr(C, align(64))]
+struct Place {
     hash: u64,
-    start: u32,
-    end: u32,
+    principal: u32,
+    /// One more under the same key, in [`SideIndex::more`], from 1.
+    next: u32,
+    code: Code,
 }
 
-/// The hashes of what is known of a party, by kind.
-struct Values {
-    hashes: ArrayVec<u64, MOST>,
-    ends: [u8; LEADS + 1],
-}
-
-impl Values {
-    fn push(&mut self, hash: u64) -> Result<(), TooMany> {
-        self.hashes.try_push(hash).map_err(|_| TooMany)
-    }
-
-    fn text(&mut self, lead: Lead, text: &str) -> Result<(), TooMany> {
-        self.push(hash::text::<false>(lead.seed(), text.as_bytes()))
-    }
-
-    #[inline]
-    fn of(&self, lead: Lead) -> &[u64] {
-        let at = lead as usize;
-        let (start, end) = (self.ends.get(at).copied(), self.ends.get(at + 1).copied());
-        let range = usize::from(start.unwrap_or(0))..usize::from(end.unwrap_or(0));
-        self.hashes.get(range).unwrap_or_default()
-    }
-}
-
-/// Two values together; in either order.
-const fn both(a: u64, b: u64) -> u64 {
-    mix(a ^ b, a.wrapping_add(b))
-}
-
-/// One alternative of one principal.
-#[derive(Clone, Debug)]
+/// One alternative of one principal, in full.
+#[derive(Debug)]
 struct Alternative {
     principal: u32,
-    first: u32,
-    end: u32,
-    /// Conditions that are whole formulas: where in `rests`.
-    rest: u32,
-    rest_end: u32,
+    literals: Box<[Literal]>,
+    /// Conditions that are whole formulas.
+    rest: Box<[Expr]>,
 }
 
 /// Principals of one side.
 #[derive(Debug)]
 pub(super) struct SideIndex {
-    alternatives: Vec<Alternative>,
-    checks: Vec<super::condition::Condition>,
-    rests: Vec<Expr>,
-    /// Alternatives by value of a fact, or of two.
-    keys: Table<Key>,
-    lists: Vec<u32>,
-    /// Facts that lead somewhere alone; pairs that do together; facts of either.
+    places: Table<Place>,
+    more: Vec<Place>,
+    /// Facts that lead somewhere alone; pairs that do together.
     single: Vec<Lead>,
     pairs: Vec<(Lead, Lead)>,
-    used: u32,
-    /// Numbers of labels that indexed name ends have; of slashes that folders have; lengths that
-    /// prefixes have.
-    labels: u64,
-    slashes: u64,
-    lengths_v4: Vec<u8>,
-    lengths_v6: Vec<u8>,
+    depths: Depths,
     /// Principals that are everyone.
     everyone: Vec<u32>,
-    /// Alternatives that no fact leads to.
+    /// Alternatives that do not fit a place, that no fact leads to, or that a `deny` names.
+    alternatives: Vec<Alternative>,
     always: Vec<u32>,
     /// Alternatives of `deny` rules, by the fact that leads to them: where that fact is not known,
     /// they may hold.
     unknown: [Vec<u32>; 6],
 }
 
-/// Values that as many alternatives as this share are narrowed down by a second one.
+/// Values that more alternatives than this share are narrowed down by a second one.
 const CROWD: u32 = 3;
 
 impl SideIndex {
     /// Indexes principals; `denies` says which of them a `deny` names.
     pub(super) fn new(principals: &[Expr], denies: &[bool]) -> Self {
-        let mut builder = Builder { denies, ..Builder::default() };
         let mut found: Vec<(u32, Term)> = Vec::with_capacity(principals.len());
         let mut everyone = Vec::new();
         for (number, principal) in principals.iter().enumerate() {
@@ -179,117 +89,61 @@ impl SideIndex {
                 }
             }
         }
-        let mut crowd: HashMap<u64, u32> = HashMap::with_capacity(found.len());
+        let mut values: Vec<u64> = Vec::with_capacity(found.len() * 2);
         for (_, term) in &found {
             for literal in &term.literals {
-                for (_, hash) in candidates(literal) {
-                    *crowd.entry(hash).or_default() += 1;
-                }
+                values.extend(candidates(literal).iter().map(|(_, hash)| *hash));
             }
         }
-        builder.alternatives.reserve(found.len());
+        values.sort_unstable();
+        let mut crowd: HashMap<u64, u32> = HashMap::new();
+        for same in values.chunk_by(|a, b| a == b) {
+            // What is rare need not be remembered.
+            if let (Some(value), true) = (same.first(), same.len() > to_usize(CROWD)) {
+                crowd.insert(*value, to_u32(same.len()));
+            }
+        }
+        let mut builder = Builder { denies, crowd, ..Builder::default() };
         for (principal, term) in found {
-            builder.add(principal, term, &crowd);
+            builder.add(principal, term);
         }
         builder.finish(everyone)
     }
 }
 
-/// The facts by which a condition can be found.
-fn candidates(literal: &Literal) -> Vec<(Lead, u64)> {
-    let text = |lead: Lead, bytes: &[u8]| vec![(lead, hash::text::<false>(lead.seed(), bytes))];
-    if literal.negated {
-        return Vec::new();
-    }
-    match &*literal.atom {
-        Atom::Sha256(sha256) => text(Lead::Sha256, sha256),
-        Atom::Certificate(CertificateField::Name, pattern) => match (pattern.literal(), label_suffix(pattern)) {
-            (Some(name), _) => vec![(Lead::Name, hash::text::<true>(Lead::Name.seed(), &name))],
-            (None, Some(end)) => vec![(Lead::NameEnd, hash::text::<true>(Lead::NameEnd.seed(), &end))],
-            (None, None) => Vec::new(),
-        },
-        Atom::Certificate(field, pattern) => {
-            let lead = match field {
-                CertificateField::Group => Lead::Group,
-                CertificateField::Org => Lead::Org,
-                CertificateField::Process => Lead::Process,
-                CertificateField::Unit => Lead::Unit,
-                CertificateField::User => Lead::User,
-                CertificateField::Issuer | CertificateField::Name => Lead::Issuer,
-            };
-            pattern.literal().map_or_else(Vec::new, |value| text(lead, &value))
-        }
-        Atom::Process(field, pattern) => match (field, pattern.literal()) {
-            (ProcessField::Exe, Some(path)) => text(Lead::Exe, &path),
-            (ProcessField::Exe, None) => folder_prefix(pattern).map_or_else(Vec::new, |f| text(Lead::Folder, &f)),
-            (ProcessField::Group, Some(group)) => text(Lead::ProcessGroup, &group),
-            (ProcessField::Unit, Some(unit)) => text(Lead::ProcessUnit, &unit),
-            (ProcessField::User, Some(user)) => {
-                let mut found = text(Lead::ProcessUser, &user);
-                let uid = view::number(pattern);
-                found.extend(uid.map(|uid| (Lead::ProcessUid, mix(Lead::ProcessUid.seed(), uid.into()))));
-                found
-            }
-            _ => Vec::new(),
-        },
-        Atom::Address(set) => prefixes(set).map(|(_, _, hash)| (Lead::Prefix, hash)).collect(),
-        Atom::Shown | Atom::Version(..) => Vec::new(),
-    }
-}
-
-/// The prefixes of a set: family, length and hash.
-fn prefixes(set: &AddressSet) -> impl Iterator<Item = (bool, u8, u64)> {
-    let v4 = set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)).map(|net| {
-        let (address, length) = (u32::from(net.network()), net.prefix_len());
-        (false, length, address_hash(address.into(), length))
-    });
-    let v6 = set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)).map(|net| {
-        let (address, length) = (u128::from(net.network()), net.prefix_len());
-        // Kept apart from IPv4 by the length.
-        (true, length, address_hash(address, length + 64))
-    });
-    v4.chain(v6)
-}
-
 #[derive(Default)]
 struct Builder<'a> {
     denies: &'a [bool],
+    crowd: HashMap<u64, u32>,
+    places: Vec<Place>,
     alternatives: Vec<Alternative>,
-    checks: Vec<super::condition::Condition>,
-    rests: Vec<Expr>,
-    keys: HashMap<u64, Vec<u32>>,
     single: u32,
     pairs: BTreeSet<(Lead, Lead)>,
-    labels: u64,
-    slashes: u64,
-    lengths: BTreeSet<(bool, u8)>,
+    leading: Vec<std::sync::Arc<crate::model::Atom>>,
     always: Vec<u32>,
     unknown: [Vec<u32>; 6],
 }
 
 impl Builder<'_> {
-    fn add(&mut self, principal: u32, term: Term, crowd: &HashMap<u64, u32>) {
-        let number = to_u32(self.alternatives.len());
+    fn add(&mut self, principal: u32, term: Term) {
         let denied = self.denies.get(to_usize(principal)).copied().unwrap_or(false);
         // What each condition leads by, the least crowded first; long lists cost memory.
         let mut leads: Vec<(u32, usize, Vec<(Lead, u64)>)> = Vec::new();
         for (at, literal) in term.literals.iter().enumerate() {
             let facts = candidates(literal);
-            let most = facts.iter().map(|(_, h)| crowd.get(h).copied().unwrap_or(0)).max();
-            leads.extend(most.map(|most| (most.saturating_add(to_u32(facts.len())), at, facts)));
+            let most = facts.iter().map(|(_, h)| self.crowd.get(h).copied().unwrap_or(1)).max();
+            leads.extend(most.map(|most| (most.saturating_add(to_u32(facts.len() - 1)), at, facts)));
         }
         leads.sort_by_key(|(crowd, at, _)| (*crowd, *at));
         let mut leads = leads.into_iter();
+        let mut keys: Vec<u64> = Vec::new();
         let chosen = match (leads.next(), leads.next()) {
-            (None, _) => {
-                self.always.push(number);
-                Vec::new()
-            }
+            (None, _) => Vec::new(),
             (Some(first), Some(second)) if first.0 > CROWD && first.2.len() * second.2.len() <= 1024 => {
                 for (a, left) in &first.2 {
                     for (b, right) in &second.2 {
                         self.pairs.insert((*a.min(b), *a.max(b)));
-                        self.keys.entry(both(*left, *right)).or_default().push(number);
+                        keys.push(both(*left, *right));
                     }
                 }
                 vec![first, second]
@@ -297,116 +151,63 @@ impl Builder<'_> {
             (Some(first), _) => {
                 for (lead, hash) in &first.2 {
                     self.single |= lead.bit();
-                    self.keys.entry(*hash).or_default().push(number);
+                    keys.push(*hash);
                 }
                 vec![first]
             }
         };
-        for (_, at, facts) in chosen {
-            if let Some(literal) = term.literals.get(at) {
-                self.depths(&literal.atom);
-            }
-            let list = facts.first().and_then(|(lead, _)| lead.unknown()).filter(|_| denied);
-            if let Some(list) = list.and_then(|n| self.unknown.get_mut(n)) {
-                list.push(number);
-            }
+        let written = if term.rest.is_empty() { code::write(&term.literals) } else { None };
+        for (_, at, _) in &chosen {
+            self.leading.extend(term.literals.get(*at).map(|l| std::sync::Arc::clone(&l.atom)));
         }
-        let first = to_u32(self.checks.len());
-        self.checks.extend(term.literals.into_iter().map(super::condition::Condition::new));
-        let rest = to_u32(self.rests.len());
-        self.rests.extend(term.rest);
-        self.alternatives.push(Alternative {
-            principal,
-            first,
-            end: to_u32(self.checks.len()),
-            rest,
-            rest_end: to_u32(self.rests.len()),
-        });
-    }
-
-    /// Notes at which depths of names and paths, and lengths of prefixes, something is to be found.
-    fn depths(&mut self, atom: &Atom) {
-        match atom {
-            Atom::Certificate(CertificateField::Name, pattern) => {
-                if let Some(end) = label_suffix(pattern) {
-                    let dots = end.iter().filter(|b| **b == b'.').count();
-                    self.labels |= 1_u64.checked_shl(to_u32(dots)).unwrap_or(1 << 63);
+        let mut code = written.unwrap_or([0; 48]);
+        if chosen.is_empty() || denied || written.is_none() {
+            let number = to_u32(self.alternatives.len());
+            if chosen.is_empty() {
+                self.always.push(number);
+            }
+            if written.is_none() {
+                code = code::elsewhere(number);
+            }
+            for (_, _, facts) in &chosen {
+                let list = facts.first().and_then(|(lead, _)| lead.unknown()).filter(|_| denied);
+                if let Some(list) = list.and_then(|n| self.unknown.get_mut(n)) {
+                    list.push(number);
                 }
             }
-            Atom::Process(ProcessField::Exe, pattern) => {
-                if let Some(folder) = folder_prefix(pattern) {
-                    let slashes = folder.iter().filter(|b| **b == b'/').count();
-                    self.slashes |= 1_u64.checked_shl(to_u32(slashes)).unwrap_or(1 << 63);
-                }
-            }
-            Atom::Address(set) => self.lengths.extend(prefixes(set).map(|(v6, length, _)| (v6, length))),
-            _ => {}
+            let (literals, rest) = (term.literals.into(), term.rest.into());
+            self.alternatives.push(Alternative { principal, literals, rest });
         }
+        self.places.extend(keys.into_iter().map(|hash| Place { hash, principal, next: 0, code }));
     }
 
-    fn finish(self, everyone: Vec<u32>) -> SideIndex {
-        let mut lists = Vec::new();
-        let mut keys: Vec<_> = self.keys.into_iter().collect();
-        keys.sort_unstable();
-        let keys: Vec<Key> = keys
-            .into_iter()
-            .map(|(hash, numbers)| {
-                let start = to_u32(lists.len());
-                lists.extend(numbers);
-                Key { hash, start, end: to_u32(lists.len()) }
-            })
-            .collect();
-        let table = Table::new(keys.len(), keys.iter().map(|k| (k.hash, *k)), Key { hash: 0, start: 0, end: 0 });
+    fn finish(mut self, everyone: Vec<u32>) -> SideIndex {
+        self.places.sort_by_key(|p| p.hash);
+        let mut more: Vec<Place> = Vec::new();
+        let mut heads: Vec<Place> = Vec::with_capacity(self.places.len());
+        for group in self.places.chunk_by(|a, b| a.hash == b.hash) {
+            let mut next = 0;
+            for place in group.iter().skip(1) {
+                more.push(Place { next, ..*place });
+                next = to_u32(more.len());
+            }
+            heads.extend(group.first().map(|first| Place { next, ..*first }));
+        }
+        drop(self.places);
+        let empty = Place { hash: 0, principal: 0, next: 0, code: [0; 48] };
         let used = self.pairs.iter().fold(self.single, |bits, (a, b)| bits | a.bit() | b.bit());
-        let lengths = |v6| self.lengths.iter().filter(|l| l.0 == v6).map(|l| l.1).collect();
         SideIndex {
-            alternatives: self.alternatives,
-            checks: self.checks,
-            rests: self.rests,
-            keys: table,
-            lists,
+            places: Table::new(heads.len(), heads.iter().map(|p| (p.hash, *p)), empty),
+            more,
             single: ALL.into_iter().filter(|lead| self.single & lead.bit() != 0).collect(),
-            lengths_v4: lengths(false),
-            lengths_v6: lengths(true),
             pairs: self.pairs.into_iter().collect(),
-            used,
-            labels: self.labels,
-            slashes: self.slashes,
+            depths: Depths::new(used, self.leading.into_iter()),
             everyone,
+            alternatives: self.alternatives,
             always: self.always,
             unknown: self.unknown,
         }
     }
-}
-
-const ALL: [Lead; LEADS] = [
-    Lead::Name,
-    Lead::NameEnd,
-    Lead::Group,
-    Lead::Org,
-    Lead::Process,
-    Lead::Unit,
-    Lead::User,
-    Lead::Issuer,
-    Lead::Exe,
-    Lead::Folder,
-    Lead::Sha256,
-    Lead::ProcessUser,
-    Lead::ProcessUid,
-    Lead::ProcessGroup,
-    Lead::ProcessUnit,
-    Lead::Prefix,
-];
-
-#[expect(clippy::cast_possible_truncation, reason = "the two halves of the address are wanted")]
-const fn address_hash(address: u128, length: u8) -> u64 {
-    mix(address as u64 ^ (length as u64) << 56, (address >> 64) as u64 ^ Lead::Prefix.seed())
-}
-
-/// An address cut to its first bits.
-fn cut(address: u128, width: u8, length: u8) -> u128 {
-    let drop = u32::from(width - length.min(width));
-    address.checked_shr(drop).and_then(|a| a.checked_shl(drop)).unwrap_or(0)
 }
 
 impl SideIndex {
@@ -417,11 +218,12 @@ impl SideIndex {
             hits.try_push(Hit { principal: *principal, truth: Truth::TRUE }).map_err(|_| TooMany)?;
         }
         self.try_all(&self.always, view, hits)?;
-        if self.used == 0 {
+        if self.depths.nothing() {
             return Ok(());
         }
         self.try_unknown(view, hits)?;
-        let values = self.values(view)?;
+        let mut values = Values::new();
+        self.depths.values(view, &mut values)?;
         for lead in &self.single {
             for hash in values.of(*lead) {
                 self.by_hash(*hash, view, hits)?;
@@ -437,29 +239,24 @@ impl SideIndex {
         Ok(())
     }
 
-    const fn uses(&self, lead: Lead) -> bool {
-        self.used & lead.bit() != 0
+    fn alternative(&self, number: u32, view: &View<'_>) -> Truth {
+        let Some(alternative) = self.alternatives.get(to_usize(number)) else { return Truth::FALSE };
+        let mut truth = Truth::TRUE;
+        for literal in &alternative.literals {
+            truth = truth & view.atom(&literal.atom, literal.negated);
+            if truth == Truth::FALSE {
+                return truth;
+            }
+        }
+        alternative.rest.iter().fold(truth, |truth, rest| truth & view.expr(rest, false))
     }
 
-    #[inline]
     fn try_all(&self, numbers: &[u32], view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
         for number in numbers {
-            let Some(alternative) = self.alternatives.get(to_usize(*number)) else { continue };
-            let range = to_usize(alternative.first)..to_usize(alternative.end);
-            let mut truth = Truth::TRUE;
-            for check in self.checks.get(range).unwrap_or_default() {
-                truth = truth & check.stands(view);
-                if truth == Truth::FALSE {
-                    break;
-                }
-            }
-            if alternative.rest != alternative.rest_end {
-                let range = to_usize(alternative.rest)..to_usize(alternative.rest_end);
-                for rest in self.rests.get(range).unwrap_or_default() {
-                    truth = truth & view.expr(rest, false);
-                }
-            }
-            if truth != Truth::FALSE {
+            let truth = self.alternative(*number, view);
+            if truth != Truth::FALSE
+                && let Some(alternative) = self.alternatives.get(to_usize(*number))
+            {
                 let principal = alternative.principal;
                 hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)?;
             }
@@ -469,13 +266,16 @@ impl SideIndex {
 
     #[inline]
     fn by_hash(&self, hash: u64, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        match self.keys.get(hash, |key| key.hash == hash) {
-            Some(key) => {
-                let list = self.lists.get(to_usize(key.start)..to_usize(key.end)).unwrap_or_default();
-                self.try_all(list, view, hits)
+        let mut next = self.places.get(hash, |place| place.hash == hash);
+        while let Some(place) = next {
+            let truth = code::run(&place.code, view, |number| self.alternative(number, view));
+            if truth != Truth::FALSE {
+                let principal = place.principal;
+                hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)?;
             }
-            None => Ok(()),
+            next = place.next.checked_sub(1).and_then(|n| self.more.get(to_usize(n)));
         }
+        Ok(())
     }
 
     /// What a fact would lead to that could not be established: it may hold, in a `deny`.
@@ -503,168 +303,5 @@ impl SideIndex {
             }
         }
         Ok(())
-    }
-
-    /// The hashes of what is known of a party, as far as they may lead somewhere.
-    #[inline]
-    fn values(&self, view: &View<'_>) -> Result<Values, TooMany> {
-        let mut values = Values { hashes: ArrayVec::new(), ends: [0; LEADS + 1] };
-        let certificate = match view.certificate {
-            CertificateFact::Shown(facts) => Some(facts),
-            CertificateFact::None | CertificateFact::Pending => None,
-        };
-        // What a certificate says of its process counts where nothing nearer does.
-        let remote = view.far && !view.no_process && matches!(view.process, ProcessFact::Unknown);
-        let attested = certificate.filter(|_| remote);
-        for (lead, end) in ALL.into_iter().zip(1..) {
-            if self.uses(lead) {
-                match lead {
-                    Lead::Prefix => self.address(view, &mut values)?,
-                    Lead::Exe | Lead::Folder | Lead::Sha256 => self.executable(lead, view, attested, &mut values)?,
-                    Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
-                        process(lead, view, attested, &mut values)?;
-                    }
-                    lead => {
-                        if let Some(facts) = certificate {
-                            self.certificate(lead, facts, &mut values)?;
-                        }
-                    }
-                }
-            }
-            if let Some(slot) = values.ends.get_mut(end) {
-                // At most 128.
-                *slot = u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
-            }
-        }
-        Ok(values)
-    }
-
-    fn address(&self, view: &View<'_>, values: &mut Values) -> Result<(), TooMany> {
-        match view.address {
-            Address::V4(v4) => {
-                for length in &self.lengths_v4 {
-                    values.push(address_hash(cut(v4.into(), 32, *length), *length))?;
-                }
-            }
-            Address::V6(v6) => {
-                for length in &self.lengths_v6 {
-                    values.push(address_hash(cut(v6, 128, *length), *length + 64))?;
-                }
-            }
-            Address::Unknown | Address::Absent => {}
-        }
-        Ok(())
-    }
-
-    fn certificate(&self, lead: Lead, facts: &CertificateFacts, values: &mut Values) -> Result<(), TooMany> {
-        let one = match lead {
-            Lead::Name | Lead::NameEnd => {
-                for name in &facts.names {
-                    let name = name.as_bytes();
-                    let name = name.strip_suffix(b".").unwrap_or(name);
-                    if lead == Lead::Name {
-                        values.push(hash::text::<true>(Lead::Name.seed(), name))?;
-                    } else {
-                        self.name_ends(name, values)?;
-                    }
-                }
-                return Ok(());
-            }
-            Lead::Group => return facts.groups.iter().try_for_each(|group| values.text(lead, group)),
-            Lead::Org => &facts.org,
-            Lead::Process => &facts.process,
-            Lead::Unit => &facts.unit,
-            Lead::User => &facts.user,
-            _ => &facts.issuer,
-        };
-        one.as_ref().map_or(Ok(()), |text| values.text(lead, text))
-    }
-
-    fn name_ends(&self, name: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let (mut dots, most) = (0, 64 - self.labels.leading_zeros());
-        for (at, byte) in name.iter().enumerate().rev() {
-            if *byte != b'.' {
-                continue;
-            }
-            // What lies behind this dot has `dots` dots in it; very many share the last bit.
-            if self.labels >> dots.min(63) & 1 == 1 {
-                values.push(hash::text::<true>(Lead::NameEnd.seed(), name.get(at + 1..).unwrap_or_default()))?;
-            }
-            dots += 1;
-            if dots >= most && most < 64 {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    fn executable(
-        &self,
-        lead: Lead,
-        view: &View<'_>,
-        attested: Option<&CertificateFacts>,
-        values: &mut Values,
-    ) -> Result<(), TooMany> {
-        let (path, sha256) = match (view.process, attested) {
-            (ProcessFact::Known(facts), _) if !view.no_process => {
-                let path = if let Fact::Known(path) = &facts.exe { Some(path) } else { None };
-                let sha256 = if let Fact::Known(sha256) = &facts.sha256 { Some(sha256) } else { None };
-                (path, sha256)
-            }
-            (_, Some(facts)) => (facts.exe.as_ref(), facts.sha256.as_ref()),
-            _ => return Ok(()),
-        };
-        match (lead, path, sha256) {
-            (Lead::Exe, Some(path), _) => values.text(lead, path),
-            (Lead::Folder, Some(path), _) => self.folders(path.as_bytes(), values),
-            (Lead::Sha256, _, Some(sha256)) => values.push(hash::text::<false>(lead.seed(), sha256)),
-            _ => Ok(()),
-        }
-    }
-
-    fn folders(&self, path: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let (mut slashes, most) = (0, 64 - self.slashes.leading_zeros());
-        for (at, byte) in path.iter().enumerate() {
-            if *byte != b'/' {
-                continue;
-            }
-            slashes += 1;
-            if self.slashes >> slashes.min(63) & 1 == 1 {
-                values.push(hash::text::<false>(Lead::Folder.seed(), path.get(..=at).unwrap_or_default()))?;
-            }
-            if slashes >= most && most < 64 {
-                break;
-            }
-        }
-        Ok(())
-    }
-}
-
-fn process(
-    lead: Lead,
-    view: &View<'_>,
-    attested: Option<&CertificateFacts>,
-    values: &mut Values,
-) -> Result<(), TooMany> {
-    let uid_hash = |uid: u32| mix(Lead::ProcessUid.seed(), uid.into());
-    match (view.process, attested) {
-        _ if view.no_process => Ok(()),
-        (ProcessFact::Known(facts), _) => match lead {
-            Lead::ProcessUser => values.text(lead, &facts.user),
-            Lead::ProcessUid => values.push(uid_hash(facts.uid)),
-            Lead::ProcessGroup => facts.groups.iter().try_for_each(|group| values.text(lead, group)),
-            _ => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
-        },
-        (ProcessFact::UserOnly { uid, user }, _) => match lead {
-            Lead::ProcessUser => values.text(lead, user),
-            Lead::ProcessUid => values.push(uid_hash(uid)),
-            _ => Ok(()),
-        },
-        (ProcessFact::Unknown, Some(facts)) => match lead {
-            Lead::ProcessUser => facts.user.as_ref().map_or(Ok(()), |user| values.text(lead, user)),
-            Lead::ProcessUnit => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
-            _ => Ok(()),
-        },
-        (ProcessFact::Unknown, None) => Ok(()),
     }
 }
