@@ -20,6 +20,7 @@ mod compile;
 mod decide;
 mod decision;
 mod diagnostic;
+mod diff;
 #[cfg(test)]
 mod differential;
 mod display;
@@ -46,6 +47,7 @@ mod warn;
 
 pub use decision::{Decision, ListenerScope, Region};
 pub use diagnostic::{Diagnostic, DiagnosticData, Diagnostics, Severity, escape};
+pub use diff::{Change, Diff, ExampleFlow, diff};
 pub use explain::{Explanation, NearMiss};
 pub use facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side};
 pub use fmt::format;

@@ -1,7 +1,5 @@
 //! Patterns: `*` within one component, `**` across, a lone `*` everything.
 
-use crate::diagnostic::nearest;
-
 /// Longest pattern, in bytes.
 pub(crate) const LONGEST: usize = 255;
 
@@ -84,13 +82,6 @@ impl Pattern {
         Ok(Self { scope, steps: steps.into() })
     }
 
-    /// A pattern that matches one text only.
-    pub(crate) fn exact(scope: Scope, text: &str) -> Self {
-        let fold = |b: u8| if scope == Scope::Domain { b.to_ascii_lowercase() } else { b };
-        let text = if scope == Scope::Domain { text.strip_suffix('.').unwrap_or(text) } else { text };
-        Self { scope, steps: text.bytes().map(|b| Step::Byte(fold(b))).collect() }
-    }
-
     /// Whether it matches everything.
     pub(crate) fn is_any(&self) -> bool {
         *self.steps == [Step::Cross]
@@ -151,11 +142,11 @@ impl Pattern {
 
     /// All states at once; a pattern has at most 255 steps, so 256 bits hold them.
     fn simulate(&self, steps: &[Step], text: &[u8]) -> bool {
-        let mut states = States::default();
+        let mut states = Run::default();
         states.set(0);
         states.close(steps);
         for byte in text {
-            let mut next = States::default();
+            let mut next = Run::default();
             for (i, step) in steps.iter().enumerate() {
                 if !states.has(i) {
                     continue;
@@ -167,13 +158,63 @@ impl Pattern {
                     Step::Star | Step::Cross => next.set(i),
                 }
             }
-            if next.is_empty() {
+            if next.is_over() {
                 return false;
             }
             next.close(steps);
             states = next;
         }
         states.has(steps.len())
+    }
+
+    /// All states before the first byte, for those who look for texts instead of matching one.
+    pub(crate) fn start(&self) -> Run {
+        let mut run = Run::default();
+        run.set(0);
+        run.close(&self.steps);
+        run
+    }
+
+    /// The states after one more byte; in small letters if case does not count.
+    pub(crate) fn step(&self, run: &Run, byte: u8) -> Run {
+        let mut next = Run::default();
+        for (i, step) in self.steps.iter().enumerate().filter(|(i, _)| run.has(*i)) {
+            match step {
+                Step::Byte(p) if self.same(*p, byte) => next.set(i + 1),
+                Step::Byte(_) => {}
+                Step::Star if Some(byte) == self.scope.separator() => {}
+                Step::Star | Step::Cross => next.set(i),
+            }
+        }
+        next.close(&self.steps);
+        next
+    }
+
+    /// Whether what led to these states matches.
+    pub(crate) fn accepts(&self, run: &Run) -> bool {
+        run.has(self.steps.len())
+    }
+
+    /// The bytes it names.
+    pub(crate) fn bytes(&self) -> impl Iterator<Item = u8> {
+        self.steps.iter().filter_map(|s| if let Step::Byte(b) = s { Some(*b) } else { None })
+    }
+
+    /// Its text with something in the place of each wildcard.
+    pub(crate) fn filled(&self, filling: &str) -> String {
+        let mut bytes = Vec::new();
+        for step in &self.steps {
+            match step {
+                Step::Byte(b) => bytes.push(*b),
+                Step::Star | Step::Cross => bytes.extend(filling.bytes()),
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The pattern that matches everything.
+    pub(crate) fn exact_any(scope: Scope) -> Self {
+        Self { scope, steps: [Step::Cross].into() }
     }
 
     /// As a string's content, such that [`Pattern::new`] gives this pattern again.
@@ -192,10 +233,11 @@ impl Pattern {
     }
 }
 
-#[derive(Clone, Copy, Default)]
-struct States([u64; 5]);
+/// The places in a pattern that a text can have led to.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub(crate) struct Run([u64; 5]);
 
-impl States {
+impl Run {
     fn set(&mut self, i: usize) {
         if let Some(word) = self.0.get_mut(i / 64) {
             *word |= 1 << (i % 64);
@@ -206,7 +248,8 @@ impl States {
         self.0.get(i / 64).is_some_and(|word| word >> (i % 64) & 1 == 1)
     }
 
-    fn is_empty(&self) -> bool {
+    /// Nothing that follows can match.
+    pub(crate) fn is_over(&self) -> bool {
         self.0 == [0; 5]
     }
 
@@ -218,11 +261,6 @@ impl States {
             }
         }
     }
-}
-
-/// Did-you-mean for attribute names, kept here with the names themselves.
-pub(crate) fn nearest_attribute<'a>(name: &str, known: &'a [&'a str]) -> Option<&'a str> {
-    nearest(name, known.iter().copied())
 }
 
 #[cfg(test)]

@@ -142,6 +142,18 @@ impl Policy {
         Ok(answers)
     }
 
+    /// Decides a flow between two parties of which everything is known.
+    pub(crate) fn decide_example(
+        &self,
+        from: &Example,
+        to: &Example,
+        protocol: Protocol,
+        port: u16,
+        now: u64,
+    ) -> Decision {
+        answer(self, &question(from, to, protocol, port, now))
+    }
+
     fn party(&self, name: &str, text: &str) -> Result<Example, Diagnostics> {
         let mut errors = Diagnostics::default();
         let tree = parser::parse_principal(text, &mut errors);
