@@ -11,7 +11,7 @@ use std::{
 const USAGE: &str = "\
 usage: cargo xtask demo            build, then tell the FTP story between namespaces (as root)
        cargo xtask test [FILTER]   formatting, lints, build, every test
-       cargo xtask bench NAME      one bench, with its peers side by side
+       cargo xtask bench [NAME]    one bench, with its peers side by side
        cargo xtask setup           only install what tests and demo need";
 
 fn main() -> ExitCode {
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         ["demo"] => steps::demo(),
         ["test"] => steps::test(&[]),
         ["test", rest @ ..] => steps::test(rest),
+        ["bench"] => steps::benches(),
         ["bench", name, rest @ ..] => steps::bench(name, rest),
         ["setup"] => debian::install(debian::TESTS).and_then(|()| debian::unpack_daemons()),
         _ => {

@@ -69,6 +69,19 @@ pub(crate) fn test(filter: &[&str]) -> Outcome {
 pub(crate) fn bench(name: &str, rest: &[&str]) -> Outcome {
     debian::install(debian::BENCH)?;
     run(&mut cargo(&["build", "--release", "--workspace", "--quiet"]))?;
-    let mut command = cargo(&["run", "--release", "--quiet", "--package", "portcullis-benches", "--"]);
-    run(command.arg(name).args(rest))
+    let mut command =
+        cargo(&["run", "--release", "--quiet", "--package", "portcullis-benches", "--bin", name]);
+    run(command.arg("--").args(rest))
+}
+
+/// Lists the benches.
+pub(crate) fn benches() -> Outcome {
+    say("cargo xtask bench NAME, where NAME is one of:");
+    let mut names: Vec<String> = std::fs::read_dir(root().join("benches/src/bin"))?
+        .filter_map(Result::ok)
+        .map(|entry| entry.path().file_stem().unwrap_or_default().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names.iter().for_each(|name| say(&format!("    {name}")));
+    Ok(())
 }
