@@ -157,7 +157,7 @@ fn a_session_outlives_the_broker() {
     let [client, server] = net.hosts();
     client.policy(ftp::POLICY);
     server.policy(ftp::POLICY);
-    let _running = server.start(&ftp::Daemon::Vsftpd.command(server, 1000));
+    let _running = server.start(&ftp::Daemon::Pyftpdlib.command(server, 1000));
     server.wait_for_port(21);
     let script = "import ftplib, sys\nf = ftplib.FTP('10.77.0.2', timeout=20)\nf.login()\nprint('in', flush=True)\n\
         for line in sys.stdin:\n    got = []\n    try:\n        f.retrbinary('RETR report.bin', got.append)\n        print('got', sum(map(len, got)), flush=True)\n    except Exception as e:\n        print('not', repr(e), flush=True)";
