@@ -27,7 +27,7 @@ use crate::{
 /// Longest command line kept, in bytes.
 const COMMAND_LINE: usize = 1024;
 /// Largest executable that is hashed, in bytes.
-const LARGEST: u64 = 1 << 30;
+const LARGEST: u64 = 1 << 28;
 /// Most ancestors named.
 const ANCESTORS: usize = 24;
 /// Entries after which a cache starts anew.

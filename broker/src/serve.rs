@@ -8,6 +8,7 @@ mod channels;
 mod datagrams;
 mod far;
 mod flows;
+mod follow;
 mod judge;
 mod listeners;
 mod reload;
@@ -177,6 +178,8 @@ pub(crate) struct Broker {
     keyd: Option<Keyd>,
     keepsake: Keepsake,
     last_refusal: Option<u64>,
+    /// Doors closed at once for want of descriptors.
+    turned_away: u64,
     stop: bool,
     /// Who may use the control socket, beside root.
     owner: u32,

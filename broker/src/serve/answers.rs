@@ -1,6 +1,7 @@
 //! The control socket: one JSON object in, one out, see [`crate::control`].
 
 use std::{
+    collections::HashMap,
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     rc::Rc,
@@ -12,7 +13,7 @@ use nix::sys::{
     socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
 };
 
-use super::{Broker, Source};
+use super::{Broker, Source, flows::Flow};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
     escape::sentence,
@@ -121,10 +122,14 @@ impl Broker {
     fn rows(&self) -> Vec<ProcessRow> {
         let mut keys: Vec<ProcessKey> = self.processes.keys().copied().collect();
         keys.sort();
-        keys.into_iter().filter_map(|key| self.row(key)).collect()
+        let mut flows: HashMap<ProcessKey, Vec<AssociationRow>> = HashMap::new();
+        for (cookie, flow) in self.flows.iter() {
+            flows.entry(flow.context.key).or_default().push(association(cookie, flow));
+        }
+        keys.into_iter().filter_map(|key| self.row(key, flows.remove(&key).unwrap_or_default())).collect()
     }
 
-    fn row(&self, key: ProcessKey) -> Option<ProcessRow> {
+    fn row(&self, key: ProcessKey, associations: Vec<AssociationRow>) -> Option<ProcessRow> {
         let process = self.processes.get(&key)?;
         let context = Rc::clone(&process.context);
         let listeners: Vec<ListenerRow> = self
@@ -141,21 +146,6 @@ impl Broker {
         if listeners.iter().any(|l| l.held_by == "kernel-filter") {
             held_by.push("filter".to_owned());
         }
-        let associations = self
-            .flows
-            .of(key)
-            .map(|(cookie, flow)| AssociationRow {
-                association: format!("{cookie:x}"),
-                session: flow.session.map(|s| format!("{s:x}")),
-                proto: flow.protocol.to_string(),
-                local: flow.local.map(|a| a.to_string()),
-                remote: flow.remote.map(|a| a.to_string()),
-                rule: flow.rule.as_ref().map(|r| sentence(&r.text)),
-                lane: flow.lane.to_string(),
-                assurance: flow.assurance.to_string(),
-                generation: flow.generation,
-            })
-            .collect();
         Some(ProcessRow {
             pid: key.pid,
             start: key.start,
@@ -288,6 +278,20 @@ impl Client {
             }
         }
         Ok(false)
+    }
+}
+
+fn association(cookie: u64, flow: &Flow) -> AssociationRow {
+    AssociationRow {
+        association: format!("{cookie:x}"),
+        session: flow.session.map(|s| format!("{s:x}")),
+        proto: flow.protocol.to_string(),
+        local: flow.local.map(|a| a.to_string()),
+        remote: flow.remote.map(|a| a.to_string()),
+        rule: flow.rule.as_ref().map(|r| sentence(&r.text)),
+        lane: flow.lane.to_string(),
+        assurance: flow.assurance.to_string(),
+        generation: flow.generation,
     }
 }
 

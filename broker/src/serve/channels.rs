@@ -43,7 +43,7 @@ pub(super) struct Channel {
 }
 
 /// How many messages of one channel are taken in a row, so that none starves the others.
-const IN_A_ROW: usize = 8;
+const IN_A_ROW: usize = 2;
 
 impl Broker {
     /// Takes new doors.
@@ -65,7 +65,11 @@ impl Broker {
                             drop(own(number));
                         }
                     });
-                    self.note("broker", "out of descriptors: a program was turned away", &[]);
+                    self.turned_away += 1;
+                    if self.turned_away.is_power_of_two() {
+                        let times = [("times", More::Number(self.turned_away))];
+                        self.note("broker", "out of descriptors: a program was turned away", &times);
+                    }
                     return;
                 }
                 Err(_) => return,

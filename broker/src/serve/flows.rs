@@ -45,6 +45,8 @@ pub(super) struct Flow {
 #[derive(Debug, Default)]
 pub(super) struct Flows {
     open: HashMap<u64, Flow>,
+    /// From the number of its record.
+    by_seq: HashMap<u64, u64>,
     late: HashMap<u64, Ended>,
     late_order: VecDeque<u64>,
 }
@@ -52,8 +54,16 @@ pub(super) struct Flows {
 impl Flows {
     pub(super) fn open(&mut self, cookie: u64, flow: Flow) {
         if self.open.len() < MOST || self.open.contains_key(&cookie) {
-            self.open.insert(cookie, flow);
+            self.by_seq.insert(flow.seq, cookie);
+            if let Some(earlier) = self.open.insert(cookie, flow) {
+                self.by_seq.remove(&earlier.seq);
+            }
         }
+    }
+
+    /// Whether an open flow more would not be remembered.
+    pub(super) fn is_full(&self) -> bool {
+        self.open.len() >= MOST
     }
 
     pub(super) fn get(&self, cookie: u64) -> Option<&Flow> {
@@ -65,7 +75,16 @@ impl Flows {
     }
 
     pub(super) fn forget(&mut self, cookie: u64) -> Option<Flow> {
-        self.open.remove(&cookie)
+        let flow = self.open.remove(&cookie)?;
+        self.by_seq.remove(&flow.seq);
+        Some(flow)
+    }
+
+    /// Forgets what began before `before` (nanoseconds since the epoch) and is not among `alive`.
+    pub(super) fn sweep(&mut self, before: u64, alive: impl Fn(u64) -> bool) {
+        self.open.retain(|cookie, flow| flow.since >= before || alive(*cookie));
+        let open = &self.open;
+        self.by_seq.retain(|_, cookie| open.contains_key(cookie));
     }
 
     pub(super) fn cookies(&self) -> Vec<u64> {
@@ -76,8 +95,8 @@ impl Flows {
         self.open.len()
     }
 
-    pub(super) fn of(&self, key: ProcessKey) -> impl Iterator<Item = (u64, &Flow)> {
-        self.open.iter().filter(move |(_, f)| f.context.key == key).map(|(c, f)| (*c, f))
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Flow)> {
+        self.open.iter().map(|(c, f)| (*c, f))
     }
 
     fn keep_late(&mut self, ended: Ended) {
@@ -104,7 +123,7 @@ impl Broker {
             Ok(true) => {}
             Ok(false) => {
                 self.endings_lost += 1;
-                self.sweep_sessions();
+                self.sweep();
             }
             Err(_) => self.endings = None,
         }
@@ -157,7 +176,8 @@ impl Broker {
 
     /// Puts on record that a permitted call failed by itself.
     pub(super) fn record_outcome(&mut self, key: ProcessKey, request: &Request) {
-        let cookie = self.flows.of(key).find(|(_, f)| f.seq == request.audit_seq).map(|(c, _)| c);
+        let known = self.flows.by_seq.get(&request.audit_seq).copied();
+        let cookie = known.filter(|c| self.flows.get(*c).is_some_and(|f| f.context.key == key));
         if let Some(cookie) = cookie {
             self.flows.forget(cookie);
         }

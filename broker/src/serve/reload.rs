@@ -16,7 +16,12 @@ use portcullis_policy::Policy;
 use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::{Addr, keyd};
 
-use super::{Broker, InForce, Source, elapsed, flows::Flow, now_seconds, sessions::Control};
+use super::{
+    Broker, InForce, Source, elapsed,
+    flows::Flow,
+    now_seconds,
+    sessions::{Control, SETTLED},
+};
 use crate::{
     audit::{Line, More},
     decide::Judgement,
@@ -75,8 +80,10 @@ impl Broker {
             .filter_map(|p| p.file_name().map(ToOwned::to_owned))
             .collect();
         // Included files are `*.pol` beside it; an overflow (no name) may have been any.
+        let is_link = self.policy_path.is_symlink(); // a folder of links may be exchanged as a whole
         let concerns = events.iter().any(|e| match &e.name {
             None => true,
+            Some(_) if is_link => true,
             Some(name) => names.contains(name) || Path::new(name).extension().is_some_and(|x| x == "pol"),
         });
         if concerns {
@@ -163,6 +170,7 @@ impl Broker {
         let by_cookie: HashMap<u64, Found> =
             all.iter().filter(|f| f.state != state::LISTEN).map(|f| (f.cookie, *f)).collect();
         self.adopt_flows(&by_cookie, &listening);
+        self.flows.sweep(realtime().saturating_sub(SETTLED), |cookie| by_cookie.contains_key(&cookie));
         // Controls first: what is related to one falls with it.
         let mut cookies = self.flows.cookies();
         cookies.sort_by_key(|c| self.sessions.get(*c).is_none());

@@ -11,11 +11,13 @@ use portcullis_types::{Assurance, Lane, Protocol, RuleId};
 use super::{Broker, far::FarEnd};
 use crate::{
     process::{Context, ProcessKey},
-    sys::{diag::state, pidfd_getfd, proc::ProcDir, socket::Facts},
+    sys::{diag::state, pidfd_getfd, proc::ProcDir, realtime, socket::Facts},
 };
 
 /// Clock ticks a second in `/proc` (`USER_HZ`, 100 on all that Linux runs on; proc(5)).
 const NANOSECONDS_PER_TICK: u64 = 10_000_000;
+/// After how long a permitted flow must be seen by the kernel, or has ended, in nanoseconds.
+pub(super) const SETTLED: u64 = 10_000_000_000;
 /// Most controls that are remembered.
 const MOST: usize = 1 << 16;
 
@@ -194,10 +196,11 @@ impl Broker {
         }
     }
 
-    /// Looks which controls have ended, after word of some was lost.
-    pub(super) fn sweep_sessions(&mut self) {
+    /// Looks which flows and controls have ended, after word of some was lost.
+    pub(super) fn sweep(&mut self) {
         let Ok(all) = self.diag.all(Protocol::TCP, u32::MAX) else { return };
         let there: std::collections::HashSet<u64> = all.iter().map(|f| f.cookie).collect();
+        self.flows.sweep(realtime().saturating_sub(SETTLED), |cookie| there.contains(&cookie));
         for cookie in self.sessions.cookies() {
             if !there.contains(&cookie) {
                 self.session_ended(cookie);

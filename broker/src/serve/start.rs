@@ -112,6 +112,7 @@ impl Broker {
             keyd: None,
             keepsake: Keepsake::default(),
             last_refusal: None,
+            turned_away: 0,
             stop: false,
             owner,
         };
