@@ -264,3 +264,89 @@ fn what_a_process_becomes_is_judged_anew() {
     let done = Finished::of(&mut a.run(&[PY, "-c", script]));
     assert_eq!(done.status, 7, "{done}");
 }
+
+#[test]
+fn only_the_workers_of_nginx_reach_redis() {
+    let net = Net::new(&["host", "visitor"]);
+    let [host, visitor] = net.hosts();
+    host.policy(
+        "allow tcp/6379(process{exe=\"/usr/sbin/nginx\", user=\"www-data\"}, process{exe=\"/usr/bin/redis*\"});\n\
+         allow tcp/80(IPv4{10.77.0.2}, process{exe=\"/usr/sbin/nginx\"});",
+    );
+    let folder = host.path("").display().to_string();
+    let redis = host.start(&[
+        "redis-server",
+        "--port",
+        "6379",
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--dir",
+        &folder,
+        "--daemonize",
+        "no",
+    ]);
+    host.wait_for_port(6379);
+    let config = format!(
+        "user www-data; worker_processes 2; pid {folder}/nginx.pid; error_log {folder}/error.log;\nevents {{}}\n\
+         http {{ access_log off; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p; fastcgi_temp_path {folder}/f; \
+         uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;\n\
+         server {{ listen 80; location / {{ proxy_pass http://127.0.0.1:6379; proxy_read_timeout 2s; }} }} }}\n"
+    );
+    let config = host.write("nginx.conf", config);
+    // As a service manager starts it: it goes into the background by itself.
+    Finished::of(&mut host.run(&["nginx", "-c", &config.display().to_string()])).success();
+    host.wait_for_port(80);
+    let get = Finished::of(&mut visitor.plain(&["curl", "-sS", "--max-time", "5", "http://10.77.0.1/"]));
+    assert_eq!(get.status, 0, "{get}");
+    let connect = host.record("nginx to redis", |r| r["op"] == "connect");
+    assert_eq!((&connect["verdict"], &connect["user"]), (&"permit".into(), &"www-data".into()), "{connect}");
+    assert!(connect["peer"].as_str().unwrap().contains("redis"), "{connect}");
+    let accept = host.record("redis accepts", |r| r["op"] == "accept" && r["local"] == "127.0.0.1:6379");
+    assert_eq!((&accept["verdict"], &accept["assurance"]), (&"permit".into(), &"kernel".into()), "{accept}");
+    assert!(accept["peer"].as_str().unwrap().contains("nginx\", user=\"www-data\""), "{accept}");
+    // The same host, another program, wrapped and not: refused.
+    let ping = ["redis-cli", "-h", "127.0.0.1", "ping"];
+    assert_ne!(Finished::of(&mut host.run(&ping)).stdout.trim(), "PONG");
+    host.record("redis-cli", |r| {
+        is(r, "connect", "refuse") && r["exe"].as_str().unwrap().contains("redis-cli")
+    });
+    assert_ne!(Finished::of(&mut host.plain(&ping)).stdout.trim(), "PONG");
+    host.record("redis-cli, not wrapped", |r| is(r, "accept", "refuse"));
+    // A stranger at nginx is not answered.
+    let other = Finished::of(&mut host.plain(&["curl", "-sS", "--max-time", "1", "http://10.77.0.1/"]));
+    assert_ne!(other.status, 0);
+    drop(redis);
+}
+
+#[test]
+fn raw_sockets_are_refused_without_a_rule_for_everything() {
+    let host = Host::here();
+    let raw = attempt("s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)");
+    host.policy("allow tcp/80(*, *); allow icmp(*, *);");
+    assert_eq!(python(&host, &raw), "EPERM");
+    host.record("raw", |r| is(r, "socket", "refuse") && r["proto"] == "raw");
+    let host = Host::here();
+    host.policy(portcullis_tests::ALLOW_ALL);
+    assert_eq!(python(&host, &raw), "ok");
+    host.record("raw", |r| is(r, "socket", "permit"));
+}
+
+#[test]
+fn a_listener_that_was_inherited_is_known_by_who_holds_it_now() {
+    // As nginx and others do it: made before fork and setuid, served by children that asked nothing.
+    let net = Net::new(&["host"]);
+    let [host] = net.hosts();
+    host.policy(
+        "server = process{user=\"nobody\"};\nallow tcp/7010(*, server);\nallow tcp/7010(IPv4{127.0.0.0/8}, process{user=\"root\"});",
+    );
+    let script = "import socket, os, time\ns = socket.create_server(('127.0.0.1', 7010))\n\
+        if os.fork():\n    os._exit(0)\nos.setsid()\nos.setuid(65534)\nprint('up', flush=True)\ntime.sleep(1000)";
+    let running = host.start(&[PY, "-c", script]);
+    running.line("up");
+    let go = attempt("s = socket.create_connection(('127.0.0.1', 7010), 5)");
+    assert_eq!(python(host, &go), "ok");
+    let permit = host.record("connect", |r| is(r, "connect", "permit"));
+    assert!(permit["peer"].as_str().unwrap().contains("user=\"nobody\""), "{permit}");
+}
