@@ -13,6 +13,7 @@ mod filter;
 pub mod identity;
 mod privileges;
 mod program;
+pub mod relay;
 mod sandbox;
 mod server;
 mod sock;

@@ -20,6 +20,7 @@ pub fn client_config(shown: Arc<CertifiedKey>, verifier: Verifier) -> Result<Cli
         .with_custom_certificate_verifier(Arc::new(verifier))
         .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
     config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = true; // for `relay`, in this process
     config.enable_sni = false; // it would tell who is meant, in the clear
     Ok(config)
 }
@@ -30,6 +31,7 @@ pub fn server_config(shown: Arc<CertifiedKey>, verifier: Verifier) -> Result<Ser
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(shown)));
+    config.enable_secret_extraction = true;
     config.send_tls13_tickets = 0;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     Ok(config)
