@@ -31,6 +31,8 @@ pub struct BrokerArgs {
 #[derive(clap::Args, Debug)]
 pub struct KeydArgs {
     #[arg(long)]
+    state: Option<PathBuf>,
+    #[arg(long)]
     broker_fd: i32,
     #[arg(long)]
     ready_fd: i32,
@@ -75,7 +77,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
 pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
     let config = inherit(&[args.broker_fd, args.ready_fd]).and_then(|()| {
         let (broker, ready) = (sys::adopt(args.broker_fd)?, Some(sys::adopt(args.ready_fd)?));
-        Ok(portcullis_keyd::Config { broker, ready })
+        Ok(portcullis_keyd::Config { broker, state: args.state.clone(), ready })
     });
     match config.map(portcullis_keyd::run) {
         Ok(Ok(())) => 0,

@@ -44,6 +44,12 @@ pub enum KeydError {
         #[source]
         source: io::Error,
     },
+    /// The host's keys and certificates are not usable.
+    #[error(transparent)]
+    Identity(#[from] crate::identity::IdentityError),
+    /// Tokens cannot be held.
+    #[error("cannot hold tokens")]
+    Tokens(#[source] io::Error),
     /// The sandbox could not be built.
     #[error("cannot enter the sandbox: {0}")]
     Sandbox(String),

@@ -6,8 +6,10 @@
 //! reach, and the system calls that `sandbox` lists.
 
 mod asm;
+mod association;
 mod bpf;
 mod cut;
+mod diag;
 mod error;
 mod filter;
 pub mod identity;
@@ -17,6 +19,7 @@ pub mod relay;
 mod sandbox;
 mod server;
 mod sock;
+mod token;
 
 pub use error::KeydError;
 pub use server::{Config, run};

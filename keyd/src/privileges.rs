@@ -13,10 +13,11 @@ const USER: &str = "portcullis-keyd";
 const UID: u32 = 61991;
 
 // linux/capability.h
+const CAP_NET_BIND_SERVICE: u32 = 10;
 const CAP_NET_ADMIN: u32 = 12;
 const CAP_BPF: u32 = 39;
 /// What stays.
-const KEPT: [u32; 2] = [CAP_NET_ADMIN, CAP_BPF];
+const KEPT: [u32; 3] = [CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF];
 
 fn step(step: &'static str, result: io::Result<()>) -> Result<(), KeydError> {
     result.map_err(|source| KeydError::Privileges { step, source })

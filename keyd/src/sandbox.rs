@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
+use landlock::{ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, Scope};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
@@ -33,7 +33,27 @@ const CALLS: &[i64] = &[
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_clock_gettime,
-    // memory, threads, signals, the end
+    // sockets of protected flows
+    libc::SYS_socket,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_accept4,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    // threads
+    libc::SYS_clone3,
+    libc::SYS_clone,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_mprotect,
+    libc::SYS_prctl,
+    libc::SYS_sched_getaffinity,
+    // memory, signals, the end
     libc::SYS_brk,
     libc::SYS_mmap,
     libc::SYS_munmap,
@@ -54,7 +74,7 @@ const CALLS: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Shuts the door: no file, no new socket of the network, no signal, no abstract socket outside
+/// Shuts the door: no file, no signal, no abstract socket outside
 /// (Landlock, as far as this kernel has it), and only the listed system calls; others fail with `EPERM`.
 pub fn enter() -> Result<(), KeydError> {
     no_files().map_err(|e| KeydError::Sandbox(e.to_string()))?;
@@ -68,7 +88,6 @@ fn no_files() -> Result<(), landlock::RulesetError> {
     Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(abi))?
-        .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?
         .set_compatibility(CompatLevel::BestEffort)

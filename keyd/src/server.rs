@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
+    path::PathBuf,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -19,14 +20,20 @@ use nix::{
     },
     time::{ClockId, clock_gettime},
 };
-use portcullis_wire::keyd::{FRAME, Flow, Head, Kind, MOST_NETS, Net, Stage, Stranger, permitted};
+use portcullis_wire::keyd::{
+    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Places, Stage, Stranger, permitted,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::{
     KeydError,
-    cut::Cutter,
+    association::Associations,
+    cut,
+    diag::Diag,
     filter::{self, FilterError, Watch},
+    identity::Host,
     privileges, sandbox,
+    token::Raw,
 };
 
 /// What the daemon is started with.
@@ -34,6 +41,8 @@ use crate::{
 pub struct Config {
     /// One end of a `SOCK_SEQPACKET` pair; whoever holds the other gives the orders.
     pub broker: OwnedFd,
+    /// The host's folder. If it holds `host.crt` and what belongs to it, flows can be protected.
+    pub state: Option<PathBuf>,
     /// Gets `ready\n` once the daemon serves, or one line that says why it cannot; then it is closed.
     pub ready: Option<OwnedFd>,
 }
@@ -48,30 +57,39 @@ const MISSED_AFTER: Duration = Duration::from_millis(1100);
 /// # Errors
 /// [`KeydError`] if privileges cannot be given up, or if the broker does what is not permitted.
 pub fn run(config: Config) -> Result<(), KeydError> {
-    let cutter = prepare();
-    if let Some(ready) = config.ready {
-        let line = cutter.as_ref().map_or_else(|e| format!("{e}\n"), |_| "ready\n".to_owned());
+    let Config { broker, state, ready } = config;
+    let prepared = prepare(state);
+    if let Some(ready) = ready {
+        let line = prepared.as_ref().map_or_else(|e| format!("{e}\n"), |_| "ready\n".to_owned());
         // Nobody to tell is no reason not to serve.
         let _ = nix::unistd::write(&ready, line.as_bytes());
     }
-    match serve(&config.broker, cutter?) {
+    let (diag, associations) = prepared?;
+    match serve(&broker, diag, associations) {
         Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => Ok(()),
         ended => ended,
     }
 }
 
 /// Opens what needs privileges, then gives them up.
-fn prepare() -> Result<Option<Cutter>, KeydError> {
-    let cutter = Cutter::new().ok();
+fn prepare(state: Option<PathBuf>) -> Result<(Option<Diag>, Option<Associations>), KeydError> {
+    let diag = Diag::new().ok();
+    // A host that is not enrolled has no keys and protects nothing; keys that lie open are an error.
+    let enrolled = state.filter(|state| state.join("host.crt").exists());
+    let host = enrolled.as_deref().map(Host::load).transpose()?;
+    let raw = host.is_some().then(Raw::new).transpose().map_err(KeydError::Tokens)?;
     privileges::drop()?;
     sandbox::enter()?;
-    Ok(cutter)
+    let keys = host.zip(raw);
+    let associations = keys.map(|(host, raw)| Associations::new(host, raw)).transpose();
+    Ok((diag, associations.map_err(KeydError::Tokens)?))
 }
 
 struct Server<'a> {
     broker: &'a OwnedFd,
-    cutter: Option<Cutter>,
+    diag: Option<Diag>,
     watch: Option<Watch>,
+    associations: Option<Associations>,
     stage: Stage,
 }
 
@@ -83,6 +101,9 @@ struct Answer {
     errno: i32,
     descriptor: Option<OwnedFd>,
     keep: bool,
+    /// Replaces the request's `tag`.
+    tag: Option<u64>,
+    places: Option<Places>,
 }
 
 impl Answer {
@@ -91,27 +112,35 @@ impl Answer {
     }
 }
 
-fn serve(broker: &OwnedFd, cutter: Option<Cutter>) -> Result<(), KeydError> {
-    let mut server = Server { broker, cutter, watch: None, stage: Stage::Hello };
+fn serve(broker: &OwnedFd, diag: Option<Diag>, associations: Option<Associations>) -> Result<(), KeydError> {
+    let mut server = Server { broker, diag, watch: None, associations, stage: Stage::Hello };
     let mut look_for_missed: Option<Instant> = None;
     loop {
-        let timeout = look_for_missed.map_or(PollTimeout::NONE, |at| {
+        let due = server.associations.as_ref().and_then(Associations::deadline);
+        let due = [due, look_for_missed].into_iter().flatten().min();
+        let timeout = due.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let (asked, reported) = {
             let mut fds = vec![PollFd::new(broker.as_fd(), PollFlags::POLLIN)];
-            fds.extend(server.watch.as_ref().map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN)));
+            let watched = server.watch.as_ref().map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN));
+            let has_watch = watched.is_some();
+            fds.extend(watched);
+            if let Some(associations) = &server.associations {
+                associations.watch(&mut fds);
+            }
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(e) => return Err(KeydError::Broker(e.into())),
             }
             let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
-            (ready(0), ready(1))
+            (ready(0), has_watch && ready(1))
         };
         if asked && !server.answer_one()? {
             return Ok(());
         }
+        server.turn()?;
         let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
         if (reported || due) && server.report()? {
             look_for_missed = Some(Instant::now() + MISSED_AFTER);
@@ -142,11 +171,12 @@ impl Server<'_> {
         let answer = self.perform(kind, &head, rest, descriptors)?;
         let mut reply = Head::new(kind, head.seq);
         (reply.flags, reply.count, reply.errno, reply.tag) =
-            (answer.flags, answer.count, answer.errno, head.tag);
+            (answer.flags, answer.count, answer.errno, answer.tag.unwrap_or(head.tag));
         let kept = self.watch.as_ref().filter(|_| answer.keep).map(Watch::keep);
         let descriptors: Vec<_> =
             answer.descriptor.iter().map(AsFd::as_fd).chain(kept.into_iter().flatten()).collect();
-        send(self.broker.as_fd(), &[reply.as_bytes()], &descriptors)?;
+        let places = answer.places.as_ref().map_or(&[][..], IntoBytes::as_bytes);
+        send(self.broker.as_fd(), &[reply.as_bytes(), places], &descriptors)?;
         Ok(true)
     }
 
@@ -168,10 +198,11 @@ impl Server<'_> {
                     Err(_) => return Err(misfit),
                 };
                 self.watch = watch.ok();
-                self.stage = Stage::Serving;
+                self.stage = if self.protects() { Stage::Protecting } else { Stage::Serving };
                 let filters = if self.watch.is_some() { Head::FILTERS } else { 0 };
                 let destroys = if self.can_destroy() { Head::DESTROYS } else { 0 };
-                Answer { flags: filters | destroys, keep: true, ..Answer::default() }
+                let protects = if self.protects() { Head::PROTECTS } else { 0 };
+                Answer { flags: filters | destroys | protects, keep: true, ..Answer::default() }
             }
             Kind::Filter | Kind::Refill => {
                 let target = attached.next().ok_or(misfit)?;
@@ -193,8 +224,8 @@ impl Server<'_> {
             Kind::Cut => {
                 let socket = attached.next();
                 let flow = Flow::read_from_bytes(rest).map_err(|_| misfit)?;
-                let cut = match &mut self.cutter {
-                    Some(cutter) => cutter.cut(&flow, socket.as_ref().map(AsFd::as_fd)),
+                let cut = match &mut self.diag {
+                    Some(diag) => cut::cut(diag, &flow, socket.as_ref().map(AsFd::as_fd)),
                     None => Err(Errno::EPERM.into()),
                 };
                 match cut {
@@ -202,16 +233,74 @@ impl Server<'_> {
                     Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
                 }
             }
-            Kind::Stranger => return Err(misfit),
+            Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release | Kind::Admit | Kind::Refuse => {
+                return self.associate(kind, head, rest, attached.next(), misfit);
+            }
+            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over => return Err(misfit),
         };
         Ok(answer)
+    }
+
+    /// Whether flows can be protected: there are keys, and the kernel names sockets.
+    const fn protects(&self) -> bool {
+        self.associations.is_some() && self.diag.is_some()
+    }
+
+    /// Requests about protected flows.
+    fn associate(
+        &mut self,
+        kind: Kind,
+        head: &Head,
+        rest: &[u8],
+        program: Option<OwnedFd>,
+        misfit: KeydError,
+    ) -> Result<Answer, KeydError> {
+        let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
+            return Err(misfit);
+        };
+        let program = program.as_ref().map(AsFd::as_fd);
+        let placed = |(tag, places)| Answer { tag: Some(tag), places: Some(places), ..Answer::default() };
+        let plain = |()| Answer::default();
+        let done = match (kind, program) {
+            (Kind::Open, Some(program)) => {
+                let (ask, json) = Open::read_from_prefix(rest).map_err(|_| misfit)?;
+                all.open(program, &ask, json, diag).map(placed)
+            }
+            (Kind::Reserve, Some(program)) => {
+                let ask = Open::read_from_bytes(rest).map_err(|_| misfit)?;
+                all.reserve(program, &ask, diag).map(placed)
+            }
+            (Kind::Serve, Some(program)) => all.serve(head.tag, program, head.count, rest).map(plain),
+            (Kind::Release, None) => {
+                all.release(head.tag);
+                Ok(Answer::default())
+            }
+            (Kind::Admit, None) => all.admit(head.tag).map(plain),
+            (Kind::Refuse, None) => {
+                all.refuse(head.tag, i32::try_from(head.count).unwrap_or(libc::ECONNREFUSED)).map(plain)
+            }
+            _ => return Err(misfit),
+        };
+        Ok(done.unwrap_or_else(|e| Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL))))
+    }
+
+    /// Does what associations call for, and tells the broker of them.
+    fn turn(&mut self) -> Result<(), KeydError> {
+        let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
+            return Ok(());
+        };
+        all.turn(diag);
+        for (head, body) in all.reports() {
+            send(self.broker.as_fd(), &[head.as_bytes(), &body], &[])?;
+        }
+        Ok(())
     }
 
     /// Whether the kernel lets us destroy: asked for a flow that cannot be.
     fn can_destroy(&mut self) -> bool {
         let nobody = portcullis_wire::Addr::v4(std::net::Ipv4Addr::UNSPECIFIED, 0);
         let flow = Flow { cookie: 1, protocol: 6, reserved: [0; 7], local: nobody, remote: nobody };
-        self.cutter.as_mut().is_some_and(|cutter| cutter.cut(&flow, None).is_ok())
+        self.diag.as_mut().is_some_and(|diag| diag.destroy(&flow, 0).is_ok())
     }
 
     /// Tells the broker whom filters dropped. Whether there was anybody.

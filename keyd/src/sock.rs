@@ -3,10 +3,12 @@
 
 use std::{
     io,
+    net::{SocketAddr, SocketAddrV4, SocketAddrV6},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
-use nix::sys::socket::ControlMessageOwned;
+use nix::sys::socket::{ControlMessageOwned, SockaddrStorage};
+use portcullis_wire::Addr;
 
 use crate::filter::FilterError;
 
@@ -36,6 +38,21 @@ pub fn protocol(socket: BorrowedFd<'_>) -> io::Result<i32> {
     get(socket, libc::SO_PROTOCOL)
 }
 
+/// `AF_*` of a socket.
+pub fn domain(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    get(socket, libc::SO_DOMAIN)
+}
+
+/// An address in its own family: a v4-mapped one stays v6.
+pub fn as_given(addr: &Addr) -> Option<SockaddrStorage> {
+    let [a, b, c, d, ..] = addr.ip;
+    Some(match addr.family {
+        4 => SocketAddr::V4(SocketAddrV4::new([a, b, c, d].into(), addr.port)).into(),
+        6 => SocketAddr::V6(SocketAddrV6::new(addr.ip.into(), addr.port, addr.flow, addr.scope)).into(),
+        _ => return None,
+    })
+}
+
 /// The kernel's number for this socket, never used again while it runs.
 pub fn cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     get(socket, libc::SO_COOKIE)
@@ -53,6 +70,37 @@ pub fn bound_interface(socket: BorrowedFd<'_>) -> io::Result<u32> {
     get::<i32>(socket, SO_BINDTOIFINDEX).map(i32::cast_unsigned)
 }
 
+fn set_any<T>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(value)).unwrap_or(0);
+    // SAFETY: setsockopt(2) reads `length` bytes from `value`, which has that many.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, std::ptr::from_ref(value).cast(), length)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Subscribes a netlink socket to a group.
+pub fn join_group(socket: BorrowedFd<'_>, group: i32) -> io::Result<()> {
+    set_any(socket, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, &group)
+}
+
+/// Attaches a classic filter (linux/filter.h).
+pub fn attach_classic(socket: BorrowedFd<'_>, code: &mut [libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(code.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len, filter: code.as_mut_ptr() };
+    set_any(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
+/// Locks the filter that a socket has.
+pub fn lock_filter(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SO_LOCK_FILTER, 1)
+}
+
+/// Lets a v6 socket that is not bound yet talk to v4-mapped addresses.
+pub fn dual_stack(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_any(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &0_i32)
+}
+
 /// Attaches a loaded filter, replacing one that is not locked, and locks it.
 pub fn attach_and_lock(socket: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> Result<(), FilterError> {
     if get::<i32>(socket, libc::SO_LOCK_FILTER)? != 0 {
@@ -62,7 +110,7 @@ pub fn attach_and_lock(socket: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> Result
         Some(libc::EPERM) => FilterError::Locked,
         _ => FilterError::Kernel(e),
     })?;
-    set(socket, libc::SO_LOCK_FILTER, 1)?;
+    lock_filter(socket)?;
     // The program owns the socket and may detach at any moment before the lock. An eBPF filter cannot
     // be read back, which the kernel says by EACCES (net/core/filter.c, sk_get_filter).
     match get::<u32>(socket, libc::SO_GET_FILTER) {

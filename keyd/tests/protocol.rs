@@ -91,14 +91,14 @@ fn a_broker_that_leaves_ends_the_daemon_in_peace() {
 fn whoever_waits_hears_that_it_is_ready() {
     own_network(&[]);
     let (read, write) = nix::unistd::pipe().unwrap();
-    let _keyd = Daemon::starting(Some(write));
+    let _keyd = Daemon::starting(Some(write), None);
     let mut line = [0; 64];
     let length = nix::unistd::read(&read, &mut line).unwrap();
     assert_eq!(&line[..length], b"ready\n");
 }
 
 #[test]
-fn the_daemon_is_its_own_user_with_two_capabilities_in_a_sandbox() {
+fn the_daemon_is_its_own_user_with_three_capabilities_in_a_sandbox() {
     own_network(&[]);
     let keyd = Daemon::start();
     let status = std::fs::read_to_string(format!("/proc/{}/status", keyd.pid)).unwrap();
@@ -109,9 +109,9 @@ fn the_daemon_is_its_own_user_with_two_capabilities_in_a_sandbox() {
     let uid = field("Uid");
     assert!(uid.iter().all(|one| *one == uid[0] && one != "0"), "{uid:?}");
     assert!(field("Groups").is_empty());
-    let net_admin_and_bpf = format!("{:016x}", 1_u64 << 12 | 1 << 39);
-    assert_eq!(field("CapEff"), std::slice::from_ref(&net_admin_and_bpf));
-    assert_eq!(field("CapPrm"), [net_admin_and_bpf]);
+    let kept = format!("{:016x}", 1_u64 << 10 | 1 << 12 | 1 << 39);
+    assert_eq!(field("CapEff"), std::slice::from_ref(&kept));
+    assert_eq!(field("CapPrm"), [kept]);
     for none in ["CapInh", "CapBnd", "CapAmb"] {
         assert_eq!(field(none), ["0000000000000000"], "{none}");
     }

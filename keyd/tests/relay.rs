@@ -397,6 +397,7 @@ fn a_stock_client_gets_in_changes_keys_and_closes() {
             far.get_mut().write_all(format!("got {line}").as_bytes()).unwrap();
         }
     }
+    std::thread::sleep(Duration::from_millis(200)); // s_client prints what it has read before it quits
     stdin.write_all(b"Q\n").unwrap();
     let out = client.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&out.stdout);

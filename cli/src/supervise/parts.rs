@@ -138,6 +138,7 @@ impl Parts {
                 socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
             let mut command = command("keyd");
             let _pass = Pass::on(&theirs)?;
+            command.arg("--state").arg(&self.args.state);
             command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
             self.keyd = Some(spawn(command, None)?);
             broker_end = Some(ours);

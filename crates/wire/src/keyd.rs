@@ -43,13 +43,58 @@ pub enum Kind {
     /// End a flow now: [`Flow`] follows. Attached: its socket, if the broker has it. Answer: `count`
     /// is how, a [`CutBy`].
     Cut = 4,
+    /// Protect a flow that a program is about to open: [`Open`] and a JSON object ([`PROCESS`]) follow.
+    /// Attached: its TCP socket. Answer: `tag` is the association's number; [`Places`] follows, whose
+    /// `inner_remote` (a token) is what the program's connect(2) must use instead.
+    Open = 5,
+    /// Take a local address for a program whose flows will be protected: [`Open`] follows, of which only
+    /// `local` counts. Attached: the program's TCP socket, unbound. Answer: `tag` is the reservation's
+    /// number; [`Places`] follows, whose `inner_local` (a token) is what the program's bind(2) must use
+    /// instead, and whose `local` is what it got. Errors are bind(2)'s.
+    Reserve = 6,
+    /// Listen for real at a reservation (`tag`), `count` is the backlog. A JSON object ([`PROCESS`])
+    /// follows. Attached: the program's socket, bound to its token.
+    Serve = 7,
+    /// Give up a reservation (`tag`). It is given up by itself when the program's socket is gone.
+    Release = 8,
+    /// Let an association (`tag`) that was `Shown` go on.
+    Admit = 9,
+    /// End an association (`tag`), shown or not; the program sees `count`, an errno.
+    Refuse = 10,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
+    /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
+    /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the reservation.
+    Shown = 65,
+    /// Report: an admitted association (`tag`) carries data; [`Places`] follows.
+    Associated = 66,
+    /// Report: an association (`tag`) is over, or came to nothing: `errno` is then not 0. [`Over`]
+    /// follows, and a text that says how.
+    Over = 67,
 }
+
+/// Keys of the JSON object that names a process: `name` (given by the policy), `exe`, `sha256`, `user`
+/// and, if there is one, `unit`; all texts.
+pub const PROCESS: [&str; 5] = ["name", "exe", "sha256", "user", "unit"];
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 5] = [Self::Hello, Self::Filter, Self::Refill, Self::Cut, Self::Stranger];
+    pub const ALL: [Self; 14] = [
+        Self::Hello,
+        Self::Filter,
+        Self::Refill,
+        Self::Cut,
+        Self::Open,
+        Self::Reserve,
+        Self::Serve,
+        Self::Release,
+        Self::Admit,
+        Self::Refuse,
+        Self::Stranger,
+        Self::Shown,
+        Self::Associated,
+        Self::Over,
+    ];
 }
 
 impl TryFrom<u16> for Kind {
@@ -66,6 +111,8 @@ pub enum Stage {
     Hello,
     /// Versions agree.
     Serving,
+    /// As `Serving`, on a host that has keys.
+    Protecting,
 }
 
 /// What the broker may ask, and when. Everything else ends its connection.
@@ -73,7 +120,10 @@ pub enum Stage {
 pub const fn permitted(stage: Stage, kind: Kind) -> bool {
     matches!(
         (stage, kind),
-        (Stage::Hello, Kind::Hello) | (Stage::Serving, Kind::Filter | Kind::Refill | Kind::Cut)
+        (Stage::Hello, Kind::Hello)
+            | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
+            | (Stage::Protecting, Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release)
+            | (Stage::Protecting, Kind::Admit | Kind::Refuse)
     )
 }
 
@@ -106,6 +156,8 @@ impl Head {
     pub const FILTERS: u32 = 1 << 8;
     /// Answer to `Hello`: `Cut` can use the kernel's SOCK_DESTROY here.
     pub const DESTROYS: u32 = 1 << 9;
+    /// Answer to `Hello`: the host has keys, so flows can be protected.
+    pub const PROTECTS: u32 = 1 << 10;
 
     /// A frame's beginning with everything but `kind` and `seq` zero.
     #[must_use]
@@ -274,6 +326,45 @@ pub struct Stranger {
     pub tag: u64,
 }
 
+/// What a program wants to open, or where it wants to listen. 64 bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Open {
+    /// Where to; none to reserve.
+    pub remote: Addr,
+    /// The program's own address, as far as it has asked for one.
+    pub local: Addr,
+    /// How long connection and handshake may take together, in milliseconds; 0: 20 s.
+    pub patience: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// The addresses of an association: what programs believe, and what their sockets have. 112 bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Places {
+    /// The true local address.
+    pub local: Addr,
+    /// The true remote address.
+    pub remote: Addr,
+    /// The program's socket's local address.
+    pub inner_local: Addr,
+    /// The program's socket's remote address.
+    pub inner_remote: Addr,
+}
+
+/// What an association has carried. 16 bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Over {
+    /// Bytes of the program that went out.
+    pub sent: u64,
+    /// Bytes for the program that came in.
+    pub received: u64,
+}
+
+const _: () = assert!(size_of::<Open>() == 64 && size_of::<Places>() == 112 && size_of::<Over>() == 16);
 const _: () = assert!(size_of::<Head>() == 32 && size_of::<Net>() == 24);
 const _: () = assert!(size_of::<Flow>() == 72 && size_of::<Stranger>() == 88);
 
@@ -283,21 +374,17 @@ mod tests {
 
     #[test]
     fn what_may_be_asked_at_each_stage_is_exactly_this() {
-        let stages = [Stage::Hello, Stage::Serving];
-        let listed: Vec<_> = stages
-            .into_iter()
-            .flat_map(|stage| Kind::ALL.map(|kind| (stage, kind)))
-            .filter(|(stage, kind)| permitted(*stage, *kind))
-            .collect();
-        assert_eq!(
-            listed,
-            [
-                (Stage::Hello, Kind::Hello),
-                (Stage::Serving, Kind::Filter),
-                (Stage::Serving, Kind::Refill),
-                (Stage::Serving, Kind::Cut),
-            ]
-        );
+        use Kind::*;
+        let on_one_screen: [(Stage, &[Kind]); 3] = [
+            (Stage::Hello, &[Hello]),
+            (Stage::Serving, &[Filter, Refill, Cut]),
+            (Stage::Protecting, &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse]),
+        ];
+        for (stage, listed) in on_one_screen {
+            for kind in Kind::ALL {
+                assert_eq!(permitted(stage, kind), listed.contains(&kind), "{stage:?} {kind:?}");
+            }
+        }
     }
 
     #[test]

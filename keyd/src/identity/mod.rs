@@ -32,7 +32,7 @@ pub use members::{Member, Members, Revoked};
 pub use names::{HostName, NameError, ProcessName, SpiffeId, TrustDomain};
 pub use peer::Peer;
 pub use tls::{client_config, server_config};
-pub use verify::{Refusal, Verifier};
+pub use verify::{Refusal, Seen, Verifier};
 
 /// Why an identity cannot be made, read or trusted.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,11 @@
 //! Decides whether a certificate chain proves somebody of our trust domain, for both roles in TLS.
 
-use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
@@ -72,6 +77,18 @@ pub enum Refusal {
     },
 }
 
+/// Whom one handshake has shown, or why not; empty if it showed nobody.
+#[derive(Clone, Debug, Default)]
+pub struct Seen(Arc<OnceLock<Result<Peer, Refusal>>>);
+
+impl Seen {
+    /// The verdict, if there was one.
+    #[must_use]
+    pub fn verdict(&self) -> Option<&Result<Peer, Refusal>> {
+        self.0.get()
+    }
+}
+
 /// Verifies peers, as rustls asks for it. Cheap to clone with another expectation.
 #[derive(Clone)]
 pub struct Verifier {
@@ -80,6 +97,7 @@ pub struct Verifier {
     domain: TrustDomain,
     revoked: Arc<HashSet<String>>,
     expected: Option<HostName>,
+    seen: Option<Seen>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
@@ -105,6 +123,7 @@ impl Verifier {
             domain: members.domain.clone(),
             revoked: Arc::new(members.revoked.iter().map(|one| one.serial.clone()).collect()),
             expected: None,
+            seen: None,
             algorithms: provider::get().signature_verification_algorithms,
         })
     }
@@ -113,6 +132,29 @@ impl Verifier {
     #[must_use]
     pub fn expecting(&self, host: Option<HostName>) -> Self {
         Self { expected: host, ..self.clone() }
+    }
+
+    /// The same, for one handshake, whose verdict is left in what is returned beside it.
+    #[must_use]
+    pub fn for_one(&self, host: Option<HostName>) -> (Self, Seen) {
+        let seen = Seen::default();
+        (Self { seen: Some(seen.clone()), ..self.expecting(host) }, seen)
+    }
+
+    /// Verifies for rustls, and leaves the verdict to be seen.
+    fn verdict(
+        &self,
+        leaf: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+        as_server: bool,
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let verdict = self.check(leaf, others, as_server, now);
+        let told = verdict.as_ref().map(drop).map_err(|refusal| told(refusal.clone()));
+        if let Some(Seen(seen)) = &self.seen {
+            let _first = seen.set(verdict);
+        }
+        told
     }
 
     /// Verifies a chain at a time. Pure.
@@ -211,7 +253,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.check(leaf, others, true, now).map(|_| ServerCertVerified::assertion()).map_err(told)
+        self.verdict(leaf, others, true, now).map(|()| ServerCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
@@ -249,7 +291,7 @@ impl ClientCertVerifier for Verifier {
         others: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        self.check(leaf, others, false, now).map(|_| ClientCertVerified::assertion()).map_err(told)
+        self.verdict(leaf, others, false, now).map(|()| ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(

@@ -32,6 +32,9 @@ pub enum HandshakeError {
     /// The peer sends more than a handshake has.
     #[error("the peer sent more than a handshake has")]
     TooMuch,
+    /// A bug in TLS.
+    #[error("the TLS library failed")]
+    Panicked,
     /// Its time was over.
     #[error("the handshake took too long")]
     TimedOut,
@@ -119,8 +122,19 @@ impl Handshake {
         if self.incoming.len() > LONGEST_FLIGHT {
             return Err(HandshakeError::TooMuch);
         }
+        let result = self.step();
+        if result.is_err() {
+            // rustls has an alert for the peer; nothing else comes of this connection. What it has not
+            // discarded must still be there: it remembers places in it.
+            let _alert = self.step();
+        }
+        result
+    }
+
+    /// A panic in rustls would end the thread, and with it the flows of others.
+    fn step(&mut self) -> Result<bool, HandshakeError> {
         let Self { side, incoming, outgoing, early } = self;
-        let result = match side {
+        let step = || match side {
             Side::Client(tls) => {
                 work(incoming, outgoing, early, |bytes, step| step(tls.process_tls_records(bytes)))
             }
@@ -128,19 +142,7 @@ impl Handshake {
                 work(incoming, outgoing, early, |bytes, step| step(tls.process_tls_records(bytes)))
             }
         };
-        if result.is_err() {
-            // rustls has an alert for the peer; nothing else comes of this connection.
-            let mut none = Vec::new();
-            let _ = match side {
-                Side::Client(tls) => {
-                    work(&mut none, outgoing, early, |bytes, step| step(tls.process_tls_records(bytes)))
-                }
-                Side::Server(tls) => {
-                    work(&mut none, outgoing, early, |bytes, step| step(tls.process_tls_records(bytes)))
-                }
-            };
-        }
-        result
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(step)).unwrap_or(Err(HandshakeError::Panicked))
     }
 
     /// The keys, once [`Self::advance`] said that it is over and `outgoing` was sent.

@@ -23,6 +23,7 @@ use std::{
 use rustls::{ClientConfig, ServerConfig};
 
 pub use flow::How;
+pub(crate) use flow::reset_on_close;
 pub use handshake::HandshakeError;
 pub use record::RecordError;
 

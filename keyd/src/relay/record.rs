@@ -153,7 +153,7 @@ mod tests {
 
     fn cipher() -> Cipher {
         let key = AeadKey::from([7; 32]);
-        Cipher::new((0, ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv: Iv::copy(&[9; 12]) })).unwrap()
+        Cipher::new((0, ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv: Iv::from([9; 12]) })).unwrap()
     }
 
     fn sealed(cipher: &mut Cipher, content: &[u8], kind: Content) -> Vec<u8> {

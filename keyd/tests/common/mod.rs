@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
+    collections::VecDeque,
     io::{IoSlice, IoSliceMut, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     process::Command,
@@ -54,10 +55,13 @@ pub struct Daemon {
     pub broker: OwnedFd,
     seq: u32,
     pub strangers: Vec<Stranger>,
+    /// Reports about associations.
+    pub reports: VecDeque<(Kind, Head, Vec<u8>)>,
 }
 
 pub struct Answer {
     pub head: Head,
+    pub rest: Vec<u8>,
     pub descriptors: Vec<OwnedFd>,
 }
 
@@ -72,19 +76,21 @@ impl Daemon {
     }
 
     pub fn silent() -> Self {
-        Self::starting(None)
+        Self::starting(None, None)
     }
 
-    pub fn starting(ready: Option<OwnedFd>) -> Self {
+    pub fn starting(ready: Option<OwnedFd>, state: Option<std::path::PathBuf>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         // SAFETY: the child does nothing but run the daemon, which takes no lock that a thread of the
         // parent might have held (glibc's allocator looks after its own over fork).
         match unsafe { fork() }.unwrap() {
-            ForkResult::Parent { child } => Self { pid: child, broker: ours, seq: 0, strangers: Vec::new() },
+            ForkResult::Parent { child } => {
+                Self { pid: child, broker: ours, seq: 0, strangers: Vec::new(), reports: VecDeque::new() }
+            }
             ForkResult::Child => {
                 drop(ours);
-                let status = match run(Config { broker: theirs, ready }) {
+                let status = match run(Config { broker: theirs, state, ready }) {
                     Ok(()) => 0,
                     Err(e) => {
                         let _ = writeln!(std::io::stderr(), "keyd: {e}: {e:?}");
@@ -165,8 +171,10 @@ impl Daemon {
         let (kind, head, rest) = Head::decode(&frame[..length]).unwrap();
         if kind == Kind::Stranger {
             self.strangers.push(Stranger::read_from_bytes(rest).unwrap());
+        } else if head.seq == 0 {
+            self.reports.push_back((kind, head, rest.to_vec()));
         }
-        Some(Answer { head, descriptors })
+        Some(Answer { head, rest: rest.to_vec(), descriptors })
     }
 
     /// Waits until `count` strangers were reported, or the time is over.
@@ -175,6 +183,26 @@ impl Daemon {
         while self.strangers.len() < count && Instant::now() < end {
             self.receive(Duration::from_millis(50));
         }
+    }
+
+    /// The next report about an association.
+    pub fn report(&mut self) -> (Kind, Head, Vec<u8>) {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(report) = self.reports.pop_front() {
+                return report;
+            }
+            assert!(Instant::now() < end, "no report");
+            self.receive(Duration::from_millis(50));
+        }
+    }
+
+    /// A daemon with a host's keys.
+    pub fn with_keys(folder: &std::path::Path) -> Self {
+        let mut it = Self::starting(None, Some(folder.to_owned()));
+        let hello = it.ask(Kind::Hello, 0, 0, &[], &[]).expect("an answer");
+        assert_eq!(hello.head.flags, Head::FILTERS | Head::DESTROYS | Head::PROTECTS);
+        it
     }
 
     pub fn filter(&mut self, socket: impl AsFd, tag: u64, nets: &[Net]) -> Result<OwnedFd, i32> {

@@ -1,0 +1,457 @@
+//! Protected flows, from the broker's order to their end.
+//!
+//! Outbound: the program is sent to a token; meanwhile the far side is reached and proves itself; the
+//! broker, told whom it is, admits it; only then is the program's connect(2) answered. Inbound: the peer
+//! proves itself first, the broker admits it, and then it is delivered to the program's listener, which
+//! is on a token. So no program ever waits for a slow peer in accept(2), and none gets a byte from a
+//! peer that was not admitted.
+
+mod inbound;
+mod outbound;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    net::{Ipv4Addr, SocketAddrV4},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags},
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        socket::{getsockopt, sockopt},
+    },
+};
+use portcullis_wire::{
+    Addr,
+    keyd::{Flow, Head, Kind, Over, Places},
+};
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromZeros, IntoBytes};
+
+use crate::{
+    diag::{Deaths, Diag},
+    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity},
+    relay::{Event, HandshakeError, How, Relay},
+    token::{Raw, Syn, Tokens},
+};
+use inbound::Reservation;
+
+/// Threads of the relay.
+const THREADS: usize = 2;
+/// Most associations that are not running yet; more peers wait in the kernel's backlog.
+const MOST_PENDING: usize = 1024;
+/// Most identities that are kept for further flows of the same process.
+const MOST_MINTED: usize = 1024;
+/// Connection and handshake together, unless the broker says otherwise.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the last step, on loopback, may take; a listener's full backlog delays it.
+const LAST_STEP: Duration = Duration::from_secs(10);
+
+/// A process as the broker names it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    name: ProcessName,
+    exe: String,
+    sha256: String,
+    user: String,
+    #[serde(default)]
+    unit: Option<String>,
+}
+
+/// A peer as the broker is told of it.
+#[derive(Serialize)]
+struct Told<'a> {
+    id: String,
+    names: &'a [String],
+    addresses: &'a [std::net::IpAddr],
+    process: Option<&'a str>,
+    ver: u64,
+    groups: &'a [String],
+    #[serde(flatten)]
+    facts: Option<&'a ProcessFacts>,
+    serial: &'a str,
+    issuer_serial: &'a str,
+    fingerprint: &'a str,
+    until: i64,
+    cipher: &'a str,
+    kex: &'a str,
+}
+
+enum Direction {
+    Outbound { token: Ipv4Addr, cookie: u64, syn: Option<Syn> },
+    Inbound { reservation: u64 },
+}
+
+/// The last step: a connection on loopback that is not up yet.
+struct Joining {
+    socket: OwnedFd,
+    until: Instant,
+}
+
+struct Association {
+    direction: Direction,
+    places: Places,
+    seen: Seen,
+    admitted: bool,
+    joining: Option<Joining>,
+    running: bool,
+    /// When it must have got to its last step.
+    until: Instant,
+}
+
+/// What the relay's threads say, until the main thread listens.
+struct Mailbox {
+    events: Mutex<VecDeque<Event>>,
+    bell: EventFd,
+}
+
+/// A report to the broker: its beginning, and what follows.
+pub type Report = (Head, Vec<u8>);
+
+/// All protected flows of this host.
+pub struct Associations {
+    host: Host,
+    tokens: Tokens,
+    deaths: Option<Deaths>,
+    relay: Relay,
+    mailbox: Arc<Mailbox>,
+    last: u64,
+    all: HashMap<u64, Association>,
+    by_token: HashMap<Ipv4Addr, u64>,
+    reservations: HashMap<u64, Reservation>,
+    minted: HashMap<Vec<u8>, ProcessIdentity>,
+    reports: Vec<Report>,
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn v4(addr: SocketAddrV4) -> Addr {
+    Addr::v4(*addr.ip(), addr.port())
+}
+
+/// A token as an address that a socket of this domain can use.
+fn as_domain(addr: SocketAddrV4, is_v6: bool) -> Addr {
+    if is_v6 { Addr::v6(addr.ip().to_ipv6_mapped(), addr.port(), 0) } else { v4(addr) }
+}
+
+impl Associations {
+    /// Begins to serve with a host's keys. Must run as the daemon's own user.
+    pub fn new(host: Host, raw: Raw) -> io::Result<Self> {
+        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let mailbox = Arc::new(Mailbox { events: Mutex::default(), bell });
+        let to = mailbox.clone();
+        let relay = Relay::new(THREADS, move |event| {
+            to.events.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
+            let _ = to.bell.write(1);
+        })?;
+        Ok(Self {
+            host,
+            tokens: Tokens::new(raw)?,
+            deaths: None,
+            relay,
+            mailbox,
+            last: 0,
+            all: HashMap::new(),
+            by_token: HashMap::new(),
+            reservations: HashMap::new(),
+            minted: HashMap::new(),
+            reports: Vec::new(),
+        })
+    }
+
+    /// What to poll, besides: everything in here is looked at by [`Self::turn`].
+    pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        let mut read = |fd: BorrowedFd<'a>| fds.push(PollFd::new(fd, PollFlags::POLLIN));
+        read(self.mailbox.bell.as_fd());
+        read(self.tokens.as_fd());
+        if let Some(deaths) = &self.deaths {
+            read(deaths.as_fd());
+        }
+        if self.pending() < MOST_PENDING {
+            self.reservations.values().filter(|one| one.serving()).for_each(|one| read(one.as_fd()));
+        }
+        let joining = self.all.values().filter_map(|one| one.joining.as_ref());
+        fds.extend(joining.map(|one| PollFd::new(one.socket.as_fd(), PollFlags::POLLOUT)));
+    }
+
+    fn pending(&self) -> usize {
+        self.all.values().filter(|one| !one.running).count()
+    }
+
+    /// When [`Self::turn`] is due even if nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        let waiting = self.all.values().filter(|one| !one.running);
+        waiting.map(|one| one.joining.as_ref().map_or(one.until, |joining| joining.until)).min()
+    }
+
+    /// Does what has become possible.
+    pub fn turn(&mut self, diag: &mut Diag) {
+        for syn in self.tokens.held() {
+            self.take_syn(syn);
+        }
+        let _ = self.mailbox.bell.read();
+        let events = std::mem::take(&mut *self.mailbox.events.lock().unwrap_or_else(PoisonError::into_inner));
+        for event in events {
+            self.take_event(event);
+        }
+        let dead = self.deaths.as_ref().map(Deaths::take).unwrap_or_default();
+        if !dead.is_empty() {
+            self.bury(&dead);
+        }
+        self.accept();
+        self.join(diag);
+        self.expire();
+    }
+
+    /// What the broker is to be told.
+    pub fn reports(&mut self) -> Vec<Report> {
+        std::mem::take(&mut self.reports)
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    /// An identity for a process, minted now or not long ago.
+    fn identity(&mut self, json: &[u8]) -> io::Result<ProcessIdentity> {
+        let now = now();
+        if let Some(one) = self.minted.get(json)
+            && now < i64::midpoint(one.validity.from, one.validity.until)
+        {
+            return Ok(one.clone());
+        }
+        let Named { name, exe, sha256, user, unit } = serde_json::from_slice(json)?;
+        let facts = ProcessFacts { exe, sha256, user, unit };
+        let made = self.host.mint(&name, &facts, Validity::process(now)).map_err(io::Error::other)?;
+        if self.minted.len() >= MOST_MINTED {
+            self.minted.retain(|_, one| now < i64::midpoint(one.validity.from, one.validity.until));
+        }
+        if self.minted.len() < MOST_MINTED {
+            self.minted.insert(json.to_vec(), made.clone());
+        }
+        Ok(made)
+    }
+
+    fn take_event(&mut self, event: Event) {
+        match event {
+            Event::Shaken { id, suite, exchange } => self.shown(id, suite, exchange),
+            Event::Failed { id, error } => {
+                let errno = match &error {
+                    HandshakeError::Socket(e) => e.raw_os_error().unwrap_or(libc::ECONNREFUSED),
+                    HandshakeError::TimedOut => libc::ETIMEDOUT,
+                    _ => libc::ECONNREFUSED,
+                };
+                // The verifier's own words are better than what rustls makes of them.
+                let refusal = self.all.get(&id).and_then(|one| one.seen.verdict()?.as_ref().err().cloned());
+                self.over(id, errno, &refusal.map_or_else(|| error.to_string(), |r| r.to_string()), (0, 0));
+            }
+            Event::Ended { id, sent, received, how } => {
+                let errno = match how {
+                    How::Closed => 0,
+                    How::Cut => libc::ECONNABORTED,
+                    _ => libc::ECONNRESET,
+                };
+                self.over(id, errno, &how.to_string(), (sent, received));
+            }
+        }
+    }
+
+    /// Tells the broker who is there, and waits for its word.
+    fn shown(&mut self, id: u64, cipher: &str, kex: &str) {
+        let Some(one) = self.all.get(&id) else {
+            return self.relay.cut(id); // refused meanwhile
+        };
+        let Some(Ok(peer)) = one.seen.verdict() else {
+            return self.stop(id, libc::EACCES, "the peer showed no certificate");
+        };
+        let Peer { id: spiffe, host, process, names, addresses, serial, issuer_serial, fingerprint, until } =
+            peer;
+        let told = Told {
+            id: spiffe.to_string(),
+            names,
+            addresses,
+            process: spiffe.process.as_ref().map(ProcessName::as_str),
+            ver: host.ver,
+            groups: &host.groups,
+            facts: process.as_ref(),
+            serial,
+            issuer_serial,
+            fingerprint,
+            until: *until,
+            cipher,
+            kex,
+        };
+        let mut head = Head { tag: id, ..Head::new(Kind::Shown, 0) };
+        if let Direction::Inbound { reservation } = one.direction {
+            head.count = 1;
+            head.flags = u32::try_from(reservation & u64::from(u32::MAX)).unwrap_or(0);
+        }
+        let mut body = one.places.as_bytes().to_vec();
+        body.extend(serde_json::to_vec(&told).unwrap_or_default());
+        self.reports.push((head, body));
+    }
+
+    /// The broker's word: it may go on.
+    pub fn admit(&mut self, id: u64) -> io::Result<()> {
+        let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
+        if !matches!(one.seen.verdict(), Some(Ok(_))) {
+            return Err(Errno::EINVAL.into()); // nobody was shown
+        }
+        if one.admitted {
+            return Err(Errno::EALREADY.into());
+        }
+        one.admitted = true;
+        match one.direction {
+            Direction::Outbound { .. } => self.open_held(id),
+            Direction::Inbound { reservation } => self.deliver(id, reservation),
+        }
+        Ok(())
+    }
+
+    /// The broker's word: it ends.
+    pub fn refuse(&mut self, id: u64, errno: i32) -> io::Result<()> {
+        if !self.all.contains_key(&id) {
+            return Err(Errno::ENOENT.into());
+        }
+        self.stop(id, if errno > 0 { errno } else { libc::ECONNREFUSED }, "refused by the broker");
+        Ok(())
+    }
+
+    /// Ends an association wherever it is.
+    fn stop(&mut self, id: u64, errno: i32, why: &str) {
+        self.relay.cut(id);
+        // A running one is over when the relay says so, with what it carried.
+        if self.all.get(&id).is_some_and(|one| !one.running) {
+            self.over(id, errno, why, (0, 0));
+        }
+    }
+
+    /// Forgets an association, answers its program if that still waits, and tells the broker.
+    fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
+        let Some(one) = self.all.remove(&id) else { return };
+        if let Direction::Outbound { token, syn, .. } = &one.direction {
+            self.by_token.remove(token);
+            if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
+                // If it cannot be sent, the program's own patience ends it.
+                let _ = self.tokens.fail(syn, errno);
+            }
+        }
+        let head = Head { tag: id, errno, ..Head::new(Kind::Over, 0) };
+        let mut body = Over { sent, received }.as_bytes().to_vec();
+        body.extend(why.as_bytes());
+        self.reports.push((head, body));
+    }
+
+    /// Looks at the last steps under way.
+    fn join(&mut self, diag: &mut Diag) {
+        let waiting: Vec<_> =
+            self.all.iter().filter(|(_, one)| one.joining.is_some()).map(|(id, _)| *id).collect();
+        for id in waiting {
+            let Some(one) = self.all.get_mut(&id) else { continue };
+            let Some(joining) = one.joining.take() else { continue };
+            match up(&joining.socket) {
+                Ok(false) => one.joining = Some(joining),
+                Ok(true) if self.is_right_program(id, diag) => self.start(id, joining.socket),
+                Ok(true) => self.stop(id, libc::EACCES, "another socket took the program's place"),
+                Err(e) => self.stop(id, e as i32, "the program has gone"),
+            }
+        }
+    }
+
+    /// Both ends of the loopback hop are who they should be: the kernel names the socket at the other end.
+    fn is_right_program(&self, id: u64, diag: &mut Diag) -> bool {
+        let Some(one) = self.all.get(&id) else { return false };
+        let (cookie, local, remote) = match &one.direction {
+            Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
+            Direction::Inbound { reservation } => match self.reservations.get(reservation) {
+                Some(place) => (place.cookie(), place.token_addr(), Addr::v4(Ipv4Addr::UNSPECIFIED, 0)),
+                None => return false,
+            },
+        };
+        let as_v4 = |addr: Addr| addr.socket_addr().map_or(addr, Addr::from);
+        let (local, remote) = (as_v4(local), as_v4(remote));
+        let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
+        diag.cookie(&flow).ok().flatten() == Some(cookie)
+    }
+
+    /// All is proved: bytes may pass.
+    fn start(&mut self, id: u64, socket: OwnedFd) {
+        let Some(one) = self.all.get_mut(&id) else { return };
+        one.running = true;
+        let places = one.places;
+        if let Direction::Outbound { token, .. } = one.direction {
+            self.by_token.remove(&token);
+        }
+        self.relay.join(id, socket);
+        self.reports.push((Head { tag: id, ..Head::new(Kind::Associated, 0) }, places.as_bytes().to_vec()));
+    }
+
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let late = |one: &Association| {
+            !one.running && one.joining.as_ref().map_or(one.until, |joining| joining.until) <= now
+        };
+        let expired: Vec<_> = self.all.iter().filter(|(_, one)| late(one)).map(|(id, _)| *id).collect();
+        for id in expired {
+            self.stop(id, libc::ETIMEDOUT, "it took too long");
+        }
+    }
+
+    /// Gives up what dead sockets had.
+    fn bury(&mut self, dead: &[u64]) {
+        let gone: Vec<_> = self
+            .reservations
+            .iter()
+            .filter(|(_, one)| dead.contains(&one.cookie()))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in gone {
+            self.release(id);
+        }
+        let cancelled: Vec<_> = self
+            .all
+            .iter()
+            .filter(|(_, one)| {
+                !one.running
+                    && matches!(&one.direction, Direction::Outbound { cookie, .. } if dead.contains(cookie))
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for id in cancelled {
+            self.stop(id, libc::ECANCELED, "the program gave up");
+        }
+    }
+
+    /// Begins to hear of sockets' ends, once somebody needs it.
+    fn hear_of_deaths(&mut self) -> io::Result<()> {
+        if self.deaths.is_none() {
+            self.deaths = Some(Deaths::new()?);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a connection that was begun is up.
+fn up(socket: &OwnedFd) -> Result<bool, Errno> {
+    match getsockopt(socket, sockopt::SocketError)? {
+        0 => match nix::sys::socket::getpeername::<nix::sys::socket::SockaddrIn>(
+            std::os::fd::AsRawFd::as_raw_fd(socket),
+        ) {
+            Ok(_) => Ok(true),
+            Err(Errno::ENOTCONN) => Ok(false),
+            Err(e) => Err(e),
+        },
+        errno => Err(Errno::from_raw(errno)),
+    }
+}

@@ -1,0 +1,170 @@
+//! Asks the kernel about sockets, and has it destroy them: sock_diag(7). The only netlink here.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
+};
+use portcullis_wire::keyd::Flow;
+
+use crate::sock;
+
+/// A netlink socket, in the network namespace where it was made.
+pub struct Diag {
+    netlink: OwnedFd,
+    seq: u32,
+    /// Number of that namespace; `None` before Linux 5.14.
+    netns: Option<u64>,
+}
+
+// linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
+const NLMSG_ERROR: u16 = 2;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const REQUEST_ACK: u16 = 1 | 4;
+const REQUEST: usize = 16 + 56;
+
+fn open() -> io::Result<OwnedFd> {
+    let kind = (SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag);
+    let netlink = socket(AddressFamily::Netlink, kind.0, kind.1, kind.2)?;
+    bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    Ok(netlink)
+}
+
+impl Diag {
+    /// Opens the socket.
+    pub fn new() -> io::Result<Self> {
+        let netlink = open()?;
+        let netns = sock::netns_cookie(netlink.as_fd()).ok();
+        Ok(Self { netlink, seq: 0, netns })
+    }
+
+    /// Whether a socket is in this network namespace.
+    pub fn is_here(&self, socket: BorrowedFd<'_>) -> bool {
+        self.netns.is_none_or(|here| sock::netns_cookie(socket).is_ok_and(|there| here == there))
+    }
+
+    /// Destroys the socket with these addresses and this cookie. `false`: there is none.
+    pub fn destroy(&mut self, flow: &Flow, interface: u32) -> io::Result<bool> {
+        self.ask(SOCK_DESTROY, flow, interface).map(|found| found.is_some())
+    }
+
+    /// Cookie of the socket with these addresses. A listener is found by its own address alone.
+    pub fn cookie(&mut self, flow: &Flow) -> io::Result<Option<u64>> {
+        self.ask(SOCK_DIAG_BY_FAMILY, flow, 0).map(Option::flatten)
+    }
+
+    /// `Some(None)`: done, without a message about a socket.
+    fn ask(&mut self, kind: u16, flow: &Flow, interface: u32) -> io::Result<Option<Option<u64>>> {
+        self.seq = self.seq.wrapping_add(1);
+        let request = request(kind, flow, interface, self.seq).ok_or(io::ErrorKind::InvalidInput)?;
+        send(self.netlink.as_raw_fd(), &request, MsgFlags::empty())?;
+        // The kernel has answered when send(2) returns (net/netlink/af_netlink.c, netlink_rcv_skb).
+        let mut answer = [0; 1024];
+        let mut found = None;
+        loop {
+            let length = recv(self.netlink.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
+            let bytes = answer.get(..length).unwrap_or_default();
+            if let Some(cookie) = subject(bytes) {
+                found = Some(cookie);
+            }
+            match outcome(bytes, self.seq) {
+                None => {}
+                Some(0) => return Ok(Some(found)),
+                Some(libc::ENOENT) => return Ok(None),
+                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+    }
+}
+
+/// Hears of the end of every TCP socket in the namespace where it was made.
+pub struct Deaths(OwnedFd);
+
+impl Deaths {
+    /// Subscribes.
+    pub fn new() -> io::Result<Self> {
+        const INET_TCP_DESTROY: i32 = 1; // linux/sock_diag.h, sknetlink_groups
+        const INET6_TCP_DESTROY: i32 = 3;
+        let netlink = open()?;
+        for group in [INET_TCP_DESTROY, INET6_TCP_DESTROY] {
+            sock::join_group(netlink.as_fd(), group)?;
+        }
+        Ok(Self(netlink))
+    }
+
+    /// Cookies of sockets that have ended. After a burst some may be missing.
+    pub fn take(&self) -> Vec<u64> {
+        let mut dead = Vec::new();
+        let mut message = [0; 1024];
+        loop {
+            match recv(self.0.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
+                Ok(length) => dead.extend(message.get(..length).and_then(subject)),
+                Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
+                Err(_) => return dead,
+            }
+        }
+    }
+}
+
+impl AsFd for Deaths {
+    /// Readable when a socket has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// `struct nlmsghdr` and `struct inet_diag_req_v2`. `None` if the addresses are of no one family.
+fn request(kind: u16, flow: &Flow, interface: u32, seq: u32) -> Option<[u8; REQUEST]> {
+    const ANY_STATE: u32 = u32::MAX;
+    const ANY_COOKIE: u64 = u64::MAX; // INET_DIAG_NOCOOKIE
+    let family = match (flow.local.family, flow.remote.family) {
+        (4, 4) => libc::AF_INET,
+        (6, 6) => libc::AF_INET6,
+        _ => return None,
+    };
+    let length = u32::try_from(REQUEST).ok()?;
+    let interface = if interface == 0 { flow.local.scope.max(flow.remote.scope) } else { interface };
+    let cookie = if flow.cookie == 0 { ANY_COOKIE } else { flow.cookie };
+    let mut request = [0; REQUEST];
+    let header = length
+        .to_ne_bytes()
+        .into_iter()
+        .chain(kind.to_ne_bytes())
+        .chain(REQUEST_ACK.to_ne_bytes())
+        .chain(seq.to_ne_bytes())
+        .chain([0; 4]);
+    let body = [u8::try_from(family).ok()?, flow.protocol, 0, 0]
+        .into_iter()
+        .chain(ANY_STATE.to_ne_bytes())
+        .chain(flow.local.port.to_be_bytes())
+        .chain(flow.remote.port.to_be_bytes())
+        .chain(flow.local.ip)
+        .chain(flow.remote.ip)
+        .chain(interface.to_ne_bytes())
+        .chain(cookie.to_ne_bytes()); // low half first on x86_64 and aarch64, as the kernel's pair
+    for (to, from) in request.iter_mut().zip(header.chain(body)) {
+        *to = from;
+    }
+    Some(request)
+}
+
+/// The errno in the kernel's answer to `seq`; `None` if this is another message.
+fn outcome(bytes: &[u8], seq: u32) -> Option<i32> {
+    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok();
+    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
+    if kind != NLMSG_ERROR || word(8).map(u32::from_ne_bytes)? != seq {
+        return None;
+    }
+    word(16).map(i32::from_ne_bytes)?.checked_neg()
+}
+
+/// The cookie in a message about a socket: `struct inet_diag_msg` after the header, its `idiag_cookie`.
+fn subject(bytes: &[u8]) -> Option<u64> {
+    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
+    let cookie = bytes.get(60..68)?.try_into().ok().map(u64::from_ne_bytes)?;
+    (kind == SOCK_DIAG_BY_FAMILY).then_some(cookie)
+}

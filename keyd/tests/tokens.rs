@@ -1,0 +1,417 @@
+//! Protected flows between two hosts: real programs' sockets, real daemons, a wire between them.
+
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test says what went wrong by panicking")]
+
+#[cfg(test)]
+mod common;
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use common::{Daemon, ip};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns, unshare},
+    sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, connect, getsockopt, listen,
+        setsockopt, socket, sockopt,
+    },
+};
+use portcullis_keyd::identity::{Authority, Enrolment};
+use portcullis_wire::{
+    Addr,
+    keyd::{Head, Kind, Open, Over, Places},
+};
+use tempfile::TempDir;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+const PROCESS: &[u8] = br#"{"name":"x","exe":"/usr/bin/x","sha256":"00","user":"u"}"#;
+const NEAR: &str = "10.99.0.1";
+const FAR: &str = "10.99.0.2";
+
+/// Two hosts with a link between them; each has its daemon.
+struct World {
+    near_net: File,
+    far_net: File,
+    near: Daemon,
+    far: Daemon,
+    _folder: TempDir,
+}
+
+fn own_net() -> File {
+    File::open("/proc/thread-self/ns/net").unwrap()
+}
+
+impl World {
+    fn new() -> Self {
+        Self::as_members("h1", "h2", &[("h1", NEAR), ("h2", FAR)])
+    }
+
+    /// Hosts with these names, of a trust domain with these members.
+    fn as_members(near_name: &str, far_name: &str, members: &[(&str, &str)]) -> Self {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let far_net = own_net();
+        ip(&["link", "set", "lo", "up"]);
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let near_net = own_net();
+        ip(&["link", "set", "lo", "up"]);
+        ip(&["link", "add", "wire", "type", "veth", "peer", "name", "eriw"]);
+        setns(&far_net, CloneFlags::CLONE_NEWNET).unwrap();
+        // A link is moved to where somebody lives.
+        let mut lodger = std::process::Command::new("sleep").arg("9").spawn().unwrap();
+        setns(&near_net, CloneFlags::CLONE_NEWNET).unwrap();
+        ip(&["link", "set", "eriw", "netns", &lodger.id().to_string()]);
+        ip(&["address", "add", &format!("{NEAR}/24"), "dev", "wire"]);
+        ip(&["link", "set", "wire", "up"]);
+        setns(&far_net, CloneFlags::CLONE_NEWNET).unwrap();
+        lodger.kill().unwrap();
+        lodger.wait().unwrap();
+        ip(&["address", "add", &format!("{FAR}/24"), "dev", "eriw"]);
+        ip(&["link", "set", "eriw", "up"]);
+
+        let folder = tempfile::tempdir().unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let now = now.as_secs().cast_signed();
+        let mut authority = Authority::init(folder.path(), "example.com".parse().unwrap(), now).unwrap();
+        for (name, address) in members {
+            let with = Enrolment { addresses: vec![address.parse().unwrap()], ..Enrolment::default() };
+            authority.enrol(&name.parse().unwrap(), &with, &folder.path().join(name), now).unwrap();
+        }
+        for (name, _) in members {
+            authority.publish(&folder.path().join(name)).unwrap();
+        }
+        let far = Daemon::with_keys(&folder.path().join(far_name));
+        setns(&near_net, CloneFlags::CLONE_NEWNET).unwrap();
+        let near = Daemon::with_keys(&folder.path().join(near_name));
+        Self { near_net, far_net, near, far, _folder: folder }
+    }
+
+    fn on_far<T>(&self, act: impl FnOnce() -> T) -> T {
+        setns(&self.far_net, CloneFlags::CLONE_NEWNET).unwrap();
+        let result = act();
+        setns(&self.near_net, CloneFlags::CLONE_NEWNET).unwrap();
+        result
+    }
+
+    /// A program's listener on the far host, as the shim and broker make it.
+    fn listener(&mut self, at: &str) -> (u64, TcpListener, Places) {
+        let family = if at.starts_with('[') { AddressFamily::Inet6 } else { AddressFamily::Inet };
+        let fd = self.on_far(|| socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
+        setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
+        let (id, places) = reserve(&mut self.far, &fd, at).unwrap();
+        bind(fd.as_raw_fd(), &raw(&places.inner_local)).unwrap();
+        listen(&fd, Backlog::new(16).unwrap()).unwrap();
+        assert_eq!(serve(&mut self.far, id, &fd), 0);
+        (id, TcpListener::from(fd), places)
+    }
+
+    /// A program on the near host begins to connect.
+    fn client(&mut self, to: SocketAddr) -> (u64, OwnedFd, Places) {
+        let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+        let (id, places) = open(&mut self.near, &fd, to).unwrap();
+        let begun = connect(fd.as_raw_fd(), &raw(&places.inner_remote));
+        assert_eq!(begun, Err(Errno::EINPROGRESS));
+        (id, fd, places)
+    }
+
+    /// Both brokers admit; returns what each was told of its peer, and the places.
+    fn admitted(&mut self) -> [(String, Places); 2] {
+        let [near, far] = [&mut self.near, &mut self.far].map(shown);
+        [(&mut self.near, near), (&mut self.far, far)].map(|(daemon, (id, told))| {
+            assert_eq!(daemon.ask(Kind::Admit, id, 0, &[], &[]).unwrap().head.errno, 0);
+            let (kind, head, rest) = daemon.report();
+            assert_eq!((kind, head.tag), (Kind::Associated, id), "{}", String::from_utf8_lossy(&rest));
+            (told, Places::read_from_bytes(&rest).unwrap())
+        })
+    }
+}
+
+fn raw(addr: &Addr) -> SockaddrStorage {
+    let [a, b, c, d, ..] = addr.ip;
+    match addr.family {
+        4 => SocketAddr::from(([a, b, c, d], addr.port)).into(),
+        _ => SocketAddr::from((addr.ip, addr.port)).into(),
+    }
+}
+
+fn shown(daemon: &mut Daemon) -> (u64, String) {
+    let (kind, head, rest) = daemon.report();
+    assert_eq!(kind, Kind::Shown, "{}", String::from_utf8_lossy(&rest));
+    (head.tag, String::from_utf8(rest[size_of::<Places>()..].to_vec()).unwrap())
+}
+
+/// Errno and reason of the next end.
+fn over(daemon: &mut Daemon) -> (i32, String, Over) {
+    loop {
+        if let (Kind::Over, head, rest) = daemon.report() {
+            let (carried, why) = Over::read_from_prefix(&rest).unwrap();
+            return (head.errno, String::from_utf8(why.to_vec()).unwrap(), carried);
+        }
+    }
+}
+
+fn placed(daemon: &mut Daemon, kind: Kind, body: &[u8], fd: &OwnedFd) -> Result<(u64, Places), i32> {
+    let answer = daemon.ask(kind, 0, 0, body, &[fd.as_fd()]).unwrap();
+    match answer.head.errno {
+        0 => Ok((answer.head.tag, Places::read_from_bytes(&answer.rest).unwrap())),
+        errno => Err(errno),
+    }
+}
+
+fn open(daemon: &mut Daemon, fd: &OwnedFd, to: SocketAddr) -> Result<(u64, Places), i32> {
+    let ask = Open { remote: Addr::from(to), patience: 3000, ..Open::new_zeroed() };
+    placed(daemon, Kind::Open, &[ask.as_bytes(), PROCESS].concat(), fd)
+}
+
+fn reserve(daemon: &mut Daemon, fd: &OwnedFd, at: &str) -> Result<(u64, Places), i32> {
+    let ask = Open { local: Addr::from(at.parse::<SocketAddr>().unwrap()), ..Open::new_zeroed() };
+    placed(daemon, Kind::Reserve, ask.as_bytes(), fd)
+}
+
+fn serve(daemon: &mut Daemon, id: u64, fd: &OwnedFd) -> i32 {
+    let head = Head { tag: id, count: 16, ..Head::new(Kind::Serve, 77) };
+    daemon.send(&[head.as_bytes(), PROCESS], &[fd.as_fd()]);
+    loop {
+        let answer = daemon.receive(Duration::from_secs(5)).unwrap();
+        if answer.head.seq == 77 {
+            return answer.head.errno;
+        }
+    }
+}
+
+fn blocking(fd: OwnedFd) -> TcpStream {
+    let stream = TcpStream::from(fd);
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream
+}
+
+/// The result of a connection under way.
+fn result(fd: &OwnedFd) -> i32 {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+    assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1, "no result");
+    getsockopt(fd, sockopt::SocketError).unwrap()
+}
+
+fn far(port: u16) -> SocketAddr {
+    SocketAddr::new(FAR.parse().unwrap(), port)
+}
+
+#[test]
+fn two_programs_talk_and_each_is_named_to_the_other() {
+    let mut world = World::new();
+    let (reservation, listener, reserved) = world.listener(&format!("{FAR}:2121"));
+    assert_eq!(reserved.local.socket_addr(), Some(far(2121)));
+    let (_, client, _) = world.client(far(2121));
+    let [(near_told, near), (far_told, far_places)] = world.admitted();
+    assert!(near_told.contains(r#""id":"spiffe://example.com/host/h2/process/x""#), "{near_told}");
+    assert!(far_told.contains(r#""id":"spiffe://example.com/host/h1/process/x""#), "{far_told}");
+    assert!(far_told.contains(r#""kex":"X25519MLKEM768""#), "{far_told}");
+
+    assert_eq!(result(&client), 0);
+    let mut client = blocking(client);
+    let (mut served, inner) = listener.accept().unwrap();
+    assert_eq!(near.remote.socket_addr(), Some(far(2121)));
+    assert_eq!(near.local.socket_addr(), far_places.remote.socket_addr());
+    assert_eq!(far_places.inner_remote.socket_addr(), Some(inner));
+    assert_eq!(near.inner_local.socket_addr(), client.local_addr().ok());
+    assert_eq!(far_places.local.socket_addr(), Some(far(2121)));
+
+    client.write_all(b"USER anonymous\r\n").unwrap();
+    let mut got = [0; 16];
+    served.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"USER anonymous\r\n");
+    served.write_all(&[7; 500_000]).unwrap();
+    drop(served);
+    let mut all = Vec::new();
+    client.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), 500_000);
+    drop(client);
+    let (errno, why, carried) = over(&mut world.near);
+    assert_eq!((errno, why.as_str(), carried), (0, "closed", Over { sent: 16, received: 500_000 }));
+    assert_eq!(over(&mut world.far).2, Over { sent: 500_000, received: 16 });
+
+    // The listener's end closes the port.
+    drop(listener);
+    let end = Instant::now() + Duration::from_secs(2);
+    while TcpStream::connect(far(2121)).is_ok() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(TcpStream::connect(far(2121)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    let released = world.far.ask(Kind::Release, reservation, 0, &[], &[]).unwrap();
+    assert_eq!(released.head.errno, 0, "twice is once");
+}
+
+#[test]
+fn the_far_sides_failure_is_the_programs_errno() {
+    let mut world = World::new();
+    let (_, client, _) = world.client(far(9));
+    assert_eq!(result(&client), libc::ECONNREFUSED, "nobody listens");
+    assert_eq!(over(&mut world.near).0, libc::ECONNREFUSED);
+    let begun = Instant::now();
+    let (_, client, _) = world.client("10.99.0.77:9".parse().unwrap());
+    assert_eq!(result(&client), libc::EHOSTUNREACH, "nobody has the address");
+    assert!(begun.elapsed() < Duration::from_secs(4));
+    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+    assert_eq!(open(&mut world.near, &fd, "192.0.2.1:9".parse().unwrap()).unwrap_err(), libc::ENETUNREACH);
+    // A peer that speaks no TLS.
+    let plain = world.on_far(|| TcpListener::bind((FAR, 2121)).unwrap());
+    std::thread::spawn(move || plain.accept().unwrap().0.write_all(b"220 ready\r\n"));
+    while over_pending(&mut world.near) {}
+    let (_, client, _) = world.client(far(2121));
+    assert_eq!(result(&client), libc::ECONNREFUSED);
+    let (_, why, _) = over(&mut world.near);
+    assert!(why.contains("corrupt message"), "{why}");
+}
+
+fn over_pending(daemon: &mut Daemon) -> bool {
+    daemon.receive(Duration::from_millis(100)).is_some() || daemon.reports.pop_front().is_some()
+}
+
+#[test]
+fn who_is_not_admitted_gets_nothing() {
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    listener.set_nonblocking(true).unwrap();
+    // The near broker refuses.
+    let (id, client, _) = world.client(far(2121));
+    assert_eq!(shown(&mut world.near).0, id);
+    let head = Head { tag: id, count: libc::EACCES as u32, ..Head::new(Kind::Refuse, 90) };
+    world.near.send(&[head.as_bytes()], &[]);
+    assert_eq!(result(&client), libc::ECONNREFUSED);
+    assert_eq!(over(&mut world.near).0, libc::EACCES);
+    let (far_id, _) = shown(&mut world.far);
+    world.far.ask(Kind::Admit, far_id, 0, &[], &[]);
+    assert_ne!(over(&mut world.far).0, 0);
+    // The far broker refuses.
+    let (id, client, _) = world.client(far(2121));
+    shown(&mut world.near);
+    world.near.ask(Kind::Admit, id, 0, &[], &[]).unwrap();
+    let (far_id, _) = shown(&mut world.far);
+    world.far.ask(Kind::Refuse, far_id, 0, &[], &[]).unwrap();
+    assert_eq!(result(&client), 0, "the far side's verdict comes later");
+    assert_eq!(blocking(client).read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    // Nobody in plain, and nobody past the door.
+    let mut plain = TcpStream::connect(far(2121)).unwrap();
+    plain.write_all(b"USER anonymous\r\n\r\n").unwrap();
+    plain.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"220"), "at most an alert");
+    let accepted = listener.accept();
+    // The first far peer was admitted after its near side had gone; it may have been delivered and reset.
+    if let Ok((mut stream, _)) = accepted {
+        stream.set_nonblocking(false).unwrap();
+        assert!(matches!(stream.read(&mut [0; 8]), Ok(0) | Err(_)));
+    }
+    assert!(listener.accept().is_err());
+}
+
+#[test]
+fn a_token_listener_is_reached_by_the_daemon_alone() {
+    let mut world = World::new();
+    let (_, listener, reserved) = world.listener(&format!("{FAR}:2121"));
+    let token = reserved.inner_local.socket_addr().unwrap();
+    let connected = world.on_far(|| TcpStream::connect_timeout(&token, Duration::from_millis(400)));
+    assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
+    drop(listener);
+}
+
+#[test]
+fn another_members_certificate_at_a_members_address_is_refused_by_name() {
+    let mut world = World::as_members("h1", "h2", &[("h1", NEAR), ("h2", "10.99.0.222"), ("h3", FAR)]);
+    let (_, _listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, client, _) = world.client(far(2121));
+    assert_eq!(result(&client), libc::ECONNREFUSED);
+    let (_, why, _) = over(&mut world.near);
+    assert_eq!(why, "address belongs to member `h3` but the certificate shows `h2`");
+}
+
+#[test]
+fn a_program_that_gives_up_leaves_nothing() {
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (id, client, _) = world.client(far(2121));
+    drop(client);
+    let (errno, why, _) = over(&mut world.near);
+    assert!(errno != 0 && !why.is_empty());
+    assert_eq!(world.near.ask(Kind::Admit, id, 0, &[], &[]).unwrap().head.errno, libc::ENOENT);
+    drop(listener);
+}
+
+#[test]
+fn sockets_of_other_shapes_are_served_or_refused_by_name() {
+    let mut world = World::new();
+    // A dual-stack listener, and a v6 socket that goes to a v4-mapped address.
+    let (_, listener, reserved) = world.listener("[::]:2222");
+    assert_eq!(reserved.inner_local.family, 6);
+    let fd = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    setsockopt(&fd, sockopt::Ipv6V6Only, &true).unwrap();
+    let mapped = format!("[::ffff:{FAR}]:2222").parse().unwrap();
+    let (_, places) = open(&mut world.near, &fd, mapped).unwrap();
+    assert_eq!(connect(fd.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
+    world.admitted();
+    assert_eq!(result(&fd), 0);
+    let (mut served, _) = listener.accept().unwrap();
+    served.write_all(b"hello").unwrap();
+    let mut got = [0; 5];
+    blocking(fd).read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"hello");
+    // In another network namespace.
+    let elsewhere =
+        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+    assert_eq!(open(&mut world.near, &elsewhere, far(2222)).unwrap_err(), libc::EXDEV);
+    assert_eq!(reserve(&mut world.near, &elsewhere, "0.0.0.0:0").unwrap_err(), libc::EXDEV);
+    // A port that somebody has.
+    let fd = world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+    assert_eq!(reserve(&mut world.far, &fd, "0.0.0.0:2222").unwrap_err(), libc::EADDRINUSE);
+    assert_eq!(reserve(&mut world.far, &fd, "192.0.2.1:0").unwrap_err(), libc::EADDRNOTAVAIL);
+    // Any port: the program learns which.
+    let (_, places) = reserve(&mut world.far, &fd, "0.0.0.0:0").unwrap();
+    assert_ne!(places.local.port, 0);
+    // A reservation is its socket's.
+    let other =
+        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+    let (id, _) = reserve(&mut world.far, &other, "0.0.0.0:0").unwrap();
+    assert_eq!(serve(&mut world.far, id, &fd), libc::EINVAL);
+    assert_eq!(serve(&mut world.far, 99_999, &fd), libc::ENOENT);
+}
+
+#[test]
+fn a_source_port_that_the_program_has_bound_is_the_wires_too() {
+    let mut world = World::new();
+    let (_, _listener, _) = world.listener(&format!("{FAR}:2121"));
+    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let own: SocketAddr = format!("{NEAR}:20").parse().unwrap();
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
+    let ask = Open { remote: Addr::from(far(2121)), local: Addr::from(own), ..Open::new_zeroed() };
+    let body = [ask.as_bytes(), PROCESS].concat();
+    let (_, places) = placed(&mut world.near, Kind::Open, &body, &fd).unwrap();
+    assert_eq!(connect(fd.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
+    let [_, (_, far_places)] = world.admitted();
+    assert_eq!(far_places.remote.socket_addr(), Some(own));
+    assert_eq!(result(&fd), 0);
+}
+
+#[test]
+fn a_daemon_that_dies_takes_its_flows_along() {
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+    let (mut served, _) = listener.accept().unwrap();
+    let mut client = blocking(client);
+    client.write_all(b"x").unwrap();
+    served.read_exact(&mut [0]).unwrap();
+    nix::sys::signal::kill(world.near.pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert!(served.read(&mut [0; 8]).is_err(), "not an end of file: something may be missing");
+    assert!(matches!(client.read(&mut [0; 8]), Ok(0) | Err(_)));
+}
