@@ -16,7 +16,10 @@ use nix::{
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
     },
 };
-use portcullis_wire::keyd::{CutBy, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Stranger};
+use portcullis_wire::{
+    Addr,
+    keyd::{CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Stranger},
+};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// How long an answer may take. A list of a million nets needs about a second.
@@ -33,8 +36,71 @@ pub struct Keyd {
     socket: OwnedFd,
     seq: u32,
     reports: VecDeque<Stranger>,
+    news: Vec<News>,
     abilities: u32,
     broken: bool,
+}
+
+/// What happened to a protected flow.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum News {
+    /// The peer has proved itself; [`Keyd::admit`] or [`Keyd::refuse`] it.
+    Shown {
+        /// Number of the association.
+        id: u64,
+        /// Low 32 bits of the reservation's number, if the peer opened it.
+        reservation: Option<u32>,
+        /// Its addresses, as far as they are known.
+        places: Places,
+        /// Whom the certificate names: a JSON object with `id names addresses process ver groups exe
+        /// sha256 user unit serial issuer_serial fingerprint until cipher kex`.
+        peer: String,
+    },
+    /// It carries data.
+    Associated {
+        /// Number of the association.
+        id: u64,
+        /// Its addresses.
+        places: Places,
+    },
+    /// It is over, or came to nothing.
+    Over {
+        /// Number of the association.
+        id: u64,
+        /// 0 if both ends closed in order.
+        errno: i32,
+        /// How, in words.
+        why: String,
+        /// Bytes that went out and came in.
+        carried: Over,
+    },
+}
+
+impl News {
+    fn read(kind: Kind, head: &Head, rest: &[u8]) -> Option<Self> {
+        let id = head.tag;
+        match kind {
+            Kind::Shown => {
+                let (places, peer) = Places::read_from_prefix(rest).ok()?;
+                let reservation = (head.count == 1).then_some(head.flags);
+                Some(Self::Shown { id, reservation, places, peer: String::from_utf8(peer.to_vec()).ok()? })
+            }
+            Kind::Associated => Some(Self::Associated { id, places: Places::read_from_bytes(rest).ok()? }),
+            Kind::Over => {
+                let (carried, why) = Over::read_from_prefix(rest).ok()?;
+                let why = String::from_utf8_lossy(why).into_owned();
+                Some(Self::Over { id, errno: head.errno, why, carried })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// An answer: its beginning, what follows, and descriptors.
+struct Answer {
+    head: Head,
+    rest: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
 }
 
 /// What a key daemon leaves with the broker, so that filters go on reporting to the next one.
@@ -51,7 +117,8 @@ impl Keyd {
     /// # Errors
     /// What the socket says; `BrokenPipe` or `TimedOut` if nobody answers.
     pub fn new(socket: OwnedFd, keepsake: &mut Keepsake) -> io::Result<Self> {
-        let mut it = Self { socket, seq: 0, reports: VecDeque::new(), abilities: 0, broken: false };
+        let mut it =
+            Self { socket, seq: 0, reports: VecDeque::new(), news: Vec::new(), abilities: 0, broken: false };
         let kept: Vec<_> = keepsake.0.iter().map(AsFd::as_fd).collect();
         let (head, descriptors) = it.ask(Head::new(Kind::Hello, 0), &[], &kept)?;
         it.abilities = head.flags;
@@ -71,6 +138,82 @@ impl Keyd {
     #[must_use]
     pub const fn destroys(&self) -> bool {
         self.abilities & Head::DESTROYS != 0
+    }
+
+    /// Whether flows can be protected: the host has keys.
+    #[must_use]
+    pub const fn protects(&self) -> bool {
+        self.abilities & Head::PROTECTS != 0
+    }
+
+    /// Begins a protected flow for a program's socket. `process` is a JSON object with
+    /// [`portcullis_wire::keyd::PROCESS`]. Returns the association's number, and in `inner_remote` what the
+    /// program's connect(2) must use instead.
+    ///
+    /// # Errors
+    /// `EXDEV` for a socket in another network namespace than the key daemon's, `EOPNOTSUPP` for one bound
+    /// to an interface, `EAFNOSUPPORT` for one that is bound to IPv6 alone, or what connect(2) says at once.
+    pub fn open(&mut self, socket: BorrowedFd<'_>, ask: &Open, process: &str) -> io::Result<(u64, Places)> {
+        self.placed(Kind::Open, socket, &[ask.as_bytes(), process.as_bytes()].concat())
+    }
+
+    /// Takes a local address for a program whose flows will be protected. Returns the reservation's number,
+    /// in `inner_local` what the program's bind(2) must use instead, and in `local` what it got.
+    ///
+    /// # Errors
+    /// bind(2)'s; `EXDEV` as for [`Self::open`].
+    pub fn reserve(&mut self, socket: BorrowedFd<'_>, local: Addr) -> io::Result<(u64, Places)> {
+        let ask = Open { local, ..Open::new_zeroed() };
+        self.placed(Kind::Reserve, socket, ask.as_bytes())
+    }
+
+    /// Listens for real at a reservation, for a process as in [`Self::open`].
+    ///
+    /// # Errors
+    /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
+    pub fn serve(&mut self, id: u64, socket: BorrowedFd<'_>, backlog: u32, process: &str) -> io::Result<()> {
+        let head = Head { tag: id, count: backlog, ..Head::new(Kind::Serve, 0) };
+        self.ask(head, process.as_bytes(), &[socket]).map(drop)
+    }
+
+    /// Gives up a reservation; the end of its socket does the same.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and the like.
+    pub fn release(&mut self, id: u64) -> io::Result<()> {
+        self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
+    }
+
+    /// Lets an association that was shown go on.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is over.
+    pub fn admit(&mut self, id: u64) -> io::Result<()> {
+        self.ask(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[]).map(drop)
+    }
+
+    /// Ends an association, shown or running.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is over.
+    pub fn refuse(&mut self, id: u64, errno: i32) -> io::Result<()> {
+        let count = errno.unsigned_abs();
+        self.ask(Head { tag: id, count, ..Head::new(Kind::Refuse, 0) }, &[], &[]).map(drop)
+    }
+
+    fn placed(&mut self, kind: Kind, socket: BorrowedFd<'_>, body: &[u8]) -> io::Result<(u64, Places)> {
+        let Answer { head, rest, .. } = self.asked(Head::new(kind, 0), body, &[socket])?;
+        let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok((head.tag, places))
+    }
+
+    /// Takes the news of protected flows that have arrived; never waits.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the key daemon has ended.
+    pub fn news(&mut self) -> io::Result<Vec<News>> {
+        let ended = self.drain();
+        if self.news.is_empty() { ended.map(|()| Vec::new()) } else { Ok(std::mem::take(&mut self.news)) }
     }
 
     /// Lets only `nets` reach `socket`, for good. `tag` comes back in each [`Stranger`].
@@ -119,8 +262,21 @@ impl Keyd {
     /// # Errors
     /// `BrokenPipe` if the key daemon has ended.
     pub fn reports(&mut self) -> io::Result<Vec<Stranger>> {
-        while !self.broken && self.receive(Duration::ZERO)?.is_some() {}
-        Ok(self.reports.drain(..).collect())
+        let ended = self.drain();
+        if self.reports.is_empty() {
+            ended.map(|()| Vec::new())
+        } else {
+            Ok(self.reports.drain(..).collect())
+        }
+    }
+
+    /// Takes what has arrived. What came before the end is told before the end.
+    fn drain(&mut self) -> io::Result<()> {
+        if self.broken {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        while self.receive(Duration::ZERO)?.is_some() {}
+        Ok(())
     }
 
     fn ask_with(
@@ -148,6 +304,10 @@ impl Keyd {
         body: &[u8],
         descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<(Head, Vec<OwnedFd>)> {
+        self.asked(head, body, descriptors).map(|answer| (answer.head, answer.descriptors))
+    }
+
+    fn asked(&mut self, head: Head, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
         if self.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
@@ -166,9 +326,9 @@ impl Keyd {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             match self.receive(left) {
-                Ok(Some(Some((head, descriptors)))) if head.seq == asked.seq && head.kind == asked.kind => {
-                    return match head.errno {
-                        0 => Ok((head, descriptors)),
+                Ok(Some(Some(answer))) if answer.head.seq == asked.seq && answer.head.kind == asked.kind => {
+                    return match answer.head.errno {
+                        0 => Ok(answer),
                         errno => Err(io::Error::from_raw_os_error(errno)),
                     };
                 }
@@ -187,8 +347,7 @@ impl Keyd {
     }
 
     /// One message: `None` if none came in time, `Some(None)` if it was a report.
-    #[expect(clippy::type_complexity, reason = "the three cases are told apart right here")]
-    fn receive(&mut self, within: Duration) -> io::Result<Option<Option<(Head, Vec<OwnedFd>)>>> {
+    fn receive(&mut self, within: Duration) -> io::Result<Option<Option<Answer>>> {
         let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(0) => return Ok(None),
@@ -196,7 +355,7 @@ impl Keyd {
             Err(Errno::EINTR) => return if within.is_zero() { Ok(None) } else { self.receive(within) },
             Err(e) => return Err(e.into()),
         }
-        let mut frame = [0; 256];
+        let mut frame = vec![0; FRAME];
         let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
         let mut slices = [IoSliceMut::new(&mut frame)];
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT);
@@ -223,8 +382,13 @@ impl Keyd {
             self.broken = true;
             return Err(io::ErrorKind::InvalidData.into());
         };
-        if kind != Kind::Stranger {
-            return Ok(Some(Some((head, descriptors))));
+        match kind {
+            Kind::Stranger => {}
+            Kind::Shown | Kind::Associated | Kind::Over => {
+                self.news.push(News::read(kind, &head, rest).ok_or(io::ErrorKind::InvalidData)?);
+                return Ok(Some(None));
+            }
+            _ => return Ok(Some(Some(Answer { head, rest: rest.to_vec(), descriptors }))),
         }
         let stranger = Stranger::read_from_bytes(rest).map_err(|_| io::ErrorKind::InvalidData)?;
         if self.reports.len() < MOST_REPORTS {
@@ -296,6 +460,31 @@ mod tests {
         assert!(keyd.destroys() && !keyd.filters());
         assert_eq!(keyd.cut_by_name(&Flow::new_zeroed()).unwrap(), CutBy::Destroy);
         assert_eq!(keyd.reports().unwrap().iter().map(|s| s.tag).collect::<Vec<_>>(), [7]);
+    }
+
+    #[test]
+    fn news_of_flows_are_read_whole_and_kept_apart() {
+        let places = Places { local: Addr::v4([192, 0, 2, 1].into(), 21), ..Places::default() };
+        let mut keyd = greeted(move |socket| {
+            let shown = Head { tag: 3, count: 1, flags: 9, ..Head::new(Kind::Shown, 0) };
+            tell(&socket, &[shown.as_bytes(), places.as_bytes(), b"{}"]);
+            tell(&socket, &[Head { tag: 3, ..Head::new(Kind::Associated, 0) }.as_bytes(), places.as_bytes()]);
+            let over = Head { tag: 3, errno: 5, ..Head::new(Kind::Over, 0) };
+            tell(&socket, &[over.as_bytes(), Over { sent: 1, received: 2 }.as_bytes(), b"why"]);
+            let asked = take(&socket);
+            tell(&socket, &[Head { errno: libc::ENOENT, ..asked }.as_bytes()]);
+        });
+        assert_eq!(keyd.admit(3).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        let (id, carried) = (3, Over { sent: 1, received: 2 });
+        assert_eq!(
+            keyd.news().unwrap(),
+            [
+                News::Shown { id, reservation: Some(9), places, peer: "{}".to_owned() },
+                News::Associated { id, places },
+                News::Over { id, errno: 5, why: "why".to_owned(), carried },
+            ]
+        );
+        assert!(keyd.reports().is_err(), "it has ended since");
     }
 
     #[test]
