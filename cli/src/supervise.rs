@@ -326,6 +326,10 @@ impl Supervisor {
         for path in [place.broker_socket(), place.control_socket()] {
             let _absent = fs::remove_file(path);
         }
+        if !self.trees.is_empty() {
+            // Told to end while programs run: they are refused new calls, and what they exec loads the shim.
+            return;
+        }
         shim::remove(place);
         let _not_empty = fs::remove_dir(&place.runtime);
     }

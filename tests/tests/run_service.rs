@@ -42,3 +42,37 @@ fn a_second_one_on_the_same_folder_is_an_error() {
     assert_eq!(second.code(), 2, "{second}");
     assert!(second.stderr.contains("another supervisor serves"), "{second}");
 }
+
+#[test]
+fn what_programs_need_stays_when_it_ends_before_them() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let (state, policy) = (host.state(), host.path("policy.pol"));
+    let program = built::portcullis();
+    let words = ["supervise", "--state", state.to_str().unwrap(), "--policy", policy.to_str().unwrap()];
+    let line: Vec<&str> = std::iter::once(program.to_str().unwrap()).chain(words).collect();
+    let mut service = Running::start(host.plain(&line));
+    eventually("the broker serves", || {
+        host.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
+    });
+    // Each line it reads, the shell starts a program that loads the shim afresh.
+    let script =
+        "echo up $LD_PRELOAD; while read line; do curl -sS http://127.0.0.1:9/ 2>&1; echo done; done";
+    let mut shell = host.start(&["sh", "-c", script]);
+    let shim = shell.line("up ").trim_start_matches("up ").to_owned();
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait(), 0);
+    assert!(std::path::Path::new(&shim).exists(), "{shim}");
+    shell.say("go\n");
+    assert!(shell.line("curl:").contains("connect"), "refused, and not without the shim");
+    let service = Running::start(host.plain(&line));
+    eventually("the broker serves", || {
+        host.portcullis(&["status"]).stdout.contains("generation   ").then_some(())
+    });
+    shell.say("go\n");
+    shell.line("curl:");
+    host.record("the call of an older program", |r| {
+        r["op"] == "connect" && r["verdict"] == "permit" && r["generation"] == 2
+    });
+    drop(service);
+}
