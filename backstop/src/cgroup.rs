@@ -98,6 +98,20 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Backstop
     move |source| BackstopError::Cgroup { what, path: path.to_path_buf(), source }
 }
 
+/// Name of the cgroups of one state folder, so that several can stand side by side.
+#[must_use]
+pub fn cgroup_name(state: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    // FNV-1a: names, not secrets.
+    let hash = state.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("{PREFIX}{hash:016x}")
+}
+
+/// How the names of our cgroups begin.
+pub const PREFIX: &str = "portcullis-";
+
 /// The folder of the cgroup that `pid` is in.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -320,6 +320,14 @@ impl Backstop {
     pub fn set_generation(&mut self, generation: Generation) -> Result<(), BackstopError> {
         self.now.generation = generation.get();
         self.write_control()?;
+        self.clear()
+    }
+
+    /// Takes all regions back from all processes.
+    ///
+    /// # Errors
+    /// [`BackstopError::Map`].
+    pub fn clear(&mut self) -> Result<(), BackstopError> {
         let all: Vec<Who> = self.held.keys().copied().collect();
         for who in all {
             self.place(who, Vec::new())?;
@@ -361,6 +369,23 @@ impl Backstop {
         }
         Ok(stats)
     }
+}
+
+/// Carries the listeners that an earlier broker granted over to the maps of the next, so that daemons
+/// stay reachable over a restart. Both are descriptors as [`crate::load_for_another`] gives them.
+///
+/// # Errors
+/// [`BackstopError::HandedOver`], [`BackstopError::Map`].
+pub fn keep_listeners(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<(), BackstopError> {
+    let open = |fd: BorrowedFd<'_>| {
+        let fd = fd.try_clone_to_owned().map_err(BackstopError::Identify)?;
+        hash::<u64, u32>(MapData::from_fd(fd).map_err(in_map("listeners"))?, "listeners")
+    };
+    let (old, mut new) = (open(from)?, open(to)?);
+    for cookie in old.keys().filter_map(Result::ok) {
+        new.insert(cookie, 1, 0).map_err(full_or("listeners"))?;
+    }
+    Ok(())
 }
 
 fn hash<K: aya::Pod, V: aya::Pod>(

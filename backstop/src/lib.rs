@@ -30,9 +30,9 @@ mod model;
 mod programs;
 mod sys;
 
-pub use cgroup::{Cgroup, folder_of};
+pub use cgroup::{Cgroup, PREFIX, cgroup_name, folder_of};
 pub use error::BackstopError;
 pub use events::{Cause, Event, Events};
-pub use grants::{Backstop, Once, Stats, monotonic};
+pub use grants::{Backstop, Once, Stats, keep_listeners, monotonic};
 pub use model::{Holder, Region};
-pub use programs::{Attacher, load, load_for_another};
+pub use programs::{Attacher, listeners_of, load, load_for_another};

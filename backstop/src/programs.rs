@@ -107,6 +107,13 @@ pub fn load_for_another() -> Result<(Vec<OwnedFd>, Attacher), BackstopError> {
     Ok((parts, Attacher { programs: attached }))
 }
 
+/// Of the descriptors that [`load_for_another`] gives, the map of granted listeners.
+#[must_use]
+pub fn listeners_of(descriptors: &[OwnedFd]) -> Option<BorrowedFd<'_>> {
+    let at = MAPS.iter().position(|name| *name == "listeners")?;
+    descriptors.get(at).map(AsFd::as_fd)
+}
+
 pub(crate) fn in_map(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> BackstopError {
     move |source| BackstopError::Map { map, source }
 }

@@ -12,6 +12,7 @@ pub mod control;
 mod decide;
 mod error;
 mod escape;
+pub mod guard;
 mod keyd;
 mod process;
 mod serve;
@@ -55,6 +56,8 @@ pub struct Config {
     pub control: Option<OwnedFd>,
     /// Connected `SOCK_SEQPACKET` socket to the key daemon, if one runs.
     pub keyd: Option<OwnedFd>,
+    /// The broker's end of [`guard::link::pair`]: what the kernel asks, and what it is told.
+    pub handed: Option<OwnedFd>,
     /// Gets `ready\n` once the broker serves, or one line that says why it cannot; then it is closed.
     pub ready: Option<OwnedFd>,
 }

@@ -4,11 +4,13 @@
 //! [`crate::decide`].
 
 mod answers;
+mod backstop;
 mod channels;
 mod datagrams;
 mod far;
 mod flows;
 mod follow;
+mod guard;
 mod judge;
 mod listeners;
 mod reload;
@@ -70,6 +72,9 @@ enum Source {
     Addresses,
     Files,
     Keyd,
+    Handed,
+    Backstop,
+    Guard(u64),
     Channel(u64),
     Client(u64),
     Process(ProcessKey),
@@ -141,6 +146,7 @@ impl Watch {
 /// See the module.
 pub(crate) struct Broker {
     mode: Mode,
+    state: PathBuf,
     policy_path: PathBuf,
     settings: Settings,
     watch: Watch,
@@ -177,6 +183,12 @@ pub(crate) struct Broker {
     holders: far::Holders,
     keyd: Option<Keyd>,
     keepsake: Keepsake,
+    /// The supervisor's end of what it hands over.
+    handed: Option<OwnedFd>,
+    guards: HashMap<u64, guard::Guard>,
+    kernel: Option<backstop::Kernel>,
+    /// Processes that asked through the shim.
+    shimmed: HashSet<ProcessKey>,
     last_refusal: Option<u64>,
     /// Doors closed at once for want of descriptors.
     turned_away: u64,
@@ -201,6 +213,7 @@ impl Broker {
                 self.dispatch(event.data(), event.events());
             }
             self.look_at_busy_rings();
+            self.look_at_backstop();
             self.tend_expiry();
             self.flush_log();
         }
@@ -218,6 +231,9 @@ impl Broker {
             Source::Addresses => self.take_addresses(),
             Source::Files => self.take_file_changes(),
             Source::Keyd => self.take_keyd(),
+            Source::Handed => self.take_handed(),
+            Source::Backstop => self.wake_backstop(),
+            Source::Guard(guard) => self.take_held(guard),
             Source::Channel(channel) => self.take_message(channel),
             Source::Client(client) => self.take_client(client, events),
             Source::Process(key) => self.bury(key),
@@ -227,7 +243,8 @@ impl Broker {
     /// How long nothing has to be done unasked.
     fn patience(&self) -> EpollTimeout {
         let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
-        let soonest = if self.busy.is_empty() { expiry } else { Some(POLL) };
+        let quiet = self.busy.is_empty() && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
+        let soonest = if quiet { expiry } else { Some(POLL) };
         soonest.map_or(EpollTimeout::NONE, |wait| EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX))
     }
 

@@ -2,12 +2,17 @@
 //!
 //! Whoever holds the guard's listener learns from the kernel when no task uses the filter any more
 //! (`POLLHUP`, Linux 5.9): the one sign of a tree's end that daemonising, static programs and closed
-//! descriptors cannot hide. The filter lets every call pass as yet.
+//! descriptors cannot hide. Under the backstop it asks about every call that did not come through the shim;
+//! without it every call passes as yet.
 
 use std::{io, os::fd::OwnedFd};
 
 use nix::errno::Errno;
-use portcullis_guard::listener::{self, Privileges};
+use portcullis_guard::{
+    filter::{Trust, assemble},
+    listener::{self, Privileges},
+};
+use portcullis_wire::gate;
 
 /// What holds the tree, after [`install`].
 #[derive(Debug)]
@@ -18,15 +23,18 @@ pub enum Guard {
     Taken,
 }
 
-/// Puts the guard under the calling process and all its descendants.
+/// Puts the guard under the calling process and all its descendants. `held`: the backstop holds it already, and a
+/// broker will answer.
 ///
 /// no_new_privs is set only if the kernel asks for it, so that setuid programs go on working under root.
 ///
 /// # Errors
 /// As seccomp(2).
-pub fn install() -> io::Result<Guard> {
+pub fn install(held: bool) -> io::Result<Guard> {
     let code = u16::try_from(libc::BPF_RET | libc::BPF_K).map_err(io::Error::other)?;
-    let filter = [libc::sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
+    let open = [libc::sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
+    // What leaves from the shim's page is checked by the backstop.
+    let filter = if held { assemble(Trust::Page(gate::PAGE)) } else { open.to_vec() };
     let mut outcome = listener::install(&filter, Privileges::Kept);
     if is(&outcome, Errno::EACCES) {
         outcome = listener::install(&filter, Privileges::NoNew);

@@ -35,11 +35,15 @@ pub enum Say {
         /// Whether refusals are enforced.
         mode: Option<Mode>,
     },
-    /// Second, unless nested: the guard's listener and the process's pidfd are attached, in this order; the
+    /// Before the guard: put this process under the backstop; its pidfd is attached.
+    Enclose,
+    /// Then, unless nested: the guard's listener and the process's pidfd are attached, in this order; the
     /// listener is missing if another was there before.
     Tree {
         /// Whether the guard's listener comes first.
         guarded: bool,
+        /// The listener's number in the sender, who cannot attach anything any more: its calls are held.
+        listener: Option<i32>,
     },
 }
 
@@ -60,6 +64,8 @@ pub enum Answer {
     Conflict(String),
     /// To `Hello`: there is no broker, and why.
     Failed(String),
+    /// To `Enclose`: whether the backstop holds it.
+    Enclosed(bool),
     /// To `Tree`: it is being watched.
     Watched,
 }
@@ -162,9 +168,13 @@ impl Link {
     pub fn send(&self, message: &impl Serialize, fds: &[RawFd]) -> io::Result<()> {
         let text = serde_json::to_vec(message)?;
         let rights = [ControlMessage::ScmRights(fds)];
-        let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL;
-        socket::sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&text)], control, flags, None)?;
+        if fds.is_empty() {
+            // Not sendmsg(2), which the guard holds.
+            socket::send(self.0.as_raw_fd(), &text, flags)?;
+            return Ok(());
+        }
+        socket::sendmsg::<()>(self.0.as_raw_fd(), &[IoSlice::new(&text)], &rights, flags, None)?;
         Ok(())
     }
 

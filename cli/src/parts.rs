@@ -22,6 +22,8 @@ pub struct BrokerArgs {
     #[arg(long)]
     keyd_fd: Option<i32>,
     #[arg(long)]
+    handed_fd: Option<i32>,
+    #[arg(long)]
     ready_fd: i32,
     #[arg(long)]
     life_fd: i32,
@@ -50,7 +52,7 @@ impl From<Mode> for portcullis_broker::Mode {
 /// Is the broker until it is told to end.
 pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
     let given = [args.doors_fd, args.control_fd, args.ready_fd, args.life_fd];
-    let fds: Vec<i32> = given.into_iter().chain(args.keyd_fd).collect();
+    let fds: Vec<i32> = given.into_iter().chain(args.keyd_fd).chain(args.handed_fd).collect();
     let alive = inherit(&fds).and_then(|()| sys::adopt(args.life_fd));
     let config = alive.and_then(|life| {
         sys::end_with_writer(&life)?;
@@ -63,6 +65,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
             doors: sys::adopt(args.doors_fd)?,
             control: Some(sys::adopt(args.control_fd)?),
             keyd: args.keyd_fd.map(sys::adopt).transpose()?,
+            handed: args.handed_fd.map(sys::adopt).transpose()?,
             ready: Some(sys::adopt(args.ready_fd)?),
         })
     });

@@ -163,19 +163,40 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     let (link, welcome) = reach(&place, &hello, args)?;
     let door = open_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
-    let guard = guard::install().map_err(failed("install the guard's filter"))?;
-    let tree = Say::Tree { guarded: matches!(guard, Guard::Listener(_)) };
+    let held = enclose(&link, &pidfd)?;
+    let guard = guard::install(held).map_err(failed("install the guard's filter"))?;
+    let by_number = match &guard {
+        Guard::Listener(listener) if held => Some(listener.as_raw_fd()),
+        _ => None,
+    };
+    let tree = Say::Tree {
+        guarded: matches!(guard, Guard::Listener(_)),
+        listener: by_number,
+    };
     let mut fds = Vec::new();
     if let Guard::Listener(listener) = &guard {
         fds.push(listener.as_raw_fd());
     }
     fds.push(pidfd.as_raw_fd());
+    if by_number.is_some() {
+        fds.clear();
+    }
     link.send(&tree, &fds).map_err(failed("hand the guard over"))?;
     match link.receive::<Answer>().map_err(failed("hand the guard over"))? {
         Some((Answer::Watched, _)) => {}
         _ => return Err(RunError::NoBroker("it ended before the program began".into())),
     }
     Ok(environment(&welcome, door, args.name.as_deref()))
+}
+
+/// Asks the supervisor to put this process under the backstop; whether it did.
+fn enclose(link: &Link, pidfd: &OwnedFd) -> Result<bool, RunError> {
+    link.send(&Say::Enclose, &[pidfd.as_raw_fd()]).map_err(failed("ask for the backstop"))?;
+    match link.receive::<Answer>().map_err(failed("ask for the backstop"))? {
+        Some((Answer::Enclosed(held), _)) => Ok(held),
+        Some((Answer::Failed(why), _)) => Err(RunError::NoBroker(why)),
+        _ => Err(RunError::NoBroker("it ended before the program began".into())),
+    }
 }
 
 /// What the supervisor says of a broker that is ready.
@@ -222,7 +243,7 @@ fn greet(link: &Link, hello: &Say) -> Result<Option<Welcome>, RunError> {
         Ok(Some((Answer::Welcome { broker, uid, shim }, _))) => Ok(Some(Welcome { broker, uid, shim })),
         Ok(Some((Answer::Conflict(why), _))) => Err(RunError::Conflict(why)),
         Ok(Some((Answer::Failed(why), _))) => Err(RunError::NoBroker(why)),
-        Ok(None | Some((Answer::Watched, _))) => Ok(None),
+        Ok(None | Some((Answer::Watched | Answer::Enclosed(_), _))) => Ok(None),
         Err(error) if ended(&error) => Ok(None),
         Err(error) => Err(failed("reach the supervisor")(error)),
     }
@@ -259,6 +280,7 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         policy,
         mode: args.mode.unwrap_or_default(),
         shim: Some(shim),
+        no_backstop: std::env::var_os("PORTCULLIS_NO_BACKSTOP").is_some_and(|v| !v.is_empty() && v != "0"),
         lock_fd: Some(lock.as_raw_fd()),
         socket_fd: Some(socket.as_raw_fd()),
     }

@@ -4,6 +4,7 @@
 //! One thread, one poll loop. What it knows of a run is in a [`Tree`]: the guard's listener, where the
 //! kernel says when no task of the tree is left.
 
+mod backing;
 mod parts;
 mod shim;
 
@@ -11,7 +12,7 @@ use std::{
     ffi::CString,
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -56,6 +57,9 @@ pub struct Args {
     /// The shim that programs load [default: where it is found]
     #[arg(long)]
     pub shim: Option<PathBuf>,
+    /// Do without the kernel backstop
+    #[arg(long)]
+    pub no_backstop: bool,
     /// Inherited descriptor of the lock file, already locked
     #[arg(long)]
     pub lock_fd: Option<i32>,
@@ -85,6 +89,9 @@ impl Args {
                 option(name, fd.to_string().as_bytes());
             }
         }
+        if self.no_backstop {
+            words.push(b"--no-backstop".to_vec());
+        }
         words.into_iter().filter_map(|w| CString::new(w).ok()).collect()
     }
 }
@@ -102,6 +109,8 @@ struct Visitor {
     /// What it expects, once it has said so.
     hello: Option<(Option<PathBuf>, Option<Mode>)>,
     welcomed: bool,
+    /// The process, once it is under the backstop.
+    enclosed: Option<OwnedFd>,
 }
 
 struct Supervisor {
@@ -242,10 +251,14 @@ impl Supervisor {
         let spoke: Vec<bool> = fired.by_ref().take(self.visitors.len()).collect();
         let ended: Vec<bool> = fired.by_ref().take(self.trees.len()).collect();
         let mut ended = ended.into_iter();
+        let before = self.trees.len();
         self.trees.retain(|_| !ended.next().unwrap_or(false));
+        if self.trees.len() != before {
+            self.parts.backing.tidy();
+        }
         self.hear(&spoke);
         if arrived && let Ok(link) = Link::accept(&self.socket) {
-            self.visitors.push(Visitor { link, hello: None, welcomed: false });
+            self.visitors.push(Visitor { link, hello: None, welcomed: false, enclosed: None });
         }
         if signalled {
             self.take_signals();
@@ -267,8 +280,21 @@ impl Supervisor {
                     visitor.hello = Some((policy, mode));
                     self.visitors.push(visitor);
                 }
-                Ok(Some((Say::Tree { guarded }, fds))) if visitor.welcomed => {
-                    if let Some(watched) = fds.into_iter().next()
+                Ok(Some((Say::Enclose, fds))) if visitor.welcomed && visitor.enclosed.is_none() => {
+                    let pidfd = fds.into_iter().next();
+                    let answer = match pidfd.as_ref().map(|p| self.enclose(p)) {
+                        Some(Ok(held)) => Answer::Enclosed(held),
+                        Some(Err(error)) => Answer::Failed(error.to_string()),
+                        None => continue,
+                    };
+                    visitor.enclosed = pidfd;
+                    if visitor.link.send(&answer, &[]).is_ok() {
+                        self.visitors.push(visitor);
+                    }
+                }
+                Ok(Some((Say::Tree { guarded, listener }, fds))) if visitor.welcomed => {
+                    let taken = listener.and_then(|n| self.take_listener(&visitor, n));
+                    if let Some(watched) = taken.or_else(|| fds.into_iter().next())
                         && visitor.link.send(&Answer::Watched, &[]).is_ok()
                     {
                         self.trees.push(Tree { watched, guarded });
@@ -280,6 +306,20 @@ impl Supervisor {
                 _ => self.used = true,
             }
         }
+    }
+
+    /// Puts a process under the backstop.
+    fn enclose(&mut self, pidfd: &OwnedFd) -> io::Result<bool> {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+        let pid = info.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse().ok());
+        self.parts.backing.enclose(pid.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)
+    }
+
+    /// Takes the guard's listener out of a process that sends nothing any more, and lets the broker serve it.
+    fn take_listener(&mut self, visitor: &Visitor, number: i32) -> Option<OwnedFd> {
+        let listener = sys::pidfd_getfd(visitor.enclosed.as_ref()?, number).ok()?;
+        self.parts.backing.serve(&listener).ok()?;
+        Some(listener)
     }
 
     /// Answers those who wait for the broker, once it is known how it is.
@@ -323,6 +363,7 @@ impl Supervisor {
         let place = &self.place;
         let _absent = fs::remove_file(place.supervisor_socket());
         self.parts.end();
+        self.parts.backing.tidy();
         for path in [place.broker_socket(), place.control_socket()] {
             let _absent = fs::remove_file(path);
         }

@@ -125,6 +125,19 @@ pub fn pidfd_open(pid: Pid) -> io::Result<OwnedFd> {
     adopt(RawFd::try_from(fd).map_err(io::Error::other)?)
 }
 
+/// Copies descriptor `number` out of another process.
+///
+/// # Errors
+/// As pidfd_getfd(2).
+pub fn pidfd_getfd(process: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    adopt(RawFd::try_from(fd).map_err(io::Error::other)?)
+}
+
 /// Marks descriptor `fd`, known by its number only, as not for the next image.
 ///
 /// # Errors

@@ -142,7 +142,7 @@ impl Broker {
                 held_by: l.held_by().to_owned(),
             })
             .collect();
-        let mut held_by = vec!["shim".to_owned()];
+        let mut held_by = self.held_by_kernel(key);
         if listeners.iter().any(|l| l.held_by == "kernel-filter") {
             held_by.push("filter".to_owned());
         }

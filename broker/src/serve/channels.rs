@@ -182,6 +182,7 @@ impl Broker {
         reply.generation = self.generation_in_force();
         match opcode {
             OpCode::Judge => {
+                self.begin_asking_by_shim(key);
                 self.judge_frame(key, request, attached, &mut reply);
                 // A sender of datagrams needs the state page: it remembers its peers for one generation.
                 let sends = request.call == portcullis_types::Op::Send as u8 && reply.errno == 0;
@@ -241,7 +242,7 @@ impl Broker {
     }
 
     /// The process that wrote a message. `None`: it has ended, or must not be served.
-    fn identify(&mut self, writer: Writer, pidfd: Option<OwnedFd>) -> Option<ProcessKey> {
+    pub(super) fn identify(&mut self, writer: Writer, pidfd: Option<OwnedFd>) -> Option<ProcessKey> {
         if writer.pid <= 0 {
             return None; // of a process namespace that this one cannot see
         }
@@ -302,6 +303,7 @@ impl Broker {
             share.processes = share.processes.saturating_sub(1);
         }
         self.busy.remove(&key);
+        self.forget_grants(key);
         self.forget_datagrams(key);
     }
 

@@ -135,7 +135,9 @@ impl Broker {
             Some(flow) => self.record_close(&flow, &ended),
             None => self.flows.keep_late(ended),
         }
-        self.listeners.remove(&cookie);
+        if self.listeners.remove(&cookie).is_some() {
+            self.forget_listener_grant(cookie);
+        }
         self.session_ended(cookie);
     }
 

@@ -129,7 +129,7 @@ impl Broker {
     /// Judges one call, puts it on record, does what follows, and fills in the answer.
     pub(super) fn judge(&mut self, key: ProcessKey, call: &Call, reply: &mut Reply) {
         reply.generation = self.generation_in_force();
-        if !self.refresh(key, false) {
+        if !self.refresh(key, false) || !self.is_the_asker(key) {
             reply.errno = errno(call.op);
             return;
         }
@@ -163,6 +163,7 @@ impl Broker {
         }
         if permitted {
             self.follow(key, &context, call, &finding, rule, seq, reply);
+            self.grant_call(call);
         } else {
             reply.errno = errno(call.op);
         }

@@ -78,6 +78,7 @@ impl Broker {
             Box::leak(Box::new(Shared::new().map_err(BrokerError::kernel("memfd_create"))?));
         let mut broker = Self {
             mode: config.mode,
+            state: config.state.clone(),
             policy_path: config.policy.unwrap_or_else(|| config.state.join("policy.pol")),
             settings,
             watch: Watch::new().map_err(BrokerError::kernel("epoll_create"))?,
@@ -111,6 +112,10 @@ impl Broker {
             holders: far::Holders::default(),
             keyd: None,
             keepsake: Keepsake::default(),
+            handed: config.handed,
+            guards: HashMap::new(),
+            kernel: None,
+            shimmed: HashSet::new(),
             last_refusal: None,
             turned_away: 0,
             stop: false,
@@ -127,6 +132,7 @@ impl Broker {
         if let Some(socket) = config.keyd {
             broker.greet(socket);
         }
+        broker.take_handed();
         broker.load_first();
         broker.adopt();
         broker.flush_log();
@@ -144,6 +150,9 @@ impl Broker {
         self.watch.add(&self.signals, Source::Signals).map_err(failed("epoll_ctl"))?;
         if let Some(endings) = &self.endings {
             self.watch.add(endings, Source::Endings).map_err(failed("epoll_ctl"))?;
+        }
+        if let Some(handed) = &self.handed {
+            self.watch.add(handed, Source::Handed).map_err(failed("epoll_ctl"))?;
         }
         if let Some(addresses) = &self.addresses {
             self.watch.add(addresses, Source::Addresses).map_err(failed("epoll_ctl"))?;

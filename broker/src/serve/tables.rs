@@ -132,7 +132,7 @@ impl Broker {
         if process.memory.is_none() {
             process.memory = Memory::new(generation).ok();
         }
-        process.memory.as_mut().is_some_and(|m| m.insert(Region { entry, rule }))
+        process.memory.as_mut().is_some_and(|m| m.insert(Region { entry, rule })) && self.grant_region(&entry)
     }
 
     /// Descriptors of state page, table and ring of a process, made if it has none yet.
@@ -157,6 +157,7 @@ impl Broker {
                 memory.clear(generation);
             }
         }
+        self.clear_grants();
     }
 
     /// Takes what is in a process's ring into the log. While the log cannot be written it stays there.
@@ -166,10 +167,14 @@ impl Broker {
         }
         // More than one fill: a process that writes all the while cannot hold the broker here.
         for _ in 0..2 * RECORDS {
+            let by_kernel = self.kernel_records(key);
             let Some(memory) = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut()) else { return };
             let Some(record) = memory.ring.pop(&mut memory.taken) else { return };
             memory.heard = monotonic();
             let claim = memory.claim(&record).cloned();
+            if claim.is_some() && record.call == Op::Connect as u8 && by_kernel {
+                continue; // the kernel's own record of it comes, which no program can forge
+            }
             self.record_claim(key, &record, claim.as_ref());
         }
     }

@@ -248,6 +248,12 @@ fn parse_cgroup(text: &str) -> Option<String> {
 /// systemd unit in a control group path: its last component that names one.
 #[must_use]
 pub fn unit_of(cgroup: &str) -> &str {
+    // The backstop's own child is not where the program was put.
+    let cgroup = match cgroup.rsplit_once('/') {
+        Some(("", last)) if last.starts_with(portcullis_backstop::PREFIX) => "/",
+        Some((above, last)) if last.starts_with(portcullis_backstop::PREFIX) => above,
+        _ => cgroup,
+    };
     cgroup
         .rsplit('/')
         .find(|part| part.ends_with(".service") || part.ends_with(".scope") || part.ends_with(".socket"))

@@ -27,6 +27,8 @@ pub struct Facts {
     pub kind: i32,
     /// Its protocol; Multipath TCP counts as TCP, raw and packet sockets are [`Protocol::RAW`].
     pub protocol: Protocol,
+    /// Multipath TCP: its subflows are sockets of their own in the kernel.
+    pub multipath: bool,
     /// `SO_COOKIE`.
     pub cookie: u64,
     /// Inode in sockfs.
@@ -56,11 +58,13 @@ impl Facts {
             (libc::AF_INET | libc::AF_INET6, _, n) => u8::try_from(n).map_or(Protocol::RAW, Protocol),
             _ => Protocol::RAW,
         };
+        let multipath = number == MPTCP;
         let number = socket.as_raw_fd();
         Ok(Self {
             domain,
             kind,
             protocol,
+            multipath,
             cookie: option(socket, SO_COOKIE)?,
             inode: fstat(socket)?.st_ino,
             namespace: option(socket, SO_NETNS_COOKIE).unwrap_or(0),

@@ -20,7 +20,7 @@ use nix::{
     unistd::{Pid, geteuid, pipe2},
 };
 
-use super::Args;
+use super::{Args, backing::Backing};
 use crate::{
     link,
     place::Place,
@@ -72,6 +72,8 @@ pub struct Parts {
     control: OwnedFd,
     keyd: Option<Part>,
     broker: Option<Part>,
+    /// What the kernel does for them.
+    pub backing: Backing,
     health: Health,
     delay: Duration,
     /// When to start again.
@@ -97,6 +99,7 @@ impl Parts {
             control,
             keyd: None,
             broker: None,
+            backing: Backing::new(args.state.clone(), geteuid().is_root() && !args.no_backstop),
             health: Health::Starting,
             delay: FIRST_DELAY,
             next: Some(Instant::now()),
@@ -153,6 +156,18 @@ impl Parts {
         let _keyd = match &broker_end {
             Some(end) => {
                 command.args(["--keyd-fd", &end.as_raw_fd().to_string()]);
+                Some(Pass::on(end)?)
+            }
+            None => None,
+        };
+        let handed = self.backing.begin().unwrap_or_else(|error| {
+            let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
+            log(&format!("no backstop: {error}{source}"));
+            None
+        });
+        let _handed = match &handed {
+            Some(end) => {
+                command.args(["--handed-fd", &end.as_raw_fd().to_string()]);
                 Some(Pass::on(end)?)
             }
             None => None,

@@ -1,0 +1,204 @@
+//! What a held system call asks for. Pure.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+
+use portcullis_guard::listener::Notification;
+use portcullis_types::Protocol;
+
+/// Longest address that the kernel takes (`sizeof(struct sockaddr_storage)`, socket(7)).
+pub const ADDRESS: usize = 128;
+/// Most messages of one sendmmsg(2) (`UIO_MAXIOV`).
+pub const MESSAGES: u64 = 1024;
+
+/// Memory of the caller.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Span {
+    /// Where.
+    pub at: u64,
+    /// How long, as the caller says.
+    pub length: u64,
+}
+
+/// What is asked, with arguments as the kernel reads them: `int` is the low half of a register.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Asked {
+    /// socket(2).
+    Socket { domain: i32, kind: i32, protocol: i32 },
+    /// connect(2).
+    Connect { fd: i32, address: Span },
+    /// bind(2).
+    Bind { fd: i32, address: Span },
+    /// listen(2).
+    Listen { fd: i32 },
+    /// accept(2), accept4(2).
+    Accept { fd: i32 },
+    /// sendto(2).
+    SendTo { fd: i32, flags: i32, address: Span },
+    /// sendmsg(2); `at` is a `struct msghdr`.
+    SendMessage { fd: i32, flags: i32, at: u64 },
+    /// sendmmsg(2); `at` are `count` of `struct mmsghdr`.
+    SendMessages { fd: i32, flags: i32, at: u64, count: u64 },
+    /// ptrace(2).
+    Trace { request: i64, pid: i32 },
+    /// process_vm_readv(2), process_vm_writev(2).
+    Memory { pid: i32 },
+    /// pidfd_getfd(2).
+    TakeDescriptor { pidfd: i32, number: i32 },
+    /// A call that the filter's table does not have.
+    Unknown,
+}
+
+/// Reads a notification.
+#[must_use]
+pub fn asked(call: &Notification) -> Asked {
+    let [a, b, c, d, e, f] = call.args;
+    let int = |word: u64| {
+        let [w, x, y, z, ..] = word.to_le_bytes();
+        i32::from_le_bytes([w, x, y, z])
+    };
+    // The kernel takes lengths as int too; what is negative there is an error there.
+    let span = |at: u64, length: u64| Span { at, length: u64::from(int(length).max(0).cast_unsigned()) };
+    match i64::from(call.nr) {
+        libc::SYS_socket => Asked::Socket { domain: int(a), kind: int(b), protocol: int(c) },
+        libc::SYS_connect => Asked::Connect { fd: int(a), address: span(b, c) },
+        libc::SYS_bind => Asked::Bind { fd: int(a), address: span(b, c) },
+        libc::SYS_listen => Asked::Listen { fd: int(a) },
+        libc::SYS_accept | libc::SYS_accept4 => Asked::Accept { fd: int(a) },
+        libc::SYS_sendto => Asked::SendTo { fd: int(a), flags: int(d), address: span(e, f) },
+        libc::SYS_sendmsg => Asked::SendMessage { fd: int(a), flags: int(c), at: b },
+        libc::SYS_sendmmsg => Asked::SendMessages {
+            fd: int(a),
+            flags: int(d),
+            at: b,
+            count: u64::from(int(c).cast_unsigned()).min(MESSAGES),
+        },
+        libc::SYS_ptrace => Asked::Trace { request: a.cast_signed(), pid: int(b) },
+        libc::SYS_process_vm_readv | libc::SYS_process_vm_writev => Asked::Memory { pid: int(a) },
+        libc::SYS_pidfd_getfd => Asked::TakeDescriptor { pidfd: int(a), number: int(b) },
+        _ => Asked::Unknown,
+    }
+}
+
+/// What an address means for an internet socket.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Named {
+    /// This; v4-mapped as it was given.
+    Address(SocketAddr),
+    /// `AF_UNSPEC`: disconnect, or, for some calls, `AF_INET` (see [`unspecified_as_v4`]).
+    Unspecified,
+    /// Something that an internet socket does not take: the kernel will say so itself.
+    Nothing,
+}
+
+/// Reads a `struct sockaddr`.
+#[must_use]
+pub fn address(bytes: &[u8]) -> Named {
+    let Some((family, rest)) = bytes.split_first_chunk() else { return Named::Nothing };
+    match i32::from(u16::from_ne_bytes(*family)) {
+        libc::AF_INET => v4(rest).map_or(Named::Nothing, Named::Address),
+        libc::AF_INET6 => v6(rest).map_or(Named::Nothing, Named::Address),
+        libc::AF_UNSPEC => Named::Unspecified,
+        _ => Named::Nothing,
+    }
+}
+
+/// sendto(2) on an `AF_INET` socket and bind(2) take `AF_UNSPEC` for `AF_INET` (net/ipv4/udp.c,
+/// `udp_sendmsg`; net/ipv4/af_inet.c, `__inet_bind`).
+#[must_use]
+pub fn unspecified_as_v4(bytes: &[u8]) -> Option<SocketAddr> {
+    bytes.get(2..).and_then(v4)
+}
+
+fn v4(rest: &[u8]) -> Option<SocketAddr> {
+    let (port, rest) = rest.split_first_chunk()?;
+    let (ip, _) = rest.split_first_chunk::<4>()?;
+    Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(*ip)), u16::from_be_bytes(*port)))
+}
+
+fn v6(rest: &[u8]) -> Option<SocketAddr> {
+    let (port, rest) = rest.split_first_chunk()?;
+    let (flow, rest) = rest.split_first_chunk()?;
+    let (ip, rest) = rest.split_first_chunk::<16>()?;
+    // RFC 2133 addresses end before the scope (`SIN6_LEN_RFC2133`).
+    let scope = rest.first_chunk().map_or(0, |scope| u32::from_ne_bytes(*scope));
+    let (ip, port) = (Ipv6Addr::from(*ip), u16::from_be_bytes(*port));
+    Some(SocketAddr::V6(SocketAddrV6::new(ip, port, u32::from_be_bytes(*flow), scope)))
+}
+
+/// Name and its length out of a `struct msghdr` (56 bytes on 64-bit hosts).
+#[must_use]
+pub fn message_name(header: &[u8]) -> Option<Span> {
+    let (at, rest) = header.split_first_chunk()?;
+    let (length, _) = rest.split_first_chunk()?;
+    let length = i32::from_ne_bytes(*length).max(0).cast_unsigned();
+    Some(Span { at: u64::from_ne_bytes(*at), length: u64::from(length) })
+}
+
+/// The protocol as a policy sees it, of a socket that is about to be made.
+#[must_use]
+pub fn protocol_of(domain: i32, kind: i32, protocol: i32) -> Protocol {
+    let internet = domain == libc::AF_INET || domain == libc::AF_INET6;
+    match (kind & 0xf, protocol) {
+        (libc::SOCK_STREAM, 0 | libc::IPPROTO_TCP | 262) if internet => Protocol::TCP,
+        (libc::SOCK_DGRAM, 0 | libc::IPPROTO_UDP) if internet => Protocol::UDP,
+        (libc::SOCK_RAW, _) => Protocol::RAW,
+        (_, n) if internet => u8::try_from(n).map_or(Protocol::RAW, Protocol),
+        _ => Protocol::RAW,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn notification(nr: i64, args: [u64; 6]) -> Notification {
+        Notification { id: 1, pid: 1, nr: i32::try_from(nr).unwrap(), instruction_pointer: 0, args }
+    }
+
+    #[test]
+    fn integers_are_the_low_halves_of_registers() {
+        let high = 0xdead_beef_0000_0000;
+        let call = notification(libc::SYS_connect, [high | 3, 0x7fff_0000_1000, high | 16, 0, 0, 0]);
+        let address = Span { at: 0x7fff_0000_1000, length: 16 };
+        assert_eq!(asked(&call), Asked::Connect { fd: 3, address });
+        let negative = notification(libc::SYS_bind, [u64::MAX, 8, u64::MAX, 0, 0, 0]);
+        assert_eq!(asked(&negative), Asked::Bind { fd: -1, address: Span { at: 8, length: 0 } });
+        let many = notification(libc::SYS_sendmmsg, [1, 8, u64::MAX, 0, 0, 0]);
+        assert_eq!(asked(&many), Asked::SendMessages { fd: 1, flags: 0, at: 8, count: MESSAGES });
+        assert_eq!(asked(&notification(0, [0; 6])), Asked::Unknown);
+    }
+
+    #[test]
+    fn every_call_of_the_table_is_understood() {
+        use portcullis_guard::filter::{Rule, TABLE};
+        for (nr, rule) in TABLE {
+            let understood = asked(&notification(*nr, [0; 6])) != Asked::Unknown;
+            assert_eq!(understood, !matches!(rule, Rule::Fail(_)), "{nr}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_read_as_the_kernel_reads_them() {
+        let mut bytes = vec![2, 0, 0, 21, 192, 0, 2, 1];
+        assert_eq!(address(&bytes), Named::Address("192.0.2.1:21".parse().unwrap()));
+        assert_eq!(address(&bytes[..7]), Named::Nothing);
+        bytes[0] = 0;
+        assert_eq!(address(&bytes), Named::Unspecified);
+        assert_eq!(unspecified_as_v4(&bytes), Some("192.0.2.1:21".parse().unwrap()));
+        let mut six = vec![10, 0, 0, 21, 0, 0, 0, 0];
+        six.extend(Ipv6Addr::LOCALHOST.octets());
+        assert_eq!(address(&six), Named::Address("[::1]:21".parse().unwrap()));
+        assert_eq!(address(&[1, 0, b'/']), Named::Nothing);
+        assert_eq!(address(&[]), Named::Nothing);
+    }
+
+    #[test]
+    fn a_null_name_is_none() {
+        let mut header = [0u8; 56];
+        assert_eq!(message_name(&header), Some(Span { at: 0, length: 0 }));
+        header[0] = 8;
+        header[8] = 16;
+        assert_eq!(message_name(&header), Some(Span { at: 8, length: 16 }));
+        assert_eq!(message_name(&header[..10]), None);
+    }
+}

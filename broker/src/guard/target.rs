@@ -1,0 +1,65 @@
+//! Reads a held caller's memory and asks which process a thread belongs to.
+
+use std::{fs, io};
+
+use nix::{
+    sys::uio::{RemoteIoVec, process_vm_readv},
+    unistd::Pid,
+};
+
+use super::calls::{ADDRESS, Span};
+
+/// Copies memory of a thread's process; shorter where the rest cannot be read.
+///
+/// # Errors
+/// `EFAULT`: nothing there can be read. `ESRCH`: it has ended.
+pub fn read(tid: i32, at: u64, into: &mut [u8]) -> io::Result<usize> {
+    let base = usize::try_from(at).map_err(io::Error::other)?;
+    let from = [RemoteIoVec { base, len: into.len() }];
+    Ok(process_vm_readv(Pid::from_raw(tid), &mut [io::IoSliceMut::new(into)], &from)?)
+}
+
+/// Copies an address; empty if it cannot be read, since the kernel will then say so itself.
+#[must_use]
+pub fn read_address(tid: i32, span: Span) -> Vec<u8> {
+    let length = usize::try_from(span.length).unwrap_or(ADDRESS).min(ADDRESS);
+    let mut bytes = vec![0; length];
+    let got = if span.at == 0 || length == 0 { 0 } else { read(tid, span.at, &mut bytes).unwrap_or(0) };
+    bytes.truncate(got);
+    bytes
+}
+
+/// The process that a thread belongs to, with its real user and group. `None`: it has ended.
+#[must_use]
+pub fn process_of(tid: i32) -> Option<(i32, u32, u32)> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u32>().ok()
+    };
+    Some((i32::try_from(field("Tgid:")?).ok()?, field("Uid:")?, field("Gid:")?))
+}
+
+/// The process behind descriptor `number` of a process, if that is a pidfd.
+#[must_use]
+pub fn behind_pidfd(tid: i32, number: i32) -> Option<i32> {
+    let info = fs::read_to_string(format!("/proc/{tid}/fdinfo/{number}")).ok()?;
+    info.lines().find_map(|l| l.strip_prefix("Pid:"))?.trim().parse().ok().filter(|pid| *pid > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_once_and_what_is_not_there_is_empty() {
+        let me = std::process::id().cast_signed();
+        let text = *b"portcullis";
+        let span = Span { at: text.as_ptr() as u64, length: 10 };
+        assert_eq!(read_address(me, span), text);
+        assert!(read_address(me, Span { at: 8, length: 16 }).is_empty());
+        assert!(read_address(me, Span { at: 0, length: 16 }).is_empty());
+        let (tgid, uid, _) = process_of(nix::unistd::gettid().as_raw()).unwrap();
+        assert_eq!((tgid, uid), (me, nix::unistd::getuid().as_raw()));
+    }
+}

@@ -1,0 +1,355 @@
+//! What was judged is granted to the kernel's backstop, and what the backstop says is put on record.
+
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::OwnedFd,
+    rc::Rc,
+};
+
+use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region, cgroup_name};
+use portcullis_types::{Assurance, Generation, Lane, Op, Protocol, RuleId};
+use portcullis_wire::shared::Entry;
+
+use super::{Broker, Source, flows::Flow, judge::Call, word};
+use crate::{
+    Mode,
+    audit::{Line, More},
+    process::ProcessKey,
+    sys::{monotonic, realtime},
+};
+
+/// How long a call that was judged may take to be made. A stopped program asks again.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+/// After how long without a record the ring is no longer looked at, in nanoseconds.
+const QUIET: u64 = 100_000_000;
+
+/// The kernel's end.
+pub(super) struct Kernel {
+    backstop: Backstop,
+    /// Whom the call being judged will be granted to: asked before anything else was.
+    asking: Option<Holder>,
+    awake: bool,
+    /// When the last record came (monotonic).
+    heard: u64,
+    /// Processes that are in a cgroup of ours.
+    enclosed: HashSet<ProcessKey>,
+    /// Name of those cgroups.
+    cgroup: String,
+}
+
+impl Kernel {
+    pub(super) const fn is_awake(&self) -> bool {
+        self.awake
+    }
+}
+
+/// 128-bit form in which v4 is v4-mapped.
+fn key(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().to_bits(),
+        IpAddr::V6(ip) => ip.to_bits(),
+    }
+}
+
+impl Broker {
+    /// Takes the backstop over. From now on nothing new passes in its cgroups but what is granted here.
+    pub(super) fn take_backstop(&mut self, descriptors: Vec<OwnedFd>) {
+        let made =
+            Backstop::from_descriptors(descriptors).map_err(|e| e.to_string()).and_then(|mut backstop| {
+                backstop.set_audit(self.mode == Mode::Audit).map_err(|e| e.to_string())?;
+                self.watch.add(&backstop.events, Source::Backstop).map_err(|e| e.to_string())?;
+                Ok(backstop)
+            });
+        match made {
+            Ok(backstop) => {
+                self.kernel = Some(Kernel {
+                    backstop,
+                    asking: None,
+                    awake: false,
+                    heard: 0,
+                    enclosed: HashSet::new(),
+                    cgroup: cgroup_name(&self.state),
+                });
+                self.clear_grants();
+            }
+            Err(error) => self.note("broker", &format!("the backstop cannot be used: {error}"), &[]),
+        }
+    }
+
+    /// Asks the kernel who a thread is, before its call is judged: an exec or a change of user in between
+    /// makes the grant void, instead of giving it to the wrong image.
+    pub(super) fn begin_asking(&mut self, tid: i32) {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.asking = kernel.backstop.identify(tid.cast_unsigned()).ok().flatten();
+        }
+    }
+
+    /// Lets a call that was judged and permitted pass the backstop. `false`: it could not be, and the
+    /// kernel will refuse it.
+    pub(super) fn grant_call(&mut self, call: &Call) -> bool {
+        let namespace = self.namespace;
+        let Some(kernel) = &mut self.kernel else { return true };
+        let Some(holder) = kernel.asking else { return false };
+        let facts = call.socket.as_ref().map(|(_, facts)| facts);
+        let holder = match facts.map_or(0, |f| f.namespace) {
+            0 if holder.netns == 0 => holder.in_netns(namespace),
+            0 => holder,
+            netns => holder.in_netns(netns),
+        };
+        let (op, at) = match call.op {
+            Op::Connect | Op::Send => (call.op, call.remote),
+            Op::Bind => (call.op, call.local),
+            Op::Socket => (call.op, Some(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0))),
+            Op::Listen => {
+                return facts.is_none_or(|f| kernel.backstop.grant_listener(f.cookie).is_ok());
+            }
+            Op::Accept | Op::Receive => return true,
+        };
+        let Some(at) = at else { return true };
+        // The kernel sees the unspecified address as such, whichever loopback it leads to.
+        let once = Once {
+            cookie: facts.filter(|f| op != Op::Socket && !f.multipath).map(|f| f.cookie),
+            op,
+            protocol: call.protocol,
+            addr: key(at.ip()),
+            port: at.port(),
+            calls: 1,
+            rule: None,
+            within: PATIENCE,
+        };
+        kernel.backstop.grant_once(holder, &once).is_ok()
+    }
+
+    /// Lets a whole region pass, of which the process has been told that it need not ask again.
+    pub(super) fn grant_region(&mut self, entry: &Entry) -> bool {
+        let Some(kernel) = &mut self.kernel else { return true };
+        let (Some(holder), Ok(op)) = (kernel.asking, Op::try_from(entry.shape.call)) else { return false };
+        if op != Op::Connect {
+            return true; // what arrives is not the backstop's
+        }
+        let region = Region {
+            op,
+            protocol: Protocol(entry.shape.protocol),
+            addr: entry.addr,
+            prefix: entry.shape.prefix,
+            low: entry.port_low,
+            high: entry.port_high,
+            rule: (entry.rule != u32::MAX).then_some(RuleId(entry.rule)),
+            record: true,
+        };
+        kernel.backstop.grant(holder.in_netns(self.namespace), &[region]).is_ok()
+    }
+
+    /// Takes every region back, and puts the generation in force into the kernel.
+    pub(super) fn clear_grants(&mut self) {
+        self.drain_backstop();
+        let generation = self.generation_in_force();
+        let Some(kernel) = &mut self.kernel else { return };
+        let done = match Generation::try_from(generation) {
+            Ok(generation) => kernel.backstop.set_generation(generation),
+            Err(_) => kernel.backstop.clear(),
+        };
+        if let Err(error) = done {
+            // Better none than an old one: without its owner the kernel refuses what is new.
+            self.kernel = None;
+            self.watch.forget(|s| matches!(s, Source::Backstop));
+            self.note("broker", &format!("the backstop does not take the generation: {error}"), &[]);
+        }
+    }
+
+    /// As [`Self::begin_asking`], for a process that asks through the shim.
+    pub(super) fn begin_asking_by_shim(&mut self, key: ProcessKey) {
+        self.shimmed.insert(key);
+        self.begin_asking(key.pid);
+        let enclosed = self.enclosed(key.pid);
+        if let Some(kernel) = &mut self.kernel {
+            if enclosed {
+                kernel.enclosed.insert(key)
+            } else {
+                kernel.enclosed.remove(&key)
+            };
+        }
+    }
+
+    /// Whether what is known of the process holds for the thread that asks: one may have credentials of its
+    /// own (setresuid(2) as a raw system call).
+    pub(super) fn is_the_asker(&self, key: ProcessKey) -> bool {
+        let asking = self.kernel.as_ref().and_then(|k| k.asking);
+        let context = self.processes.get(&key).map(|p| &p.context);
+        match (asking, context) {
+            (Some(asking), Some(context)) => {
+                asking.uid == context.credentials.uid && asking.tgid == key.pid.cast_unsigned()
+            }
+            (None, _) => true,
+            (Some(_), None) => false,
+        }
+    }
+
+    /// Whether a process is in a cgroup of ours.
+    pub(super) fn enclosed(&self, pid: i32) -> bool {
+        let Some(kernel) = &self.kernel else { return false };
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let path = groups.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or_default();
+        path.split('/').any(|part| part == kernel.cgroup)
+    }
+
+    /// What really holds a process, for `ps`.
+    pub(super) fn held_by_kernel(&self, key: ProcessKey) -> Vec<String> {
+        let mut all = Vec::new();
+        if self.shimmed.contains(&key) {
+            all.push("shim".to_owned());
+        }
+        let filtered = || {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", key.pid)).unwrap_or_default();
+            status.lines().any(|l| l == "Seccomp:\t2")
+        };
+        if !self.guards.is_empty() && filtered() {
+            all.push("guard".to_owned());
+        }
+        if self.enclosed(key.pid) {
+            all.push("backstop".to_owned());
+        }
+        all
+    }
+
+    pub(super) fn forget_grants(&mut self, key: ProcessKey) {
+        self.shimmed.remove(&key);
+        if let Some(kernel) = &mut self.kernel {
+            kernel.enclosed.remove(&key);
+            let _ = kernel.backstop.revoke(key.pid.cast_unsigned());
+        }
+    }
+
+    pub(super) fn forget_listener_grant(&mut self, cookie: u64) {
+        if let Some(kernel) = &mut self.kernel {
+            let _ = kernel.backstop.revoke_listener(cookie);
+        }
+    }
+
+    /// Whether the kernel itself puts connects that a table permits on record.
+    pub(super) fn kernel_records(&self, key: ProcessKey) -> bool {
+        self.kernel.as_ref().is_some_and(|k| k.enclosed.contains(&key))
+    }
+
+    /// The ring has something, and its reader was asleep.
+    pub(super) fn wake_backstop(&mut self) {
+        if let Some(kernel) = &mut self.kernel {
+            (kernel.awake, kernel.heard) = (true, monotonic());
+        }
+        self.drain_backstop();
+    }
+
+    /// As for the rings of processes: looks while there is something, then asks to be woken.
+    pub(super) fn look_at_backstop(&mut self) {
+        if !self.kernel.as_ref().is_some_and(Kernel::is_awake) || self.drain_backstop() > 0 {
+            return;
+        }
+        let Some(kernel) = &mut self.kernel else { return };
+        if monotonic().saturating_sub(kernel.heard) > QUIET && kernel.backstop.events.sleep().is_ok() {
+            // One more look is due after this: the descriptor tells of what came in between, or it is
+            // found now.
+            kernel.awake = false;
+            self.drain_backstop();
+        }
+    }
+
+    fn drain_backstop(&mut self) -> usize {
+        if self.refuses_for_log() {
+            return 0; // they stay there; once there is no room, the kernel refuses
+        }
+        let Some(kernel) = &mut self.kernel else { return 0 };
+        let mut events = Vec::new();
+        kernel.backstop.events.drain(|event| events.push(event));
+        if !events.is_empty() {
+            kernel.heard = monotonic();
+            if !kernel.awake {
+                kernel.awake = true;
+            }
+        }
+        let (now, since_boot) = (realtime(), monotonic());
+        for event in &events {
+            let time = now.saturating_sub(since_boot.saturating_sub(event.time));
+            self.record_event(event, time);
+        }
+        events.len()
+    }
+
+    fn record_event(&mut self, event: &Event, time: u64) {
+        let known: Option<ProcessKey> = self.by_pid.get(&event.holder.tgid.cast_signed()).copied();
+        let context = known.and_then(|k| self.processes.get(&k)).map(|p| Rc::clone(&p.context));
+        if let Some(process) = known.and_then(|k| self.processes.get_mut(&k)) {
+            if event.permitted { process.permitted += 1 } else { process.refused += 1 }
+        }
+        let at = SocketAddr::new(Ipv6Addr::from_bits(event.addr).to_canonical(), event.port);
+        let (local, remote) = match event.op {
+            Op::Bind => (Some(at), None),
+            Op::Listen => (
+                Some(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), event.port)),
+                Some(SocketAddr::new(at.ip(), 0)),
+            ),
+            Op::Socket => (None, None),
+            _ => (None, Some(at)),
+        };
+        let granted = event.cause == Cause::Granted;
+        let verdict = match (granted, event.permitted) {
+            (true, _) => "permit",
+            (false, true) => "would-refuse",
+            (false, false) => word(portcullis_types::Verdict::Refuse),
+        };
+        let generation = event.generation.map(Generation::get);
+        let current = generation == Some(self.generation_in_force());
+        let rule = self.rule_text(event.rule.filter(|_| current));
+        let association = (event.cookie != 0).then_some(event.cookie);
+        let mut more = Vec::with_capacity(4);
+        if let Some(rule) = &rule {
+            more.push(("rule_at", More::Text(&rule.at)));
+        }
+        if context.is_none() && event.holder.tgid != 0 {
+            more.push(("by_pid", More::Number(event.holder.tgid.into())));
+            more.push(("by_uid", More::Number(event.holder.uid.into())));
+        }
+        if event.suppressed > 0 {
+            more.push(("missed", More::Number(event.suppressed.into())));
+        }
+        let seq = self.log.push(&Line {
+            process: context.as_deref(),
+            protocol: Some(event.protocol),
+            local,
+            remote,
+            assurance: Some(if granted { Assurance::Address } else { Assurance::None }),
+            verdict: Some(verdict),
+            rule: rule.as_ref().map(|r| &*r.text),
+            reason: (!granted).then(|| event.cause.reason()),
+            lane: Some(Lane::Plain),
+            association,
+            generation,
+            more: &more,
+            op: &event.op.to_string(),
+            ..Line::bare(time, "", if granted { "table" } else { "backstop" })
+        });
+        if !granted {
+            self.last_refusal = Some(seq);
+        }
+        if let (true, Op::Connect, Protocol::TCP, Some(cookie), Some(context)) =
+            (granted, event.op, event.protocol, association, context)
+        {
+            let flow = Flow {
+                context,
+                op: event.op,
+                protocol: event.protocol,
+                local: None,
+                remote,
+                rule,
+                session: None,
+                lane: Lane::Plain,
+                assurance: Assurance::Address,
+                generation: generation.unwrap_or(0),
+                since: time,
+                seq,
+            };
+            self.flows.open(cookie, flow);
+            self.settle_late(cookie);
+        }
+    }
+}

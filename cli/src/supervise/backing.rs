@@ -1,0 +1,105 @@
+//! What the kernel does for the broker, as far as root must set it up: the backstop's programs on the cgroups of
+//! wrapped trees, and the guard's listeners, handed over to each broker that is started.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use portcullis_backstop::{
+    Attacher, BackstopError, Cgroup, cgroup_name, keep_listeners, listeners_of, load_for_another,
+};
+use portcullis_broker::guard::link::{self, Handed};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Backing {
+    state: PathBuf,
+    wanted: bool,
+    attacher: Option<Attacher>,
+    /// Map of the listeners that the last broker granted.
+    listeners: Option<OwnedFd>,
+    cgroups: Vec<Cgroup>,
+    link: Option<OwnedFd>,
+    /// Guards' listeners.
+    trees: Vec<OwnedFd>,
+}
+
+impl Backing {
+    /// Nothing yet. `wanted`: whether there shall be a backstop.
+    pub fn new(state: PathBuf, wanted: bool) -> Self {
+        Self { state, wanted, ..Self::default() }
+    }
+
+    /// Sets everything up for a broker that is about to start; the result is its end. The earlier broker's
+    /// grants end here, but for its listeners.
+    ///
+    /// # Errors
+    /// What failed; the broker may be started without.
+    pub fn begin(&mut self) -> Result<Option<OwnedFd>, BackstopError> {
+        self.link = None;
+        if !self.wanted {
+            return Ok(None);
+        }
+        let (descriptors, attacher) = load_for_another()?;
+        if let Some(fresh) = listeners_of(&descriptors) {
+            if let Some(old) = &self.listeners {
+                keep_listeners(old.as_fd(), fresh)?;
+            }
+            self.listeners = fresh.try_clone_to_owned().ok();
+        }
+        self.tidy();
+        for cgroup in &self.cgroups {
+            attacher.attach(cgroup)?;
+        }
+        self.attacher = Some(attacher);
+        let handed = (|| {
+            let (ours, theirs) = link::pair()?;
+            link::send(ours.as_fd(), &Handed::Backstop(descriptors))?;
+            for tree in &self.trees {
+                link::send(ours.as_fd(), &Handed::Tree(tree.try_clone()?))?;
+            }
+            self.link = Some(ours);
+            Ok(theirs)
+        })();
+        handed.map(Some).map_err(BackstopError::Identify)
+    }
+
+    /// Puts a process under the backstop, in a child of its own cgroup. `false`: there is none here.
+    ///
+    /// # Errors
+    /// The process is where it was.
+    pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
+        let Some(attacher) = self.attacher.as_ref().filter(|_| self.link.is_some()) else { return Ok(false) };
+        let cgroup = Cgroup::below(pid, &cgroup_name(&self.state))?;
+        if !self.cgroups.iter().any(|known| known.path() == cgroup.path()) {
+            attacher.attach(&cgroup)?;
+        }
+        cgroup.enter(pid)?;
+        self.cgroups.retain(|known| known.path() != cgroup.path());
+        self.cgroups.push(cgroup);
+        Ok(true)
+    }
+
+    /// Lets the broker serve a tree.
+    ///
+    /// # Errors
+    /// As sendmsg(2).
+    pub fn serve(&mut self, listener: &OwnedFd) -> io::Result<()> {
+        let Some(link) = &self.link else { return Err(io::ErrorKind::NotConnected.into()) };
+        link::send(link.as_fd(), &Handed::Tree(listener.try_clone()?))?;
+        self.trees.push(listener.try_clone()?);
+        Ok(())
+    }
+
+    /// Forgets trees that have ended, and removes their cgroups.
+    pub fn tidy(&mut self) {
+        self.trees.retain(|tree| {
+            let mut one = [PollFd::new(tree.as_fd(), PollFlags::empty())];
+            !matches!(poll(&mut one, PollTimeout::ZERO), Ok(n) if n > 0)
+        });
+        self.cgroups.retain(|cgroup| !cgroup.remove_if_empty().unwrap_or(false));
+    }
+}
