@@ -150,6 +150,30 @@ fn multipath_tcp_is_tcp() {
 }
 
 #[test]
+fn an_address_of_another_family_has_the_kernels_own_errno_and_leads_nowhere() {
+    let mut cage = Cage::new();
+    let (_l, to) = listener("127.0.0.1:0");
+    for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM] {
+        for family in [libc::AF_INET6, libc::AF_UNIX, 99] {
+            let odd = move || connect(socket(libc::AF_INET, kind, 0), &Sockaddr::new(to).family(family));
+            assert_eq!(cage.refused(odd), libc::EAFNOSUPPORT, "connect {kind} {family}");
+            let odd = move || bind(socket(libc::AF_INET, kind, 0), &Sockaddr::new(to).family(family));
+            assert_eq!(cage.refused(odd), libc::EAFNOSUPPORT, "bind {kind} {family}");
+            let odd = move || {
+                sendto(socket(libc::AF_INET, kind, 0), libc::MSG_FASTOPEN, &Sockaddr::new(to).family(family))
+            };
+            assert_ne!(cage.refused(odd), 0, "sendto {kind} {family}");
+        }
+    }
+    // bind(2) takes AF_UNSPEC for AF_INET where the address is any.
+    let any: SocketAddr = "0.0.0.0:0".parse().unwrap();
+    let unspecified =
+        || bind(socket(libc::AF_INET, libc::SOCK_STREAM, 0), &Sockaddr::new(any).family(libc::AF_UNSPEC));
+    assert_eq!(cage.refused(unspecified), EPERM);
+    assert_eq!(cage.granted(&[host(Op::Bind, Protocol::TCP, any)], unspecified), 0);
+}
+
+#[test]
 fn bind_is_judged_and_a_free_port_is_port_zero() {
     let mut cage = Cage::new();
     for (at, kind, protocol) in [

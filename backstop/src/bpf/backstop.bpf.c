@@ -286,11 +286,18 @@ INLINE int judge_addr6(struct bpf_sock_addr *ctx, u8 op)
 	return judge(ctx, &event);
 }
 
+/* An address of another family than the hook's is refused by the kernel itself, later and with its own
+ * errno (EAFNOSUPPORT); the hooks of connect and bind come before that. bind takes AF_UNSPEC for AF_INET. */
+#define TAKEN4(family, op) (family == FAMILY_V4 || (op == BIND && family == 0))
+#define TAKEN6(family, op) (family == FAMILY_V6)
+
 /* The attached program, and the one it calls while the broker lives. */
 #define ADDRESS_HOOK(section, name, op, version) \
 	SEC(section) int judge_##name(struct bpf_sock_addr *ctx) { return judge_addr##version(ctx, op); } \
 	SEC(section) int name(struct bpf_sock_addr *ctx) \
 	{ \
+		if (!TAKEN##version(ctx->user_family, op)) \
+			return 1; \
 		tail_call(ctx, &gate_##name, 0); \
 		count(NO_BROKER); \
 		return 0; \

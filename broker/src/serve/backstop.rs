@@ -21,6 +21,8 @@ use crate::{
 
 /// How long a call that was judged may take to be made. A stopped program asks again.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+/// Most calls that are remembered as on record already.
+const MOST_RECORDED: usize = 1 << 16;
 /// After how long without a record the ring is no longer looked at, in nanoseconds.
 const QUIET: u64 = 100_000_000;
 
@@ -34,6 +36,8 @@ pub(super) struct Kernel {
     heard: u64,
     /// Processes that are in a cgroup of ours.
     enclosed: HashSet<ProcessKey>,
+    /// Calls that the broker put on record and the kernel will: cookie, address, port.
+    recorded: HashSet<(u64, u128, u16)>,
     /// Name of those cgroups.
     cgroup: String,
 }
@@ -69,6 +73,7 @@ impl Broker {
                     awake: false,
                     heard: 0,
                     enclosed: HashSet::new(),
+                    recorded: HashSet::new(),
                     cgroup: cgroup_name(&self.state),
                 });
                 self.clear_grants();
@@ -85,9 +90,9 @@ impl Broker {
         }
     }
 
-    /// Lets a call that was judged and permitted pass the backstop. `false`: it could not be, and the
-    /// kernel will refuse it.
-    pub(super) fn grant_call(&mut self, call: &Call) -> bool {
+    /// Lets a call that was judged and permitted pass the backstop. `by_region`: a region that covers it
+    /// has been granted. `false`: it could not be, and the kernel will refuse it.
+    pub(super) fn grant_call(&mut self, call: &Call, by_region: bool) -> bool {
         let namespace = self.namespace;
         let Some(kernel) = &mut self.kernel else { return true };
         let Some(holder) = kernel.asking else { return false };
@@ -107,6 +112,15 @@ impl Broker {
             Op::Accept | Op::Receive => return true,
         };
         let Some(at) = at else { return true };
+        if by_region && op == Op::Connect {
+            // The kernel will record it too, and it is on record already.
+            if let Some(facts) = facts
+                && kernel.recorded.len() < MOST_RECORDED
+            {
+                kernel.recorded.insert((facts.cookie, key(at.ip()), at.port()));
+            }
+            return true;
+        }
         // The kernel sees the unspecified address as such, whichever loopback it leads to.
         let once = Once {
             cookie: facts.filter(|f| op != Op::Socket && !f.multipath).map(|f| f.cookie),
@@ -146,6 +160,7 @@ impl Broker {
         self.drain_backstop();
         let generation = self.generation_in_force();
         let Some(kernel) = &mut self.kernel else { return };
+        kernel.recorded.clear();
         let done = match Generation::try_from(generation) {
             Ok(generation) => kernel.backstop.set_generation(generation),
             Err(_) => kernel.backstop.clear(),
@@ -269,6 +284,12 @@ impl Broker {
         }
         let (now, since_boot) = (realtime(), monotonic());
         for event in &events {
+            let twice = (event.cookie, event.addr, event.port);
+            if event.cause == Cause::Granted
+                && self.kernel.as_mut().is_some_and(|k| k.recorded.remove(&twice))
+            {
+                continue;
+            }
             let time = now.saturating_sub(since_boot.saturating_sub(event.time));
             self.record_event(event, time);
         }

@@ -163,7 +163,7 @@ impl Broker {
         }
         if permitted {
             self.follow(key, &context, call, &finding, rule, seq, reply);
-            self.grant_call(call);
+            self.grant_call(call, Flags(reply.flags).has(Flags::CACHED));
         } else {
             reply.errno = errno(call.op);
         }
