@@ -15,6 +15,7 @@ mod parts;
 mod place;
 mod policy;
 mod run;
+mod selftest;
 mod supervise;
 mod sys;
 mod view;
@@ -47,6 +48,8 @@ enum Command {
     Ps(view::Args),
     /// Say what is in force, and what is not held
     Status(view::Args),
+    /// Try the ways out, live, in a namespace of its own
+    Selftest(selftest::Args),
     /// Check, explain, test, compare, format and query policies
     #[command(subcommand)]
     Policy(policy::Command),
@@ -113,6 +116,7 @@ fn dispatch(command: Command, out: &mut Out) -> u8 {
         Command::Why(args) => why::run(&args, out),
         Command::Ps(args) => view::ps(&args, out),
         Command::Status(args) => view::status(&args, out),
+        Command::Selftest(args) => selftest::run(&args, out),
         Command::Policy(command) => policy::run(command, out),
         Command::Ca(command) => ca::run(command, out),
         Command::Demo(command) => demo::run(command, out),
