@@ -258,7 +258,7 @@ fn flipped(aim: &Aim) -> bool {
                 shared.store(halves(&good), Relaxed);
             }
         });
-        for _ in 0..300 {
+        for _ in 0..2000 {
             let Some(fd) = tcp() else { break };
             if call(libc::SYS_connect, [fd, at(&whole), LENGTH, 0, 0, 0]) == 0 {
                 say(fd);
