@@ -7,12 +7,15 @@ use std::{
 
 use portcullis_shim::{
     creds, dgram, exec, own,
-    shield::{returned, returned_int},
+    shield::{fail, returned, returned_int},
     stream::{self, Accept},
-    sys,
+    sys, Errno,
 };
 
-use crate::{hook::hooks, identity};
+use crate::{
+    hook::{cancellable, hooks, Original},
+    identity,
+};
 
 type Strings = *const *const c_char;
 
@@ -66,6 +69,44 @@ hooks! {
             exec::with_environment(env, &|env| redhook::real!(posix_spawnp)(pid, file, actions, attributes, argv, env))
         };
         if result < 0 { libc::E2BIG } else { result }
+    }
+}
+
+static SYSTEM: Original = Original::new(c"system");
+static POPEN: Original = Original::new(c"popen");
+
+cancellable! {
+    /// system(3): libc starts the shell without our hooks.
+    system(line: *const c_char) -> c_int {
+        let real = SYSTEM.get();
+        if real.is_null() {
+            return fail(Errno(libc::ENOSYS));
+        }
+        let door = exec::leave_door_open();
+        // SAFETY: libc's function of this name and type; its contract is the caller's.
+        let status = unsafe {
+            let real: unsafe extern "C-unwind" fn(*const c_char) -> c_int = std::mem::transmute(real);
+            real(line)
+        };
+        door.close_again();
+        status
+    }
+    /// popen(3), as above.
+    popen(line: *const c_char, mode: *const c_char) -> *mut c_void {
+        let real = POPEN.get();
+        if real.is_null() {
+            fail(Errno(libc::ENOSYS));
+            return std::ptr::null_mut();
+        }
+        let door = exec::leave_door_open();
+        // SAFETY: as above.
+        let stream = unsafe {
+            let real: unsafe extern "C-unwind" fn(*const c_char, *const c_char) -> *mut c_void =
+                std::mem::transmute(real);
+            real(line, mode)
+        };
+        door.close_again();
+        stream
     }
 }
 

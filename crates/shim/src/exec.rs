@@ -249,6 +249,27 @@ impl Door {
     }
 }
 
+/// Leaves the door open for what libc executes by itself (system, popen), without our hooks: until
+/// [`DoorLeftOpen::close_again`].
+#[must_use]
+pub fn leave_door_open() -> DoorLeftOpen {
+    start::ensure();
+    DoorLeftOpen(Door::leave_open())
+}
+
+/// See [`leave_door_open`]. Has no destructor, as a thread may be cancelled meanwhile: then the door stays
+/// open for new images, which does no harm.
+pub struct DoorLeftOpen(Option<Door>);
+
+impl DoorLeftOpen {
+    /// Closed by exec again.
+    pub fn close_again(self) {
+        if let Some(door) = self.0 {
+            door.close_again();
+        }
+    }
+}
+
 /// Runs `exec` with the arguments of an execl(3) as an array, and the place behind its null. The first
 /// five lie in `registers`, as the x86_64 ABI has them (rsi, rdx, rcx, r8, r9); the rest on the stack.
 ///

@@ -46,6 +46,9 @@ pub const WATCHED: u16 = 1 << 2;
 /// A non-blocking connect(2) that was permitted is under way.
 pub const CONNECTING: u16 = 1 << 3;
 
+/// Of another family, and permitted when it was made.
+pub const PERMITTED: u16 = 1 << 4;
+
 /// Set in every hint, so that none is zero.
 const VALID: u64 = 1 << 31;
 

@@ -7,7 +7,7 @@ use portcullis_wire::{Addr, Flags, OpCode, Request};
 use crate::{
     Errno, channel, dgram,
     gate::{call, call_cancellable},
-    hints::{self, CONNECTING, LISTENS, Sock, TOKEN, WATCHED},
+    hints::{self, CONNECTING, LISTENS, PERMITTED, Sock, TOKEN, WATCHED},
     judge::{Call, Op, Permit, judge},
     own,
     peer::Peer,
@@ -59,7 +59,9 @@ pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
         if sock.passes() || (sock.is_internet() && !raw) {
             return Ok(());
         }
-        judge(&Call::new(Op::Socket, fd, sock)).map(|_| ())
+        judge(&Call::new(Op::Socket, fd, sock))?;
+        hints::mark(fd, PERMITTED, 0);
+        Ok(())
     });
     if let Err(errno) = verdict {
         hints::forget(fd);
@@ -125,6 +127,9 @@ unsafe fn plan_connect(
     len: socklen_t,
     audit_seq: &mut u64,
 ) -> Result<Plan, Errno> {
+    if !sys::readable(addr.cast(), length(len)) {
+        return Ok(Plan::Pass);
+    }
     // SAFETY: by this function's contract.
     let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
     let family = peer.family();
@@ -139,17 +144,20 @@ unsafe fn plan_connect(
     if sock.passes() {
         return Ok(Plan::As(peer));
     }
-    let mut call = Call::new(Op::Connect, fd, sock);
-    if sock.is_internet() {
-        // What is too short for its family, or of another one, the kernel answers.
-        let Some(remote) = peer.internet() else { return Ok(Plan::As(peer)) };
-        if sock.has(CONNECTING) && dgram::remembers(Op::Connect, sock, &remote) {
-            return Ok(Plan::As(peer)); // asks how it went
+    if !sock.is_internet() {
+        // Judged when it was made; if that was elsewhere, now.
+        if !sock.has(PERMITTED) {
+            judge(&Call::new(Op::Socket, fd, sock))?;
         }
-        call.remote = remote;
-    } else {
-        call.remote.family = portcullis_wire::Family::Other as u8;
+        return Ok(Plan::As(peer));
     }
+    // What is too short for its family, or of another one, the kernel answers.
+    let Some(remote) = peer.internet() else { return Ok(Plan::As(peer)) };
+    if sock.has(CONNECTING) && dgram::remembers(Op::Connect, sock, &remote) {
+        return Ok(Plan::As(peer)); // asks how it went
+    }
+    let mut call = Call::new(Op::Connect, fd, sock);
+    call.remote = remote;
     let permit = judge(&call)?;
     *audit_seq = permit.audit_seq;
     Ok(Plan::As(rewritten(fd, &permit, peer)))
@@ -195,6 +203,9 @@ pub unsafe fn bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
 /// # Safety
 /// As for bind(2).
 unsafe fn plan_bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> Result<Plan, Errno> {
+    if !sys::readable(addr.cast(), length(len)) {
+        return Ok(Plan::Pass);
+    }
     // SAFETY: by this function's contract.
     let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
     if peer.family() == libc::AF_UNIX {
@@ -275,8 +286,10 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
         Accept::Flags(flags) => (libc::SYS_accept4, arg(flags)),
     };
     let listener = find(fd, libc::AF_INET).filter(|sock| !sock.passes());
+    let wild = |at: usize| !(4096..0x7fff_ffff_f000).contains(&at);
     // SAFETY: the program's `len` is readable if it wants an address.
-    let odd = !addr.is_null() && (len.is_null() || unsafe { len.read() }.cast_signed() < 0);
+    let odd =
+        !addr.is_null() && (wild(addr.addr()) || wild(len.addr()) || unsafe { len.read() }.cast_signed() < 0);
     let Some(listener) = listener.filter(|sock| sock.is_internet() && !odd) else {
         let args = [arg(fd), addr.expose_provenance(), len.expose_provenance(), flags, 0, 0];
         // SAFETY: by this function's contract; nothing here has a destructor.

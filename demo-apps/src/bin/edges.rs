@@ -56,6 +56,11 @@ fn addresses(port: u16) {
         outcome("connect null", libc::connect(fd, null(), size));
         outcome("connect null of no length", libc::connect(fd, null(), 0));
         outcome("connect to page zero", libc::connect(fd, std::ptr::without_provenance(16), size));
+        outcome(
+            "connect to nobody's page",
+            libc::connect(fd, std::ptr::without_provenance(0x10_0000_0000), size),
+        );
+        outcome("bind to nobody's page", libc::bind(fd, std::ptr::without_provenance(0x10_0000_0000), size));
         outcome("connect of length 0", libc::connect(fd, at, 0));
         outcome("connect of length 1", libc::connect(fd, at, 1));
         outcome("connect of length 15", libc::connect(fd, at, 15));
@@ -65,6 +70,7 @@ fn addresses(port: u16) {
         outcome("bind of length 3", libc::bind(fd, at, 3));
         outcome("listen on nothing", libc::listen(-1, 1));
         outcome("accept on nothing", libc::accept(-1, null_mut(), null_mut()));
+        outcome("accept into page zero", libc::accept(fd, std::ptr::without_provenance_mut(3), &mut 16));
         outcome("accept on what does not listen", libc::accept(fd, null_mut(), null_mut()));
         outcome("connect", libc::connect(fd, at, size));
         outcome("connect again", libc::connect(fd, at, size));
