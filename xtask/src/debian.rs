@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[&str] = &[
     "python3-pyftpdlib",
     "netcat-openbsd",
     "nginx-light",
+    "openssl",
     "libnginx-mod-stream",
     "redis-server",
     "redis-tools",
@@ -53,7 +54,16 @@ pub(crate) const TESTS: &[&str] = &[
 ];
 
 /// What the benches compare with.
-pub(crate) const BENCH: &[&str] = &["iproute2", "proxychains4", "torsocks", "tcpd"];
+pub(crate) const BENCH: &[&str] = &[
+    "iproute2",
+    "proxychains4",
+    "torsocks",
+    "tcpd",
+    "nginx-light",
+    "libnginx-mod-stream",
+    "haproxy",
+    "stunnel4",
+];
 
 /// FTP daemons that Debian does not let live beside vsftpd (`Conflicts: ftp-server`): unpacked into the
 /// target folder instead of installed.

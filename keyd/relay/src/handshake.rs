@@ -244,3 +244,123 @@ fn next_record(bytes: &[u8]) -> Option<usize> {
     }
     (bytes.len() >= length).then_some(length)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{ends, shake};
+
+    #[test]
+    fn a_handshake_does_not_care_how_its_bytes_are_cut() {
+        for piece in [1, 2, 5, 100, 1 << 16] {
+            let (client, server) = ends(true);
+            let (client, server) = shake(client, server, piece);
+            assert!(client.confirm && server.confirm);
+            assert_eq!(client.established.cipher, "TLS_AES_128_GCM_SHA256");
+            assert_eq!(server.established.kex, "X25519MLKEM768");
+            assert_eq!(client.established.certificates, server.established.certificates);
+        }
+    }
+
+    #[test]
+    fn without_the_name_nobody_waits() {
+        let (client, server) = ends(false);
+        let (client, server) = shake(client, server, 1000);
+        assert!(!client.confirm && !server.confirm);
+    }
+
+    #[test]
+    fn what_follows_the_handshake_is_left_alone() {
+        let (mut client, mut server) = ends(false);
+        server.receive(&mem::take(&mut client.outgoing));
+        assert_eq!(server.advance(), Ok(Progress::Waiting));
+        client.receive(&mem::take(&mut server.outgoing));
+        assert_eq!(client.advance(), Ok(Progress::Done));
+        let flight = mem::take(&mut client.outgoing);
+        let mut records = client.finish().unwrap().records;
+        let mut early = Vec::new();
+        records.alert(crate::record::Alert::CloseNotify, &mut early).unwrap();
+        server.receive(&flight);
+        server.receive(&early);
+        assert_eq!(server.advance(), Ok(Progress::Done));
+        assert_eq!(server.finish().unwrap().rest, early);
+    }
+
+    #[test]
+    fn garbage_is_answered_by_an_alert() {
+        let (_, mut server) = ends(false);
+        server.receive(b"GET / HTTP/1.0\r\n\r\n");
+        server.advance().unwrap_err();
+        assert_eq!(server.outgoing.first(), Some(&21));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever a peer sends in place of its first or second flight, nobody panics.
+        #[test]
+        fn a_spoilt_flight_is_an_error_and_no_panic(
+            second in any::<bool>(),
+            spoil in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in any::<prop::sample::Index>(),
+            piece in 1usize..2000,
+        ) {
+            let (mut client, mut server) = ends(true);
+            if second {
+                server.receive(&mem::take(&mut client.outgoing));
+                server.advance().unwrap();
+                client.receive(&mem::take(&mut server.outgoing));
+                client.advance().unwrap();
+            }
+            let mut flight = mem::take(&mut client.outgoing);
+            for (at, value) in spoil {
+                let at = at.index(flight.len());
+                flight[at] ^= value;
+            }
+            flight.truncate(1 + cut.index(flight.len()));
+            for part in flight.chunks(piece) {
+                server.receive(part);
+                if server.advance().is_err() {
+                    break;
+                }
+            }
+        }
+
+        /// The same for a server that is hostile to a client.
+        #[test]
+        fn a_spoilt_answer_is_an_error_and_no_panic(
+            spoil in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            piece in 1usize..2000,
+        ) {
+            let (mut client, mut server) = ends(true);
+            server.receive(&mem::take(&mut client.outgoing));
+            server.advance().unwrap();
+            let mut flight = mem::take(&mut server.outgoing);
+            for (at, value) in spoil {
+                let at = at.index(flight.len());
+                flight[at] ^= value;
+            }
+            for part in flight.chunks(piece) {
+                client.receive(part);
+                if client.advance().is_err() {
+                    break;
+                }
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..400), header in any::<bool>()) {
+            let (mut client, mut server) = ends(true);
+            if header {
+                server.receive(&[22, 3, 1, 1, 0]);
+                client.receive(&[22, 3, 3, 1, 0]);
+            }
+            server.receive(&bytes);
+            client.receive(&bytes);
+            let _error_or_more = server.advance();
+            let _error_or_more = client.advance();
+        }
+    }
+}

@@ -75,3 +75,40 @@ fn sized8(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let (length, rest) = bytes.split_first()?;
     rest.split_at_checked(usize::from(*length))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::ends;
+
+    #[test]
+    fn a_client_hello_is_told_from_plain_protocols() {
+        assert_eq!(beginning(&[22, 3, 1]), Beginning::Tls);
+        assert_eq!(beginning(&[22]), Beginning::Unclear);
+        assert_eq!(beginning(b""), Beginning::Unclear);
+        for plain in [&b"USER anonymous"[..], b"\x16\x02", b"\x80\x2e\x01\x03", b"S", b"\0"] {
+            assert_eq!(beginning(plain), Beginning::Plain);
+        }
+    }
+
+    #[test]
+    fn the_offer_is_found_where_rustls_puts_it() {
+        assert!(offers_confirm(&ends(true).0.outgoing));
+        assert!(!offers_confirm(&ends(false).0.outgoing));
+    }
+
+    proptest! {
+        #[test]
+        fn a_cut_or_spoilt_hello_is_no_panic(
+            at in any::<prop::sample::Index>(), value in any::<u8>(), length in any::<prop::sample::Index>(),
+        ) {
+            let mut hello = ends(true).0.outgoing;
+            let place = at.index(hello.len());
+            hello[place] = value;
+            hello.truncate(length.index(hello.len()));
+            let _either = offers_confirm(&hello);
+        }
+    }
+}

@@ -39,6 +39,8 @@ mod provider;
 mod record;
 mod sides;
 mod socket;
+#[cfg(test)]
+mod testing;
 mod worker;
 
 pub use engine::{Engine, How, Id, Limits, Role};

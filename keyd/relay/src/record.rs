@@ -287,3 +287,199 @@ pub(crate) fn whole(bytes: &[u8]) -> Result<Whole, Bad> {
         _ => Ok(Whole::Record(*header, length)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{ends, shake};
+
+    fn pair() -> (Records, Records) {
+        let (client, server) = ends(false);
+        let (client, server) = shake(client, server, 1 << 16);
+        (client.records, server.records)
+    }
+
+    fn sealed(records: &mut Records, plain: &[u8]) -> Vec<u8> {
+        let mut record = vec![0; plain.len() + OVERHEAD];
+        record[HEADER..HEADER + plain.len()].copy_from_slice(plain);
+        records.seal(&mut record).unwrap();
+        record
+    }
+
+    fn opened(records: &mut Records, record: &mut [u8]) -> Result<Opened, Bad> {
+        match whole(record)? {
+            Whole::Record(header, length) => {
+                assert_eq!(HEADER + length, record.len());
+                records.open(header, &mut record[HEADER..])
+            }
+            Whole::Partial => panic!("not whole"),
+        }
+    }
+
+    #[test]
+    fn what_one_end_seals_the_other_opens() {
+        let (mut client, mut server) = pair();
+        for length in [0, 1, 100, PLAIN - 1, PLAIN] {
+            let plain = vec![0xa5; length];
+            let mut record = sealed(&mut client, &plain);
+            assert_eq!(opened(&mut server, &mut record), Ok(Opened::Data(length)));
+            assert_eq!(&record[HEADER..HEADER + length], plain);
+            let mut record = sealed(&mut server, &plain);
+            assert_eq!(opened(&mut client, &mut record), Ok(Opened::Data(length)));
+        }
+    }
+
+    #[test]
+    fn a_record_opens_once_and_in_its_turn() {
+        let (mut client, mut server) = pair();
+        let (first, mut second) = (sealed(&mut client, b"one"), sealed(&mut client, b"two"));
+        assert_eq!(opened(&mut server, &mut second), Err(Bad(Alert::BadRecordMac)));
+        let (mut client, mut server) = pair();
+        let record = sealed(&mut client, b"one");
+        assert_eq!(opened(&mut server, &mut record.clone()), Ok(Opened::Data(3)));
+        assert_eq!(opened(&mut server, &mut record.clone()), Err(Bad(Alert::BadRecordMac)));
+        assert_ne!(first, record, "another association, another key");
+    }
+
+    #[test]
+    fn keys_change_on_request_and_by_age() {
+        let (mut client, mut server) = pair();
+        for _ in 0..3 {
+            let mut update = Vec::new();
+            client.append(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 1], &mut update).unwrap();
+            let next = match &mut *client.schedule {
+                Schedule::Client(kernel) => kernel.update_tx_secret().unwrap(),
+                Schedule::Server(_) => unreachable!(),
+            };
+            client.seal = Key::new(next).unwrap();
+            assert_eq!(opened(&mut server, &mut update), Ok(Opened::Handled { reply: true }));
+            let mut reply = Vec::new();
+            server.key_update(&mut reply).unwrap();
+            assert_eq!(opened(&mut client, &mut reply), Ok(Opened::Handled { reply: false }));
+            let mut record = sealed(&mut client, b"on");
+            assert_eq!(opened(&mut server, &mut record), Ok(Opened::Data(2)));
+            let mut record = sealed(&mut server, b"on");
+            assert_eq!(opened(&mut client, &mut record), Ok(Opened::Data(2)));
+        }
+        client.seal.sequence = REKEY;
+        assert!(client.key_is_worn());
+        let mut update = Vec::new();
+        server.open.sequence = REKEY;
+        client.key_update(&mut update).unwrap();
+        assert!(!client.key_is_worn());
+        assert_eq!(opened(&mut server, &mut update), Ok(Opened::Handled { reply: false }));
+    }
+
+    #[test]
+    fn messages_may_come_in_pieces_but_not_across_a_change_of_keys() {
+        let (mut client, mut server) = pair();
+        let mut records = [Vec::new(), Vec::new()];
+        server.append(ContentType::Handshake, &[NEW_SESSION_TICKET, 0, 0, 4, 1, 2], &mut records[0]).unwrap();
+        server.append(ContentType::Handshake, &[3, 4], &mut records[1]).unwrap();
+        assert_eq!(opened(&mut client, &mut records[0]), Ok(Opened::Handled { reply: false }));
+        assert_eq!(opened(&mut client, &mut records[1]), Ok(Opened::Handled { reply: false }));
+
+        // Data between the pieces is not permitted (RFC 8446, section 5.1).
+        let mut piece = Vec::new();
+        server.append(ContentType::Handshake, &[NEW_SESSION_TICKET, 0, 0, 4, 1, 2], &mut piece).unwrap();
+        opened(&mut client, &mut piece).unwrap();
+        let mut data = sealed(&mut server, b"x");
+        assert_eq!(opened(&mut client, &mut data), Err(Bad(Alert::UnexpectedMessage)));
+
+        let (mut client, mut server) = pair();
+        let mut both = Vec::new();
+        server
+            .append(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0, NEW_SESSION_TICKET, 0, 0, 0], &mut both)
+            .unwrap();
+        assert_eq!(opened(&mut client, &mut both), Err(Bad(Alert::UnexpectedMessage)));
+    }
+
+    #[test]
+    fn tickets_are_for_clients_and_other_messages_for_nobody() {
+        for kind in [0, 1, 2, 13, 20, 255] {
+            let (mut client, mut server) = pair();
+            let mut record = Vec::new();
+            server.append(ContentType::Handshake, &[kind, 0, 0, 0], &mut record).unwrap();
+            assert_eq!(opened(&mut client, &mut record), Err(Bad(Alert::UnexpectedMessage)));
+        }
+        let (mut client, mut server) = pair();
+        let mut record = Vec::new();
+        client.append(ContentType::Handshake, &[NEW_SESSION_TICKET, 0, 0, 0], &mut record).unwrap();
+        assert_eq!(opened(&mut server, &mut record), Err(Bad(Alert::UnexpectedMessage)));
+    }
+
+    #[test]
+    fn alerts_and_padding_are_read_and_the_rest_refused() {
+        let (mut client, mut server) = pair();
+        let mut end = Vec::new();
+        client.alert(Alert::CloseNotify, &mut end).unwrap();
+        assert_eq!(opened(&mut server, &mut end), Ok(Opened::CloseNotify));
+        let mut fatal = Vec::new();
+        client.alert(Alert::AccessDenied, &mut fatal).unwrap();
+        assert_eq!(opened(&mut server, &mut fatal), Ok(Opened::Fatal(49)));
+
+        // Content, its type, then zeros: made by sealing the type as content.
+        let mut padded = sealed_as(&mut client, &[7, 7, 23, 0, 0, 0], 0);
+        assert_eq!(opened(&mut server, &mut padded), Ok(Opened::Data(2)));
+        let mut nothing = sealed_as(&mut client, &[0; 10], 0);
+        assert_eq!(opened(&mut server, &mut nothing), Err(Bad(Alert::UnexpectedMessage)));
+        let mut change = sealed_as(&mut client, &[1], 20);
+        assert_eq!(opened(&mut server, &mut change), Err(Bad(Alert::UnexpectedMessage)));
+    }
+
+    fn sealed_as(records: &mut Records, plain: &[u8], kind: u8) -> Vec<u8> {
+        let mut record = vec![0; plain.len() + OVERHEAD];
+        record[HEADER..HEADER + plain.len()].copy_from_slice(plain);
+        records.seal_as(ContentType::from(kind), &mut record).unwrap();
+        record
+    }
+
+    #[test]
+    fn sizes_have_their_bounds() {
+        let header = |length: u16| {
+            let [high, low] = length.to_be_bytes();
+            [23, 3, 3, high, low]
+        };
+        assert_eq!(whole(&header(16)), Err(Bad(Alert::DecodeError)));
+        assert_eq!(whole(&header(16641)), Err(Bad(Alert::RecordOverflow)));
+        assert_eq!(whole(&header(16640)), Ok(Whole::Partial));
+        assert_eq!(whole(&[22, 3, 3, 0, 30]), Err(Bad(Alert::UnexpectedMessage)));
+        assert_eq!(whole(&[20, 3, 3, 0, 1]), Err(Bad(Alert::UnexpectedMessage)));
+        let (mut client, mut server) = pair();
+        let mut long = sealed(&mut client, &vec![1; PLAIN + 1]);
+        assert_eq!(opened(&mut server, &mut long), Err(Bad(Alert::RecordOverflow)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_changed_record_is_refused(
+            plain in prop::collection::vec(any::<u8>(), 0..200),
+            at in any::<prop::sample::Index>(),
+            change in 1u8..,
+        ) {
+            let (mut client, mut server) = pair();
+            let mut record = sealed(&mut client, &plain);
+            let at = at.index(record.len() - HEADER) + HEADER;
+            record[at] ^= change;
+            prop_assert_eq!(opened(&mut server, &mut record), Err(Bad(Alert::BadRecordMac)));
+        }
+
+        /// What an authenticated peer may put into records is arbitrary; it is an error or handled.
+        #[test]
+        fn arbitrary_content_is_no_panic(
+            contents in prop::collection::vec((any::<u8>(), prop::collection::vec(0u8..32, 0..12)), 1..6),
+        ) {
+            let (mut client, mut server) = pair();
+            for (kind, content) in contents {
+                let mut record = sealed_as(&mut client, &content, kind % 26);
+                if opened(&mut server, &mut record).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}

@@ -117,8 +117,8 @@ fn writing_to_a_closed_program_is_answered_by_reset() {
     assert_eq!(pair.near.read(&mut [0; 1]).unwrap(), 0);
     // As natively: the end was read already, so the reset shows at the next write.
     let error = loop {
-        match pair.near.write(b"too late") {
-            Ok(_) => std::thread::sleep(Duration::from_millis(5)),
+        match pair.near.write_all(b"too late") {
+            Ok(()) => std::thread::sleep(Duration::from_millis(5)),
             Err(error) => break error,
         }
     };

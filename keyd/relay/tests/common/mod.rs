@@ -18,7 +18,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use portcullis_relay::{ClientSide, Engine, Event, Id, Limits, Role, ServerSide, provider};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::{
     RootCertStore,
     client::WebPkiServerVerifier,
@@ -37,7 +37,8 @@ pub struct Domain {
 pub struct Leaf {
     pub chain: Vec<CertificateDer<'static>>,
     pub key: KeyPair,
-    pub chain_pem: String,
+    /// Itself, and its issuer.
+    pub pem: [String; 2],
 }
 
 pub const NAME: &str = "h1.example.com";
@@ -46,6 +47,7 @@ impl Domain {
     pub fn new() -> Self {
         let authority = |name: &str| {
             let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+            params.distinguished_name.push(DnType::CommonName, name);
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             params
         };
@@ -57,10 +59,11 @@ impl Domain {
 
     pub fn leaf(&self, name: &str) -> Leaf {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
         let leaf = params.signed_by(&key, &self.host).unwrap();
-        let chain_pem = leaf.pem() + &self.host.pem();
-        Leaf { chain: vec![leaf.der().clone(), self.host.der().clone()], key, chain_pem }
+        let pem = [leaf.pem(), self.host.pem()];
+        Leaf { chain: vec![leaf.der().clone(), self.host.der().clone()], key, pem }
     }
 
     fn roots(&self) -> Arc<RootCertStore> {
