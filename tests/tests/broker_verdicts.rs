@@ -350,3 +350,26 @@ fn a_listener_that_was_inherited_is_known_by_who_holds_it_now() {
     let permit = host.record("connect", |r| is(r, "connect", "permit"));
     assert!(permit["peer"].as_str().unwrap().contains("user=\"nobody\""), "{permit}");
 }
+
+#[test]
+fn the_broker_keeps_two_capabilities_and_a_user_of_its_own() {
+    let host = Host::here();
+    host.policy(portcullis_tests::ALLOW_ALL);
+    let _it = {
+        let it = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+        it.line("up");
+        it
+    };
+    let status = std::fs::read_to_string(format!("/proc/{}/status", host.broker())).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap_or_else(|| panic!("{name}"));
+        line.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ")
+    };
+    assert!(field("Uid:").split(' ').all(|uid| uid != "0"), "{}", field("Uid:"));
+    assert_eq!(field("Groups:"), "");
+    // CAP_DAC_READ_SEARCH and CAP_SYS_PTRACE (linux/capability.h: 2 and 19)
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        assert_eq!(u64::from_str_radix(&field(set), 16).unwrap(), 1 << 2 | 1 << 19, "{set}");
+    }
+    assert_eq!(u64::from_str_radix(&field("CapInh:"), 16).unwrap(), 0);
+}

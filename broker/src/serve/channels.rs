@@ -40,6 +40,8 @@ pub(super) struct Channel {
     counted: u32,
     /// Event source.
     source: u64,
+    /// Who wrote last.
+    writer: Option<ProcessKey>,
 }
 
 /// How many messages of one channel are taken in a row, so that none starves the others.
@@ -93,13 +95,16 @@ impl Broker {
         let channel = self.watch.id();
         let source = self.watch.add(&socket, Source::Channel(channel)).ok()?;
         share.channels += 1;
-        self.channels.insert(channel, Channel { socket, is_door, counted: uid, source });
+        self.channels.insert(channel, Channel { socket, is_door, counted: uid, source, writer: None });
         Some(channel)
     }
 
     pub(super) fn close_channel(&mut self, id: u64) {
         if let Some(channel) = self.channels.remove(&id) {
             self.watch.remove(&channel.socket, channel.source);
+            if let Some(writer) = channel.writer {
+                self.drain(writer);
+            }
             if let Some(share) = self.users.get_mut(&channel.counted) {
                 share.channels = share.channels.saturating_sub(1);
             }
@@ -151,6 +156,9 @@ impl Broker {
             reply.errno = libc::EACCES;
             return self.send(id, &reply, &[]);
         };
+        if let Some(channel) = self.channels.get_mut(&id) {
+            channel.writer = Some(key);
+        }
         self.answer(id, key, opcode, &request, message.attached.pop());
     }
 
@@ -253,11 +261,16 @@ impl Broker {
             }
             self.bury(key);
         }
+        let named = pidfd.is_some();
         let pidfd = match pidfd {
             Some(pidfd) => pidfd,
             None => pidfd_open(writer.pid).ok()?,
         };
         let at = ProcDir::open(writer.pid).ok()?;
+        // Before Linux 6.5 the number alone came: whoever has it by now must at least be the same user.
+        if !named && at.credentials().ok()?.real != writer.uid {
+            return None;
+        }
         let context = self.inspector.read(writer.pid, pidfd.as_fd(), &at)?;
         let key = context.key;
         let most = self.settings.limits.processes_per_user;

@@ -89,7 +89,7 @@ impl Broker {
             rule: observed.as_ref().or(rule).map(|r| &*r.text),
             reason: observed_why.or(judgement.reason.as_deref()),
             lane: Some(judgement.lane),
-            association: call.cookie(),
+            association: call.flow_cookie(),
             generation: self.in_force.as_ref().map(|f| f.generation),
             more: &more,
             op: &call.op.to_string(),

@@ -64,8 +64,13 @@ impl Call {
         self.socket.as_ref().map(|(_, facts)| facts)
     }
 
-    pub(super) fn cookie(&self) -> Option<u64> {
+    fn cookie(&self) -> Option<u64> {
         self.facts().map(|f| f.cookie)
+    }
+
+    /// The flow's own cookie: not a listener's that stands for what it accepted.
+    pub(super) fn flow_cookie(&self) -> Option<u64> {
+        self.facts().filter(|f| !(f.listening && self.op == Op::Accept)).map(|f| f.cookie)
     }
 }
 

@@ -69,6 +69,8 @@ pub struct Birth {
 /// Credentials of a process (its main thread).
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Credentials {
+    /// Real user id.
+    pub real: u32,
     /// Effective user id.
     pub uid: u32,
     /// Effective group id, then the supplementary ones.
@@ -223,12 +225,13 @@ fn socket_inode(link: &OsStr) -> Option<u64> {
 }
 
 fn parse_credentials(status: &[u8]) -> Option<Credentials> {
-    let mut uid = None;
+    let (mut real, mut uid) = (None, None);
     let mut groups = Vec::new();
     for line in status.split(|b| *b == b'\n') {
         let Ok(line) = std::str::from_utf8(line) else { continue };
         if let Some(ids) = line.strip_prefix("Uid:") {
-            uid = ids.split_ascii_whitespace().nth(1)?.parse().ok(); // real, effective, saved, file system
+            let mut ids = ids.split_ascii_whitespace(); // real, effective, saved, file system
+            (real, uid) = (ids.next()?.parse().ok(), ids.next()?.parse().ok());
         } else if let Some(ids) = line.strip_prefix("Gid:") {
             groups.push(ids.split_ascii_whitespace().nth(1)?.parse().ok()?);
         } else if let Some(ids) = line.strip_prefix("Groups:") {
@@ -236,7 +239,7 @@ fn parse_credentials(status: &[u8]) -> Option<Credentials> {
             break;
         }
     }
-    Some(Credentials { uid: uid?, groups })
+    Some(Credentials { real: real?, uid: uid?, groups })
 }
 
 fn parse_cgroup(text: &str) -> Option<String> {
@@ -301,6 +304,9 @@ mod tests {
     #[test]
     fn effective_credentials_are_taken() {
         let text = b"Name:\tUid:\t9\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t10 11 \nUid:\t0\t0\t0\t0\n";
-        assert_eq!(parse_credentials(text).unwrap(), Credentials { uid: 2, groups: vec![6, 10, 11] });
+        assert_eq!(
+            parse_credentials(text).unwrap(),
+            Credentials { real: 1, uid: 2, groups: vec![6, 10, 11] }
+        );
     }
 }
