@@ -5,8 +5,11 @@
 //! 2 could not.
 
 mod check;
+mod diff;
 mod explain;
 mod fmt;
+mod query;
+mod replay;
 mod test;
 
 use std::{
@@ -35,6 +38,10 @@ pub enum Command {
     Explain(explain::Arguments),
     /// Run the `test` blocks of policies
     Test(test::Arguments),
+    /// Say which flows become allowed, and which refused, between two policies
+    Diff(diff::Arguments),
+    /// Say who may reach what, and which rules are about something
+    Query(query::Arguments),
 }
 
 /// Runs one of them; the result is the exit status.
@@ -44,6 +51,8 @@ pub fn run(command: Command, out: &mut Out) -> u8 {
         Command::Fmt(arguments) => fmt::run(&arguments, out),
         Command::Explain(arguments) => explain::run(&arguments, out),
         Command::Test(arguments) => test::run(&arguments, out),
+        Command::Diff(arguments) => diff::run(&arguments, out),
+        Command::Query(arguments) => query::run(&arguments, out),
     }
 }
 

@@ -134,6 +134,14 @@ const MOST_PIECES: usize = 64;
 /// Compares two policies as they stand at a time.
 #[must_use]
 pub fn diff(old: &Policy, new: &Policy, now: u64) -> Diff {
+    diff_with_atoms(old, new, now).0
+}
+
+#[cfg(test)]
+pub(crate) use pieces::End;
+
+/// The same, with the conditions that its pieces name by number.
+pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Vec<Arc<Atom>>) {
     let mut atoms = Atoms::default();
     let mut places: HashMap<(Effect, Arc<Service>, Expr, Expr), usize> = HashMap::new();
     let mut candidates: Vec<Candidate> = Vec::new();
@@ -158,7 +166,7 @@ pub fn diff(old: &Policy, new: &Policy, now: u64) -> Diff {
     let mut limits = search.limits;
     limits.sort();
     limits.dedup();
-    Diff { exact: limits.is_empty(), changes: search.found, limits }
+    (Diff { exact: limits.is_empty(), changes: search.found, limits }, search.atoms.all)
 }
 
 fn candidate(rule: &Rule, atoms: &mut Atoms) -> Candidate {

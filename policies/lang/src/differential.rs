@@ -130,3 +130,74 @@ fn a_printed_principal_reads_back_as_itself() {
         }
     }
 }
+
+/// Whether a party is in one end of a piece.
+fn in_end(end: &crate::diff::End, atoms: &[std::sync::Arc<crate::model::Atom>], view: &crate::view::View<'_>) -> bool {
+    let by_address = match view.address {
+        crate::model::Address::V4(v4) => end.addresses().v4.iter().any(|r| (r.0..=r.1).contains(&v4)),
+        crate::model::Address::V6(v6) => end.addresses().v6.iter().any(|r| (r.0..=r.1).contains(&v6)),
+        _ => false,
+    };
+    by_address
+        && end.laid().iter().all(|(n, holds)| {
+            let atom = &atoms[usize::try_from(*n).unwrap()];
+            view.atom(atom, !holds) == crate::model::Truth::TRUE
+        })
+}
+
+#[test]
+fn a_diff_holds_all_flows_that_change_and_no_other() {
+    let mut dice = Dice::new(generate::seed("diff against exhaustive evaluation"));
+    let (mut inexact, mut changed, mut total) = (0, 0, 0);
+    for _ in 0..pairs() / 4000 {
+        let old_text = generate::policy(&mut dice);
+        // The new policy is the old one, with some rules left out and some put in.
+        let mut lines: Vec<String> = old_text.lines().map(|l| format!("{l}\n")).collect();
+        for _ in 0..=dice.roll(2) {
+            if !lines.is_empty() && dice.roll(2) == 0 {
+                lines.remove(dice.roll(lines.len()));
+            } else {
+                let at = dice.roll(lines.len() + 1);
+                lines.insert(at, generate::rule(&mut dice));
+            }
+        }
+        let new_text: String = lines.concat();
+        let (old, new) = (policy(&old_text), policy(&new_text));
+        let (diff, atoms) = crate::diff::diff_with_atoms(&old, &new, 0);
+        total += 1;
+        inexact += usize::from(!diff.exact);
+        for _ in 0..200 {
+            let (from, to) = (generate::example(&mut dice), generate::example(&mut dice));
+            let (protocol, port) = generate::port(&mut dice);
+            let before = old.decide_example(&from, &to, protocol, port, 0).permits();
+            let after = new.decide_example(&from, &to, protocol, port, 0).permits();
+            changed += usize::from(before != after);
+            let number = u32::from(protocol.0) << 16 | u32::from(port);
+            let pieces: Vec<_> = diff
+                .changes
+                .iter()
+                .filter(|c| {
+                    c.piece.service.iter().any(|r| (r.0..=r.1).contains(&number))
+                        && in_end(&c.piece.from, &atoms, &from.view())
+                        && in_end(&c.piece.to, &atoms, &to.view())
+                })
+                .collect();
+            let told = format!("old\n{old_text}\nnew\n{new_text}\n{from:#?}\n{to:#?}\n{protocol} {port}\n{diff:#?}");
+            for piece in pieces.iter().filter(|p| p.exact) {
+                assert!(before != after && piece.widens == after, "a region holds a flow that does not change\n{told}");
+            }
+            assert!(before == after || !pieces.is_empty() || !diff.exact, "a flow changes and is in no region\n{told}");
+        }
+        assert!(!crate::diff::diff(&old, &old, 0).widens());
+        // Examples are meant to be pasted.
+        for change in &diff.changes {
+            let e = &change.example;
+            for (policy, permits) in [(&old, !change.widens), (&new, change.widens)] {
+                let answers = policy.explain_words(&e.from, &e.to, &e.service, 0).unwrap_or_else(|d| panic!("{d}"));
+                assert!(answers.iter().all(|a| a.explanation.decision.permits() == permits), "{change:#?}\n{told}", told = old_text);
+            }
+        }
+    }
+    assert!(inexact * 10 < total, "{inexact} of {total} are not exact");
+    assert!(changed > 0);
+}

@@ -279,3 +279,33 @@ pub(crate) fn flow<'a>(dice: &mut Dice, from: &'a Party<'a>, to: &'a Party<'a>) 
 pub(crate) fn address(dice: &mut Dice) -> IpAddr {
     if dice.chance(30) { dice.one(&V6).parse().unwrap() } else { dice.one(&V4).parse().unwrap() }
 }
+
+/// A party of which everything is known.
+pub(crate) fn example(dice: &mut Dice) -> crate::check::Example {
+    let mut process = process_facts(dice);
+    let known = |fact: &mut Fact<String>| {
+        if *fact == Fact::Unknown {
+            *fact = Fact::Known("/usr/bin/curl".to_owned());
+        }
+    };
+    known(&mut process.exe);
+    process.ancestors.iter_mut().for_each(known);
+    if process.sha256 == Fact::Unknown {
+        process.sha256 = Fact::Known([0x11; 32]);
+    }
+    let address = match address(dice) {
+        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4),
+        v4 @ IpAddr::V4(_) => v4,
+    };
+    crate::check::Example {
+        address: Some(address),
+        certificate: dice.chance(70).then(|| facts(dice)),
+        process,
+        has_process: dice.chance(70),
+    }
+}
+
+pub(crate) fn port(dice: &mut Dice) -> (Protocol, u16) {
+    let protocol = dice.one(&[Protocol::TCP, Protocol::TCP, Protocol::UDP, Protocol::ICMP, Protocol::RAW]);
+    (protocol, if protocol.has_ports() { dice.one(&PORTS) } else { 0 })
+}

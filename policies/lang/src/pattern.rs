@@ -212,6 +212,11 @@ impl Pattern {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The pattern of all absolute paths.
+    pub(crate) fn below_root() -> Self {
+        Self { scope: Scope::Path, steps: [Step::Byte(b'/'), Step::Cross].into() }
+    }
+
     /// The pattern that matches everything.
     pub(crate) fn exact_any(scope: Scope) -> Self {
         Self { scope, steps: [Step::Cross].into() }

@@ -36,6 +36,16 @@ pub(crate) enum ServiceItem {
     Related(Span),
 }
 
+impl ServiceItem {
+    pub(crate) fn span(&self) -> Span {
+        match self {
+            Self::Any(span) | Self::Related(span) => *span,
+            Self::Protocol { protocol, ports } => ports.as_ref().map_or(protocol.span, |p| p.span),
+            Self::Named(name) => name.span,
+        }
+    }
+}
+
 /// `allow` or `deny`.
 #[derive(Clone, Debug)]
 pub(crate) struct RuleItem {

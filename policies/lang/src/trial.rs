@@ -154,7 +154,7 @@ impl Policy {
         answer(self, &question(from, to, protocol, port, now))
     }
 
-    fn party(&self, name: &str, text: &str) -> Result<Example, Diagnostics> {
+    pub(crate) fn party(&self, name: &str, text: &str) -> Result<Example, Diagnostics> {
         let mut errors = Diagnostics::default();
         let tree = parser::parse_principal(text, &mut errors);
         // Names are resolved, and attributes checked, as in the policy itself.

@@ -122,6 +122,17 @@ impl Piece {
     }
 }
 
+#[cfg(test)]
+impl End {
+    pub(crate) fn laid(&self) -> &[(u32, bool)] {
+        &self.laid
+    }
+
+    pub(crate) const fn addresses(&self) -> &Ranges {
+        &self.addresses
+    }
+}
+
 impl End {
     fn with(&self, atom: u32, holds: bool, atoms: &Atoms) -> Self {
         let mut end = self.clone();

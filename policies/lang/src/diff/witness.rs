@@ -203,12 +203,23 @@ fn texts(with: &[&Pattern], without: &[&Pattern], many: bool) -> Result<Vec<Stri
 }
 
 /// Fillings for wildcards, to be tried before anything is searched.
-const FILLINGS: [&str; 6] = ["host", "x1", "", "q7w", "a.b", "a/b"];
+const FILLINGS: [&str; 8] = ["host", "x1", "", "q7w", "a.b", "/usr/bin/x1", "/x1", "a/b"];
 /// States that a search may visit.
 const MOST_STATES: usize = 20_000;
 
-/// A text that all of the first match and none of the second.
+/// A text that all of the first match and none of the second; a path, if it can be one.
 fn text(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
+    let path = Pattern::below_root();
+    if with.iter().any(|p| p.scope == path.scope) {
+        let with: Vec<&Pattern> = with.iter().copied().chain([&path]).collect();
+        if let Ok(found) = any_text(&with, without) {
+            return Ok(found);
+        }
+    }
+    any_text(with, without)
+}
+
+fn any_text(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
     let fits = |text: &str| with.iter().all(|p| p.matches(text)) && !without.iter().any(|p| p.matches(text));
     for pattern in with {
         if let Some(only) = pattern.literal() {
