@@ -19,7 +19,7 @@ use crate::{
     peer::Peer,
     shield,
     shield::{fail, returned, returned_int},
-    stream::{self, Plan},
+    stream,
     sys::arg,
 };
 
@@ -72,26 +72,25 @@ pub fn remembers(op: Op, sock: Sock, far: &Addr) -> bool {
     place(&words).is_some_and(|place| place.iter().zip(words).all(|(a, b)| a.load(Ordering::Relaxed) == b))
 }
 
-/// What is to be done with a message to `peer`.
-fn plan(fd: c_int, peer: Peer, flags: c_int) -> Result<Plan, Errno> {
+/// Judges a message to `peer`.
+fn judge_message(fd: c_int, peer: &mut Peer, flags: c_int) -> Result<(), Errno> {
     let family = peer.family();
     if family == libc::AF_UNIX {
-        return Ok(Plan::As(peer));
+        return Ok(());
     }
-    let Some(sock) = hints::find(fd).or_else(|| sandboxed(family)) else { return Ok(Plan::As(peer)) };
-    if !sock.is_internet() {
-        return Ok(Plan::As(peer)); // judged at socket(2)
-    }
+    // What is of another family was judged at socket(2).
+    let sock = hints::find(fd).or_else(|| sandboxed(family)).filter(|sock| sock.is_internet());
+    let Some(sock) = sock else { return Ok(()) };
     let stream = sock.is_stream() && sock.iana() == 6;
     if stream && flags & libc::MSG_FASTOPEN == 0 {
-        return Ok(Plan::As(peer)); // send(2) on a stream has no use for an address
+        return Ok(()); // send(2) on a stream has no use for an address
     }
     let inet = c_int::from(sock.domain) == libc::AF_INET;
     let family = if inet && family == libc::AF_UNSPEC { libc::AF_INET } else { family };
-    let Some(remote) = peer.internet_as(family) else { return Ok(Plan::As(peer)) };
+    let Some(remote) = peer.internet_as(family) else { return Ok(()) };
     let op = if stream { Op::Connect } else { Op::Send };
     if op == Op::Send && remembers(op, sock, &remote) {
-        return Ok(Plan::As(peer));
+        return Ok(());
     }
     let mut call = Call::new(op, fd, sock);
     call.remote = remote;
@@ -100,13 +99,8 @@ fn plan(fd: c_int, peer: Peer, flags: c_int) -> Result<Plan, Errno> {
         stream::watch(fd, sock, &permit);
         remember(op, sock, &remote);
     }
-    match &permit.rewrite {
-        Some(token) => {
-            hints::mark(fd, hints::TOKEN, 0);
-            Ok(Plan::As(Peer::from_wire(token)))
-        }
-        None => Ok(Plan::As(peer)),
-    }
+    stream::rewrite(fd, &permit, peer);
+    Ok(())
 }
 
 fn sandboxed(family: c_int) -> Option<Sock> {
@@ -126,15 +120,13 @@ pub unsafe fn sendto(
     len: socklen_t,
 ) -> isize {
     // SAFETY: by this function's contract.
-    let planned = match unsafe { Peer::copy(addr, len) } {
-        None => Ok(Plan::Pass),
-        Some(peer) => shield(|| plan(fd, peer, flags)),
-    };
-    let (at, length) = match &planned {
-        Err(errno) => return fail(*errno) as isize,
-        Ok(Plan::Pass) => (addr.expose_provenance(), arg(len.cast_signed())),
-        Ok(Plan::As(peer)) => (peer.as_arg(), peer.len()),
-    };
+    let mut peer = unsafe { Peer::copy(addr, len) };
+    if let Some(peer) = &mut peer
+        && let Err(errno) = shield(|| judge_message(fd, peer, flags))
+    {
+        return fail(errno) as isize;
+    }
+    let (at, length) = stream::arguments(peer.as_ref(), addr, len);
     let args = [arg(fd), buffer.expose_provenance(), size, arg(flags), at, length];
     // SAFETY: by this function's contract; a copied address outlives the call; no destructors.
     returned(unsafe { call_cancellable(libc::SYS_sendto, &args) })
@@ -153,12 +145,11 @@ unsafe fn planned(
     // SAFETY: by this function's contract. Read once.
     let mut copy = unsafe { message.read() };
     // SAFETY: the name is readable for its length, as for sendmsg(2).
-    if let Some(named) = unsafe { Peer::copy(copy.msg_name.cast_const().cast(), copy.msg_namelen) }
-        && let Plan::As(judged) = shield(|| plan(fd, named, flags))?
-    {
-        let judged = peer.insert(judged);
-        copy.msg_name = core::ptr::with_exposed_provenance_mut(judged.as_arg());
-        copy.msg_namelen = socklen_t::try_from(judged.len()).unwrap_or(0);
+    *peer = unsafe { Peer::copy(copy.msg_name.cast_const().cast(), copy.msg_namelen) };
+    if let Some(peer) = peer {
+        shield(|| judge_message(fd, peer, flags))?;
+        copy.msg_name = core::ptr::with_exposed_provenance_mut(peer.as_arg());
+        copy.msg_namelen = socklen_t::try_from(peer.len()).unwrap_or(0);
     }
     Ok(copy)
 }

@@ -16,12 +16,24 @@ use crate::{
     sys::{self, arg},
 };
 
-/// Whether the program's own call goes on as it is, or with this address.
-pub enum Plan {
-    /// As the program said.
-    Pass,
-    /// With the copy that was judged.
-    As(Peer),
+/// Address and length for the kernel: the copy that was judged, or what the program said.
+pub fn arguments(peer: Option<&Peer>, addr: *const sockaddr, len: socklen_t) -> (usize, usize) {
+    match peer {
+        Some(peer) => (peer.as_arg(), peer.len()),
+        None => (addr.expose_provenance(), length(len)),
+    }
+}
+
+/// Takes an address of the program's. `None`: the kernel will reject it.
+///
+/// # Safety
+/// As for connect(2).
+unsafe fn take(addr: *const sockaddr, len: socklen_t) -> Option<Peer> {
+    if !sys::readable(addr.cast(), length(len)) {
+        return None;
+    }
+    // SAFETY: by this function's contract, and the kernel has just read there.
+    unsafe { Peer::copy(addr, len) }
 }
 
 fn length(n: socklen_t) -> usize {
@@ -78,21 +90,17 @@ pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
 pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     let mut audit_seq = 0;
     // SAFETY: by this function's contract.
-    let plan = shield(|| unsafe { plan_connect(fd, addr, len, &mut audit_seq) });
-    let result = match &plan {
-        Err(errno) => return fail(*errno),
-        // SAFETY: by this function's contract; nothing here has a destructor.
-        Ok(Plan::Pass) => unsafe {
-            call_cancellable(libc::SYS_connect, &[arg(fd), addr.expose_provenance(), length(len), 0, 0, 0])
-        },
-        // SAFETY: `peer` is readable for its length and outlives the call; no destructors.
-        Ok(Plan::As(peer)) => unsafe {
-            let args = [arg(fd), peer.as_arg(), peer.len(), 0, 0, 0];
-            call_cancellable(libc::SYS_connect, &args)
-        },
-    };
+    let mut peer = unsafe { take(addr, len) };
+    if let Some(peer) = &mut peer
+        && let Err(errno) = shield(|| judge_connect(fd, peer, &mut audit_seq))
+    {
+        return fail(errno);
+    }
+    let (at, length) = arguments(peer.as_ref(), addr, len);
+    // SAFETY: by this function's contract; a copied address outlives the call; no destructors.
+    let result = unsafe { call_cancellable(libc::SYS_connect, &[arg(fd), at, length, 0, 0, 0]) };
     if result < 0
-        && let Ok(Plan::As(peer)) = &plan
+        && let Some(peer) = &peer
     {
         connect_failed(fd, peer, c_int::try_from(-result).unwrap_or(0), audit_seq);
     }
@@ -119,48 +127,34 @@ fn connect_failed(fd: c_int, peer: &Peer, errno: c_int, audit_seq: u64) {
     });
 }
 
-/// # Safety
-/// As for connect(2).
-unsafe fn plan_connect(
-    fd: c_int,
-    addr: *const sockaddr,
-    len: socklen_t,
-    audit_seq: &mut u64,
-) -> Result<Plan, Errno> {
-    if !sys::readable(addr.cast(), length(len)) {
-        return Ok(Plan::Pass);
-    }
-    // SAFETY: by this function's contract.
-    let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
+fn judge_connect(fd: c_int, peer: &mut Peer, audit_seq: &mut u64) -> Result<(), Errno> {
     let family = peer.family();
     if family == libc::AF_UNIX {
-        return Ok(Plan::Pass);
+        return Ok(());
     }
     if family == libc::AF_UNSPEC {
         hints::mark(fd, 0, CONNECTING); // dissolves an association (connect(2))
-        return Ok(Plan::As(peer));
+        return Ok(());
     }
-    let Some(sock) = find(fd, family) else { return Ok(Plan::As(peer)) };
-    if sock.passes() {
-        return Ok(Plan::As(peer));
-    }
+    let Some(sock) = find(fd, family).filter(|sock| !sock.passes()) else { return Ok(()) };
     if !sock.is_internet() {
         // Judged when it was made; if that was elsewhere, now.
         if !sock.has(PERMITTED) {
             judge(&Call::new(Op::Socket, fd, sock))?;
         }
-        return Ok(Plan::As(peer));
+        return Ok(());
     }
     // What is too short for its family, or of another one, the kernel answers.
-    let Some(remote) = peer.internet() else { return Ok(Plan::As(peer)) };
+    let Some(remote) = peer.internet() else { return Ok(()) };
     if sock.has(CONNECTING) && dgram::remembers(Op::Connect, sock, &remote) {
-        return Ok(Plan::As(peer)); // asks how it went
+        return Ok(()); // asks how it went
     }
     let mut call = Call::new(Op::Connect, fd, sock);
     call.remote = remote;
     let permit = judge(&call)?;
     *audit_seq = permit.audit_seq;
-    Ok(Plan::As(rewritten(fd, &permit, peer)))
+    rewrite(fd, &permit, peer);
+    Ok(())
 }
 
 /// A socket that the program uses with an address of `family`. Where a sandbox forbids to look, it is
@@ -172,13 +166,11 @@ fn find(fd: c_int, family: c_int) -> Option<Sock> {
     })
 }
 
-fn rewritten(fd: c_int, permit: &Permit, peer: Peer) -> Peer {
-    match &permit.rewrite {
-        Some(token) => {
-            hints::mark(fd, TOKEN, 0);
-            Peer::from_wire(token)
-        }
-        None => peer,
+/// Puts a token in the place of the address, if that is how the call may go on.
+pub fn rewrite(fd: c_int, permit: &Permit, peer: &mut Peer) {
+    if let Some(token) = &permit.rewrite {
+        hints::mark(fd, TOKEN, 0);
+        *peer = Peer::from_wire(token);
     }
 }
 
@@ -188,35 +180,28 @@ fn rewritten(fd: c_int, permit: &Permit, peer: Peer) -> Peer {
 /// As for bind(2).
 pub unsafe fn bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     // SAFETY: by this function's contract.
-    let result = match shield(|| unsafe { plan_bind(fd, addr, len) }) {
-        Err(errno) => return fail(errno),
-        // SAFETY: by this function's contract.
-        Ok(Plan::Pass) => unsafe {
-            call(libc::SYS_bind, &[arg(fd), addr.expose_provenance(), length(len), 0, 0, 0])
-        },
-        // SAFETY: `peer` is readable for its length and outlives the call.
-        Ok(Plan::As(peer)) => unsafe { call(libc::SYS_bind, &[arg(fd), peer.as_arg(), peer.len(), 0, 0, 0]) },
-    };
-    returned_int(result)
+    let mut peer = unsafe { take(addr, len) };
+    if let Some(peer) = &mut peer
+        && let Err(errno) = shield(|| judge_bind(fd, peer))
+    {
+        return fail(errno);
+    }
+    let (at, length) = arguments(peer.as_ref(), addr, len);
+    // SAFETY: by this function's contract; a copied address outlives the call.
+    returned_int(unsafe { call(libc::SYS_bind, &[arg(fd), at, length, 0, 0, 0]) })
 }
 
-/// # Safety
-/// As for bind(2).
-unsafe fn plan_bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> Result<Plan, Errno> {
-    if !sys::readable(addr.cast(), length(len)) {
-        return Ok(Plan::Pass);
+fn judge_bind(fd: c_int, peer: &mut Peer) -> Result<(), Errno> {
+    let family = peer.family();
+    if family == libc::AF_UNIX {
+        return Ok(());
     }
-    // SAFETY: by this function's contract.
-    let Some(peer) = (unsafe { Peer::copy(addr, len) }) else { return Ok(Plan::Pass) };
-    if peer.family() == libc::AF_UNIX {
-        return Ok(Plan::Pass);
-    }
-    let Some(sock) = find(fd, peer.family()) else { return Ok(Plan::As(peer)) };
+    let Some(sock) = find(fd, family).filter(|sock| sock.is_internet()) else { return Ok(()) };
     let domain = c_int::from(sock.domain);
-    if !sock.is_internet() || !matches!(peer.family(), f if f == domain || f == libc::AF_UNSPEC) {
-        return Ok(Plan::As(peer));
+    if family != domain && family != libc::AF_UNSPEC {
+        return Ok(());
     }
-    let Some(local) = peer.internet_as(domain) else { return Ok(Plan::As(peer)) };
+    let Some(local) = peer.internet_as(domain) else { return Ok(()) };
     let mut call = Call::new(Op::Bind, fd, sock);
     call.local = local;
     if !own::sandboxed() && sys::getsockopt(fd, libc::SO_REUSEPORT).is_some_and(|on| on != 0) {
@@ -224,7 +209,8 @@ unsafe fn plan_bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> Result<
     }
     let permit = judge(&call)?;
     watch(fd, sock, &permit);
-    Ok(Plan::As(rewritten(fd, &permit, peer)))
+    rewrite(fd, &permit, peer);
+    Ok(())
 }
 
 /// Notes whether the shim must look at the senders of a datagram socket.
