@@ -9,7 +9,7 @@
 //! | `host` | this host's name |
 //! | `pid` `start` `exe` `sha256` `uid` `user` `unit` | the process, see [`crate::process::Context`] |
 //! | `session` | the control association of a related channel |
-//! | `op` | a `portcullis_types::Op`, or `close`, `cut`, `policy`, `broker`, `lost`, `protocol` |
+//! | `op` | a `portcullis_types::Op`, or `close`, `cut`, `policy`, `broker`, `lost`, `protocol`, `probe` (of getaddrinfo(3), no flow) |
 //! | `proto` `local` `remote` | `tcp`, `address:port` |
 //! | `peer` | the far process, if it is on this host |
 //! | `assurance` | what proves the far side |
@@ -19,7 +19,7 @@
 //! | `lane` | how it travels |
 //! | `association` | names the flow: a later `close` has the same |
 //! | `generation` | of the policy that decided |
-//! | `via` | what brought it here: `shim`, `table` (a cached verdict), `filter`, `broker`, later `guard`, `backstop` |
+//! | `via` | what brought it here: `shim`, `table` (a cached verdict), `filter`, `broker`, `guard`, `backstop` |
 //!
 //! Then, where they apply: `rule_at` (`file:line`), `rule_name`, `cmdline`, `parents`, `allow` (the
 //! smallest rule that would permit it), `claim` (why a record that a process wrote is not believed),

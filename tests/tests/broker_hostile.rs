@@ -187,9 +187,9 @@ print('done')",
     assert_eq!(done.stdout.trim(), "done", "{done}");
     let records = host.records();
     let claims: Vec<_> = records.iter().filter(|r| r["via"] == "table").collect();
-    assert_eq!(claims[0]["verdict"], "permit", "{}", claims[0]);
-    assert!(claims[1..].iter().all(|r| r["verdict"] == "refuse" && r["claim"].is_string()), "{claims:#?}");
-    assert!(claims.len() >= 4);
+    // What was given, and not used: the kernel's own record would be there if it had been.
+    assert!(claims.iter().all(|r| r["verdict"] == "refuse" && r["claim"].is_string()), "{claims:#?}");
+    assert!(claims.len() >= 3);
     serves(&host);
 }
 

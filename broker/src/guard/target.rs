@@ -40,6 +40,20 @@ pub fn process_of(tid: i32) -> Option<(i32, u32, u32)> {
     Some((i32::try_from(field("Tgid:")?).ok()?, field("Uid:")?, field("Gid:")?))
 }
 
+/// Whether an instruction is one of the C library's own.
+#[must_use]
+pub fn is_in_libc(tid: i32, instruction: u64) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{tid}/maps")).unwrap_or_default();
+    maps.lines().any(|line| {
+        let within =
+            line.split_once(' ').and_then(|(range, _)| range.split_once('-')).is_some_and(|(low, high)| {
+                let bound = |text| u64::from_str_radix(text, 16).unwrap_or(0);
+                (bound(low)..bound(high)).contains(&instruction)
+            });
+        within && line.ends_with("/libc.so.6")
+    })
+}
+
 /// The process behind descriptor `number` of a process, if that is a pidfd.
 #[must_use]
 pub fn behind_pidfd(tid: i32, number: i32) -> Option<i32> {

@@ -19,17 +19,21 @@ use portcullis_wire::{Flags, OpCode, Reply, Request};
 
 use super::{Broker, Source, judge::Call};
 use crate::{
+    Mode,
+    audit::Line,
     guard::{
         calls::{self, Asked, Named, Span, asked},
         link::{self, Handed},
         target,
     },
     process::ProcessKey,
-    sys::{message::Writer, pidfd_getfd, socket::Facts},
+    sys::{message::Writer, pidfd_getfd, realtime, socket::Facts},
 };
 
 /// How many held calls of one tree are answered in a row, so that none starves the others.
 const IN_A_ROW: usize = 16;
+/// Port of the domain name system, whose sockets are connected in order to send.
+const DNS: u16 = 53;
 
 /// One tree's listener.
 #[derive(Debug)]
@@ -127,7 +131,9 @@ impl Broker {
                 let call = held_call(Op::Socket, protocol, -1);
                 self.judge_held(key, &call)
             }
-            Asked::Connect { fd, address } => self.judge_named(key, tid, fd, address, Op::Connect),
+            Asked::Connect { fd, address } => self
+                .judge_probe(key, call, fd, address)
+                .unwrap_or_else(|| self.judge_named(key, tid, fd, address, Op::Connect)),
             Asked::Bind { fd, address } => self.judge_named(key, tid, fd, address, Op::Bind),
             Asked::Listen { fd } => {
                 let Some(socket) = self.internet_socket(key, fd) else { return CONTINUE };
@@ -175,6 +181,42 @@ impl Broker {
         let bound = socket.1.local.filter(|a| a.port() != 0 || !a.ip().is_unspecified());
         let (local, remote) = if op == Op::Bind { (Some(named), None) } else { (bound, Some(named)) };
         self.judge_held(key, &Call { local, remote, ..with_socket(op, socket, fd) })
+    }
+
+    /// getaddrinfo(3) connects datagram sockets to each address it found, to learn which of ours would be used,
+    /// and sends nothing (RFC 6724; glibc does so without its own exported connect). That is judged, and not
+    /// counted as a flow that somebody wanted. `None`: it is no such call.
+    fn judge_probe(&mut self, key: ProcessKey, held: &Notification, fd: i32, address: Span) -> Option<Held> {
+        let tid = held.pid.cast_signed();
+        let Named::Address(named) = calls::address(&target::read_address(tid, address)) else { return None };
+        if named.port() == DNS || !self.shimmed.contains(&key) {
+            return None;
+        }
+        let socket = self.internet_socket(key, fd)?;
+        let fresh = socket.1.local.is_none_or(|a| a.port() == 0) || socket.1.remote.is_none();
+        if !fresh || socket.1.protocol != Protocol::UDP || !target::is_in_libc(tid, held.instruction_pointer)
+        {
+            return None;
+        }
+        let call = Call { remote: Some(canonical(named)), ..with_socket(Op::Connect, socket, fd) };
+        if !self.refresh(key, false) || !self.is_the_asker(key) {
+            return None;
+        }
+        let context = self.context_of(key)?;
+        let permitted = self.consider(&context, &call).judgement.permitted;
+        self.log.push(&Line {
+            process: Some(&context),
+            protocol: Some(call.protocol),
+            remote: call.remote,
+            reason: Some("the resolver asks which address it would use; nothing is sent"),
+            generation: Some(self.generation_in_force()),
+            ..Line::bare(realtime(), "probe", "guard")
+        });
+        if !permitted && self.mode == Mode::Enforce {
+            return Some(Held::Answer(Answer::Fail(libc::EACCES)));
+        }
+        self.grant_call(&call, false);
+        Some(CONTINUE)
     }
 
     /// Datagrams, each by its address; and fast open, which is a connect.

@@ -175,7 +175,7 @@ impl Broker {
     }
 
     /// What the policy, the kernel and the sessions say to one call.
-    fn consider(&mut self, context: &Context, call: &Call) -> Finding {
+    pub(super) fn consider(&mut self, context: &Context, call: &Call) -> Finding {
         let Some(force) = self.in_force.clone() else {
             return Finding::of(Judgement::refusal(self.no_policy()));
         };
