@@ -169,10 +169,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
         Guard::Listener(listener) if held => Some(listener.as_raw_fd()),
         _ => None,
     };
-    let tree = Say::Tree {
-        guarded: matches!(guard, Guard::Listener(_)),
-        listener: by_number,
-    };
+    let tree = Say::Tree { guarded: matches!(guard, Guard::Listener(_)), listener: by_number };
     let mut fds = Vec::new();
     if let Guard::Listener(listener) = &guard {
         fds.push(listener.as_raw_fd());

@@ -24,7 +24,9 @@ fn transfers(daemon: Daemon) {
         fetch(client, "[fd77::2]", Client::Curl, mode, daemon);
     }
     for host in [client, server] {
-        let refused: Vec<_> = host.records().into_iter().filter(|r| r["verdict"] == "refuse").collect();
+        // Names that daemons look up are another matter: the policy has no rule for DNS.
+        let is_tcp = |r: &serde_json::Value| r["verdict"] == "refuse" && r["proto"] == "tcp";
+        let refused: Vec<_> = host.records().into_iter().filter(is_tcp).collect();
         assert!(refused.is_empty(), "{daemon:?}: refused on {}: {refused:#?}", host.name);
     }
     // Each data connection names its session, and the proof it rests on.
