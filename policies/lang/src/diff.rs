@@ -140,6 +140,38 @@ pub fn diff(old: &Policy, new: &Policy, now: u64) -> Diff {
 #[cfg(test)]
 pub(crate) use pieces::End;
 
+/// Whether certainly nobody fulfils a formula. Looks only where conditions could stand against each
+/// other.
+pub(crate) fn is_empty(expr: &Expr) -> bool {
+    let Expr::And(list) = expr else {
+        return match expr {
+            Expr::Nothing => true,
+            Expr::Atom(atom) => matches!(**atom, Atom::Version(low, high) if low > high),
+            Expr::Or(list) => list.iter().all(is_empty),
+            _ => false,
+        };
+    };
+    let kind = |expr: &Expr| match expr {
+        Expr::Atom(atom) => Some(match &**atom {
+            Atom::Address(_) => (0, None, None),
+            Atom::Shown | Atom::Version(..) => (1, None, None),
+            Atom::Certificate(field, _) => (2, Some(*field), None),
+            Atom::Sha256(_) => (3, None, None),
+            Atom::Process(field, _) => (4, None, Some(*field)),
+        }),
+        _ => None,
+    };
+    let mut kinds: Vec<_> = list.iter().map(kind).collect();
+    kinds.sort();
+    let alone = kinds.iter().all(Option::is_some) && kinds.windows(2).all(|w| w.first() != w.last());
+    if alone && !list.iter().any(is_empty) {
+        return false;
+    }
+    let mut atoms = Atoms::default();
+    let form = atoms.form(expr);
+    pieces::nobody(&form, &atoms)
+}
+
 /// The same, with the conditions that its pieces name by number.
 pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Vec<Arc<Atom>>) {
     let mut atoms = Atoms::default();
@@ -199,6 +231,18 @@ fn service_text(ranges: &[(u32, u32)]) -> String {
     if *ranges == service_ranges(&all) {
         return "*".to_owned();
     }
+    let others = complement(&service_ranges(&all), ranges);
+    if others.len() * 4 < ranges.len() {
+        return format!("* except {}", service_list(&others));
+    }
+    service_list(ranges)
+}
+
+fn complement(all: &[(u32, u32)], ranges: &[(u32, u32)]) -> Vec<(u32, u32)> {
+    pieces::minus(all, ranges)
+}
+
+fn service_list(ranges: &[(u32, u32)]) -> String {
     let mut ports = Vec::new();
     for (low, high) in ranges {
         for protocol in (low >> 16)..=(high >> 16) {
@@ -212,6 +256,15 @@ fn service_text(ranges: &[(u32, u32)]) -> String {
         }
     }
     display::service(&Service { any: false, ports })
+}
+
+/// A service that people recognise, if there is a choice.
+fn usual_port(ranges: &[(u32, u32)]) -> Option<u32> {
+    let has = |n: &u32| ranges.iter().any(|(low, high)| (low..=high).contains(&n));
+    let tcp = 6 << 16;
+    let usual = [443, 80, 22, 25, 8080, 5000, 1].map(|port| tcp | port);
+    let first = |from: u32| ranges.iter().map(|(low, _)| *low).find(|low| *low >= from);
+    usual.into_iter().find(has).or_else(|| first(tcp | 1)).or_else(|| first(0))
 }
 
 /// How one policy stands on a piece.
@@ -359,7 +412,7 @@ impl Search<'_> {
     /// Reports a piece with a flow in it, unless that flow is not decided otherwise after all.
     fn report(&mut self, piece: &Piece, widens: bool, whole: Option<usize>) -> bool {
         let Sat::Yes(from, to) = piece.satisfiable(&self.atoms) else { return false };
-        let Some(first) = piece.service.first().map(|(low, _)| *low) else { return false };
+        let Some(first) = usual_port(&piece.service) else { return false };
         let (Ok(protocol), Ok(port)) = (u8::try_from(first >> 16), u16::try_from(first & 0xffff)) else {
             return false;
         };

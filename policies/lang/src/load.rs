@@ -5,6 +5,7 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use crate::{
@@ -69,7 +70,8 @@ pub(crate) fn load_untested(path: &Path) -> Result<Loaded, LoadError> {
     let mut loader = Loader { room: LARGEST, ..Loader::default() };
     let text = loader.read(path)?;
     loader.add(path, text, 0);
-    finish(loader).map_err(LoadError::Policy)
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|d| d.as_secs());
+    finish(loader, now).map_err(LoadError::Policy)
 }
 
 /// Reads one policy file, and none that it includes, for tools that work on its text.
@@ -93,7 +95,7 @@ pub(crate) fn parse_untested(name: &str, text: &str) -> Result<Loaded, Diagnosti
     } else {
         loader.add(Path::new(name), text.to_owned(), 0);
     }
-    finish(loader)
+    finish(loader, None)
 }
 
 pub(crate) fn parse(name: &str, text: &str) -> Result<Loaded, Diagnostics> {
@@ -112,14 +114,14 @@ pub(crate) fn tested(loaded: Loaded) -> Result<Loaded, Diagnostics> {
     Err(all.with_sources(&sources))
 }
 
-fn finish(loader: Loader) -> Result<Loaded, Diagnostics> {
+fn finish(loader: Loader, now: Option<u64>) -> Result<Loaded, Diagnostics> {
     let Loader { items, sources, mut errors, .. } = loader;
     let checked = check::check(items, &sources, &mut errors);
     warn::characters(&sources, &mut errors);
     if errors.has_errors() {
         return Err(errors.with_sources(&sources));
     }
-    warn::warn(&checked, &mut errors);
+    warn::warn(&checked, now, &mut errors);
     let warnings = errors.with_sources(&sources);
     Ok(Loaded { policy: Policy::compile(checked, sources), warnings })
 }

@@ -1,9 +1,236 @@
-//! What is legal and surely not meant.
+//! What is legal and surely not meant. A warning never keeps a policy from being put in force.
 
-use crate::{check::Checked, diagnostic::Diagnostics, source::Source};
+mod characters;
 
-/// Characters that look like others, or change how a line is shown.
-pub(crate) fn characters(_sources: &[Source], _out: &mut Diagnostics) {}
+use std::{collections::HashMap, sync::Arc};
 
-/// Rules that cannot mean what they say.
-pub(crate) fn warn(_checked: &Checked, _out: &mut Diagnostics) {}
+pub(crate) use characters::characters;
+
+use crate::{
+    check::Checked,
+    diagnostic::{Diagnostic, Diagnostics},
+    diff::is_empty,
+    display,
+    model::{Atom, Effect, Expr, Rule},
+    services::Service,
+};
+
+/// A rule that expires within so many seconds is worth a word: 30 days.
+const SOON: u64 = 30 * 86_400;
+/// Ports that are many.
+const MANY: u32 = 1024;
+/// Pairs of rules that are compared in search of denials that hide a rule.
+const MOST_PAIRS: usize = 2_000_000;
+
+/// Looks at the rules; `now`, in seconds since the Unix epoch, if it is known.
+pub(crate) fn warn(checked: &Checked, now: Option<u64>, out: &mut Diagnostics) {
+    for rule in &checked.rules {
+        impossible(rule, out);
+        everything(rule, out);
+        expiring(rule, now, out);
+    }
+    equal(&checked.rules, out);
+    hidden(&checked.rules, out);
+    weaker(&checked.rules, out);
+}
+
+/// A rule that no flow can match.
+fn impossible(rule: &Rule, out: &mut Diagnostics) {
+    let no_service = !rule.service.any && rule.service.ports.is_empty();
+    if no_service {
+        out.push(Diagnostic::warning("this rule can never match: its service is empty", rule.span));
+        return;
+    }
+    for (side, expr) in [("FROM", &rule.from), ("TO", &rule.to)] {
+        let nobody = expr.mentions(|a| matches!(a, Atom::Version(low, high) if low > high));
+        if *expr == Expr::Nothing {
+            let warning = Diagnostic::warning("this rule can never match", rule.span);
+            out.push(
+                warning
+                    .label(format!("{side} is an empty set, which nothing is in"))
+                    .help("whoever shows a certificate is `x509{name=\"*\"}`; everyone is `*`"),
+            );
+        } else if is_empty(expr) {
+            let warning = Diagnostic::warning("this rule can never match", rule.span);
+            let why = if nobody || admits_nobody(expr) {
+                format!("{side}: no certificate has such a `ver`")
+            } else {
+                format!("{side}: nobody fulfils all of {}", display::expr(expr))
+            };
+            out.push(warning.label(why));
+        } else if nobody {
+            let warning = Diagnostic::warning("this `ver` admits nobody", rule.span);
+            out.push(warning.label(format!("in {side}")));
+        }
+    }
+}
+
+/// Whether the versions asked for have nothing in common.
+fn admits_nobody(expr: &Expr) -> bool {
+    let Expr::And(list) = expr else { return false };
+    let (mut low, mut high) = (0, u64::MAX);
+    for part in list.iter() {
+        if let Expr::Atom(atom) = part
+            && let Atom::Version(from, to) = **atom
+        {
+            (low, high) = (low.max(from), high.min(to));
+        }
+    }
+    low > high
+}
+
+fn port_count(service: &Service) -> u32 {
+    if service.any {
+        return u32::MAX;
+    }
+    service.ports.iter().map(|p| u32::from(p.high) - u32::from(p.low) + 1).fold(0, u32::saturating_add)
+}
+
+/// `*` towards many services.
+fn everything(rule: &Rule, out: &mut Diagnostics) {
+    if rule.effect == Effect::Deny || port_count(&rule.service) < MANY {
+        return;
+    }
+    let label = match (rule.from == Expr::Any, rule.to == Expr::Any) {
+        (true, true) => "anyone may reach anyone",
+        (true, false) => "anyone may open these",
+        (false, true) => "these may be opened to anyone",
+        (false, false) => return,
+    };
+    let what = if rule.service.any { "every protocol and port" } else { "very many ports" };
+    let warning = Diagnostic::warning(format!("this rule allows {what}"), rule.span);
+    out.push(warning.label(label).help("name the services that are meant"));
+}
+
+fn expiring(rule: &Rule, now: Option<u64>, out: &mut Diagnostics) {
+    let (Some(end), Some(now)) = (rule.expires, now) else { return };
+    if end <= now {
+        let warning = Diagnostic::warning("this rule has expired", rule.span);
+        out.push(warning.label("it has no force any more").help("take it out, or give it a later date"));
+    } else if end - now <= SOON {
+        let days = (end - now).div_ceil(86_400);
+        let warning = Diagnostic::warning("this rule expires soon", rule.span);
+        out.push(warning.label(format!("in {days} day{}", if days == 1 { "" } else { "s" })));
+    }
+}
+
+/// Two rules that say the same.
+fn equal(rules: &[Rule], out: &mut Diagnostics) {
+    let mut first: HashMap<_, &Rule> = HashMap::with_capacity(rules.len());
+    for rule in rules {
+        let options = (rule.audit, rule.lane, rule.related, rule.expires);
+        let key = (rule.effect, &rule.service, &rule.from, &rule.to, options);
+        match first.get(&key) {
+            Some(before) => out.push(
+                Diagnostic::warning("this rule says what another one says", rule.span)
+                    .label("it changes nothing")
+                    .related("the other one", before.span),
+            ),
+            None => {
+                first.insert(key, rule);
+            }
+        }
+    }
+}
+
+/// An `allow` that can never count, because a `deny` stands against all of it.
+fn hidden(rules: &[Rule], out: &mut Diagnostics) {
+    let denies = rules.iter().filter(|r| r.effect == Effect::Deny && !r.audit);
+    let denies: Vec<&Rule> = denies.collect();
+    let mut room = MOST_PAIRS;
+    for rule in rules.iter().filter(|r| r.effect == Effect::Allow) {
+        if room < denies.len() {
+            return;
+        }
+        room -= denies.len();
+        let lasts = |deny: &Rule| deny.expires.is_none_or(|end| rule.expires.is_some_and(|e| e <= end));
+        let covers = |deny: &&&Rule| {
+            deny.service.covers(&rule.service)
+                && contains(&deny.from, &rule.from)
+                && contains(&deny.to, &rule.to)
+                && lasts(deny)
+        };
+        if let Some(deny) = denies.iter().find(covers) {
+            out.push(
+                Diagnostic::warning("this rule never counts", rule.span)
+                    .label("all of it is denied")
+                    .related("denied here; a `deny` beats every `allow`, wherever it stands", deny.span),
+            );
+        }
+    }
+}
+
+/// Whether whoever fulfils the second formula fulfils the first, as far as that is seen at a glance.
+fn contains(outer: &Expr, inner: &Expr) -> bool {
+    if *outer == Expr::Any || outer == inner || *inner == Expr::Nothing {
+        return true;
+    }
+    match (outer, inner) {
+        (Expr::And(list), inner) => list.iter().all(|e| contains(e, inner)),
+        (Expr::Or(list), inner) if list.iter().any(|e| contains(e, inner)) => true,
+        (outer, Expr::Or(list)) => list.iter().all(|e| contains(outer, e)),
+        (outer, Expr::And(list)) => list.iter().any(|e| contains(outer, e)),
+        (Expr::Atom(outer), Expr::Atom(inner)) => atom_contains(outer, inner),
+        _ => false,
+    }
+}
+
+fn atom_contains(outer: &Atom, inner: &Atom) -> bool {
+    match (outer, inner) {
+        (Atom::Address(a), Atom::Address(b)) => {
+            let v4 = b.v4.iter().all(|(low, high)| a.v4.iter().any(|(l, h)| l <= low && high <= h));
+            v4 && b.v6.iter().all(|(low, high)| a.v6.iter().any(|(l, h)| l <= low && high <= h))
+        }
+        (Atom::Version(a, b), Atom::Version(c, d)) => a <= c && d <= b,
+        (Atom::Certificate(f, a), Atom::Certificate(g, b)) if f == g => pattern_contains(a, b),
+        (Atom::Process(f, a), Atom::Process(g, b)) if f == g => pattern_contains(a, b),
+        _ => false,
+    }
+}
+
+fn pattern_contains(outer: &crate::pattern::Pattern, inner: &crate::pattern::Pattern) -> bool {
+    let text = inner.literal().and_then(|b| String::from_utf8(b).ok());
+    outer.is_any() || text.is_some_and(|t| outer.matches(&t))
+}
+
+/// What kinds of condition prove a party: by certificate, by address.
+fn proofs(expr: &Expr) -> (bool, bool) {
+    let certificate = |a: &Atom| matches!(a, Atom::Shown | Atom::Version(..) | Atom::Certificate(..));
+    (expr.mentions(certificate), expr.mentions(|a| matches!(a, Atom::Address(_))))
+}
+
+/// An `allow` by address beside one by certificate for the same.
+fn weaker(rules: &[Rule], out: &mut Diagnostics) {
+    type Key<'a> = (&'a Arc<Service>, bool, &'a Expr);
+    let allows = || rules.iter().filter(|r| r.effect == Effect::Allow);
+    let ends = |r: &'_ Rule| [(proofs(&r.from), true), (proofs(&r.to), false)];
+    fn key(rule: &Rule, is_from: bool) -> Key<'_> {
+        (&rule.service, is_from, if is_from { &rule.to } else { &rule.from })
+    }
+    let mut strong: HashMap<Key<'_>, &Rule> = HashMap::new();
+    if !allows().any(|r| ends(r).iter().any(|((_, address), _)| *address)) {
+        return;
+    }
+    for rule in allows() {
+        for ((certificate, _), is_from) in ends(rule) {
+            if certificate {
+                strong.entry(key(rule, is_from)).or_insert(rule);
+            }
+        }
+    }
+    for rule in allows() {
+        for ((certificate, address), is_from) in ends(rule) {
+            if certificate || !address {
+                continue;
+            }
+            if let Some(other) = strong.get(&key(rule, is_from)) {
+                let side = if is_from { "FROM" } else { "TO" };
+                out.push(
+                    Diagnostic::warning("this rule trusts an address where another asks for a certificate", rule.span)
+                        .label(format!("{side} is proven by its address alone"))
+                        .related("by certificate here", other.span),
+                );
+            }
+        }
+    }
+}

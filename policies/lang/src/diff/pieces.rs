@@ -57,7 +57,7 @@ fn within<T: Ord>(a: &[(T, T)], b: &[(T, T)]) -> bool {
     })
 }
 
-fn minus<T: Ord + Copy + Step>(a: &[(T, T)], b: &[(T, T)]) -> Vec<(T, T)> {
+pub(super) fn minus<T: Ord + Copy + Step>(a: &[(T, T)], b: &[(T, T)]) -> Vec<(T, T)> {
     let mut left = Vec::new();
     for (low, high) in a {
         let mut next = Some(*low);
@@ -203,14 +203,36 @@ impl End {
         };
         let mut parts: Vec<Expr> = self.laid.iter().filter_map(part).collect();
         if !self.addresses.is_all() {
-            let set = crate::model::AddressSet {
-                v4: self.addresses.v4.as_slice().into(),
-                v6: self.addresses.v6.as_slice().into(),
+            let set = |ranges: &Ranges| {
+                let (v4, v6) = (ranges.v4.as_slice().into(), ranges.v6.as_slice().into());
+                Expr::Atom(Arc::new(Atom::Address(crate::model::AddressSet { v4, v6 })))
             };
-            parts.push(Expr::Atom(Arc::new(Atom::Address(set))));
+            let others = self.addresses.complement();
+            let size = |r: &Ranges| r.v4.len() + r.v6.len();
+            let shorter = size(&others) < size(&self.addresses);
+            parts.push(if shorter { not(set(&others)) } else { set(&self.addresses) });
         }
         display::expr(&and(parts))
     }
+}
+
+/// Whether certainly no party fulfils a formula.
+pub(super) fn nobody(form: &Form, atoms: &Atoms) -> bool {
+    let mut stack = vec![End { laid: Vec::new(), addresses: Ranges::all() }];
+    let mut steps = 0;
+    while let Some(end) = stack.pop() {
+        steps += 1;
+        match (end.stands(form, atoms), end.open(form, atoms)) {
+            (Some(false), _) => {}
+            (None, Some(atom)) if steps < 200 => {
+                let halves = [end.with(atom, false, atoms), end.with(atom, true, atoms)];
+                stack.extend(halves.into_iter().filter(|e| !matches!(witness::party(e, atoms), witness::Found::None)));
+            }
+            // Someone does, or it cannot be told.
+            _ => return false,
+        }
+    }
+    true
 }
 
 /// `&` of three-valued answers, or `|`.
