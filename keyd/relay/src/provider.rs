@@ -1,6 +1,6 @@
 //! The one place that names the cryptography: provider, its order of preference, and the AEAD calls.
 //!
-//! Chosen by measurement, docs/adr/0004-tls-provider.md.
+//! Chosen by measurement, docs/adr/0006-tls-provider.md.
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! The relay engine by itself, a pair of it against stunnel, HAProxy and nginx in the same role: same certificates, same run, interleaved.
+//! The relay engine by itself: a pair of it against stunnel, HAProxy and nginx in the same role.
+//! Same certificates, same run, interleaved.
 //!
 //! `relay [stream|connections|pingpong|idle|busy]...`, all but `busy` by default. `RELAY_ROUNDS` sets how often each
 //! is measured (5), `RELAY_ONLY` names the systems, as `portcullis,nginx`.
