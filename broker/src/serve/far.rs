@@ -179,7 +179,10 @@ fn is_wrapped(pid: i32) -> bool {
     let read =
         fs::File::open(format!("/proc/{pid}/maps")).and_then(|f| f.take(1 << 22).read_to_string(&mut maps));
     read.is_ok()
-        && maps.lines().filter_map(|l| l.split_once('/')).any(|(_, path)| path.contains("portcullis"))
+        && maps
+            .lines()
+            .filter_map(|l| l.split_once('/'))
+            .any(|(_, path)| path.contains("libportcullis_preload"))
 }
 
 /// All processes that hold a socket, with their descriptor.

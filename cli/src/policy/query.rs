@@ -79,7 +79,8 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
 
 fn show(policy: &Policy, reach: &Reach, arguments: &Arguments, out: &mut Out) {
     let Some(rule) = policy.get(reach.rule) else { return };
-    let except: Vec<(_, &Rule)> = reach.except.iter().filter_map(|id| Some((*id, policy.get(*id)?))).collect();
+    let except: Vec<(_, &Rule)> =
+        reach.except.iter().filter_map(|id| Some((*id, policy.get(*id)?))).collect();
     if arguments.format.is_json() {
         out.json(&Line {
             service: &reach.service,

@@ -64,7 +64,8 @@ impl Summary {
     pub fn show(&self, out: &mut Out) {
         out.line(format!("replayed {} flows ({} records passed over)", self.flows, self.passed_over));
         for (process, counts) in &self.changes {
-            let (process, allowed, refused) = (escape(process), counts.becomes_allowed, counts.becomes_refused);
+            let (process, allowed, refused) =
+                (escape(process), counts.becomes_allowed, counts.becomes_refused);
             out.line(format!("    {process}: {allowed} become allowed, {refused} become refused"));
         }
     }
@@ -80,7 +81,8 @@ const LONGEST: usize = 1 << 20;
 pub fn run(files: &[PathBuf], old: &Policy, new: &Policy, now: u64) -> Result<Summary, String> {
     let mut summary = Summary::default();
     for path in files {
-        let failed = |error: std::io::Error| format!("cannot read `{}`: {error}", escape(&path.display().to_string()));
+        let failed =
+            |error: std::io::Error| format!("cannot read `{}`: {error}", escape(&path.display().to_string()));
         let mut file = BufReader::new(File::open(path).map_err(failed)?);
         let mut line = Vec::new();
         loop {
@@ -88,7 +90,8 @@ pub fn run(files: &[PathBuf], old: &Policy, new: &Policy, now: u64) -> Result<Su
             if file.read_until(b'\n', &mut line).map_err(failed)? == 0 {
                 break;
             }
-            let record = (line.len() <= LONGEST).then(|| serde_json::from_slice::<Record>(&line).ok()).flatten();
+            let record =
+                (line.len() <= LONGEST).then(|| serde_json::from_slice::<Record>(&line).ok()).flatten();
             match record.and_then(|r| decide(&r, old, new, now)) {
                 Some((process, before, after)) => {
                     summary.flows += 1;
@@ -115,7 +118,8 @@ fn decide(record: &Record, old: &Policy, new: &Policy, now: u64) -> Option<(Stri
     let (remote, remote_port) = place(record.remote.as_deref());
     remote?;
     let port = if far == Side::To { remote_port } else { local_port };
-    let fact = |text: &Option<String>| text.clone().filter(|t| !t.is_empty()).map_or(Fact::Unknown, Fact::Known);
+    let fact =
+        |text: &Option<String>| text.clone().filter(|t| !t.is_empty()).map_or(Fact::Unknown, Fact::Known);
     let user = record.user.clone().unwrap_or_default();
     let facts = ProcessFacts {
         exe: fact(&record.exe),

@@ -132,7 +132,11 @@ fn a_printed_principal_reads_back_as_itself() {
 }
 
 /// Whether a party is in one end of a piece.
-fn in_end(end: &crate::diff::End, atoms: &[std::sync::Arc<crate::model::Atom>], view: &crate::view::View<'_>) -> bool {
+fn in_end(
+    end: &crate::diff::End,
+    atoms: &[std::sync::Arc<crate::model::Atom>],
+    view: &crate::view::View<'_>,
+) -> bool {
     let by_address = match view.address {
         crate::model::Address::V4(v4) => end.addresses().v4.iter().any(|r| (r.0..=r.1).contains(&v4)),
         crate::model::Address::V6(v6) => end.addresses().v6.iter().any(|r| (r.0..=r.1).contains(&v6)),
@@ -182,19 +186,31 @@ fn a_diff_holds_all_flows_that_change_and_no_other() {
                         && in_end(&c.piece.to, &atoms, &to.view())
                 })
                 .collect();
-            let told = format!("old\n{old_text}\nnew\n{new_text}\n{from:#?}\n{to:#?}\n{protocol} {port}\n{diff:#?}");
+            let told =
+                format!("old\n{old_text}\nnew\n{new_text}\n{from:#?}\n{to:#?}\n{protocol} {port}\n{diff:#?}");
             for piece in pieces.iter().filter(|p| p.exact) {
-                assert!(before != after && piece.widens == after, "a region holds a flow that does not change\n{told}");
+                assert!(
+                    before != after && piece.widens == after,
+                    "a region holds a flow that does not change\n{told}"
+                );
             }
-            assert!(before == after || !pieces.is_empty() || !diff.exact, "a flow changes and is in no region\n{told}");
+            assert!(
+                before == after || !pieces.is_empty() || !diff.exact,
+                "a flow changes and is in no region\n{told}"
+            );
         }
         assert!(!crate::diff::diff(&old, &old, 0).widens());
         // Examples are meant to be pasted.
         for change in &diff.changes {
             let e = &change.example;
             for (policy, permits) in [(&old, !change.widens), (&new, change.widens)] {
-                let answers = policy.explain_words(&e.from, &e.to, &e.service, 0).unwrap_or_else(|d| panic!("{d}"));
-                assert!(answers.iter().all(|a| a.explanation.decision.permits() == permits), "{change:#?}\n{told}", told = old_text);
+                let answers =
+                    policy.explain_words(&e.from, &e.to, &e.service, 0).unwrap_or_else(|d| panic!("{d}"));
+                assert!(
+                    answers.iter().all(|a| a.explanation.decision.permits() == permits),
+                    "{change:#?}\n{told}",
+                    told = old_text
+                );
             }
         }
     }

@@ -64,7 +64,8 @@ impl Policy {
             let asked = narrowed(&rule.service, service.as_ref());
             let against: Vec<_> = denies.iter().filter(|(_, d)| d.service.overlaps(&asked)).collect();
             let covers = |deny: &Rule| {
-                let whole = |party: bool, deny: &Expr, rule: &Expr| party || *deny == Expr::Any || deny == rule;
+                let whole =
+                    |party: bool, deny: &Expr, rule: &Expr| party || *deny == Expr::Any || deny == rule;
                 deny.service.covers(&asked)
                     && whole(from.is_some(), &deny.from, &rule.from)
                     && whole(to.is_some(), &deny.to, &rule.to)

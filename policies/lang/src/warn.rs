@@ -226,9 +226,12 @@ fn weaker(rules: &[Rule], out: &mut Diagnostics) {
             if let Some(other) = strong.get(&key(rule, is_from)) {
                 let side = if is_from { "FROM" } else { "TO" };
                 out.push(
-                    Diagnostic::warning("this rule trusts an address where another asks for a certificate", rule.span)
-                        .label(format!("{side} is proven by its address alone"))
-                        .related("by certificate here", other.span),
+                    Diagnostic::warning(
+                        "this rule trusts an address where another asks for a certificate",
+                        rule.span,
+                    )
+                    .label(format!("{side} is proven by its address alone"))
+                    .related("by certificate here", other.span),
                 );
             }
         }

@@ -226,7 +226,9 @@ pub(super) fn nobody(form: &Form, atoms: &Atoms) -> bool {
             (Some(false), _) => {}
             (None, Some(atom)) if steps < 200 => {
                 let halves = [end.with(atom, false, atoms), end.with(atom, true, atoms)];
-                stack.extend(halves.into_iter().filter(|e| !matches!(witness::party(e, atoms), witness::Found::None)));
+                stack.extend(
+                    halves.into_iter().filter(|e| !matches!(witness::party(e, atoms), witness::Found::None)),
+                );
             }
             // Someone does, or it cannot be told.
             _ => return false,
