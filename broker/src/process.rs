@@ -126,10 +126,15 @@ impl Inspector {
     #[must_use]
     pub fn read(&mut self, pid: i32, pidfd: BorrowedFd<'_>, at: &ProcDir) -> Option<Context> {
         // A process that calls execve(2) or setuid(2) meanwhile is read again, so that the parts fit.
-        for _ in 0..8 {
+        for turn in 0..8 {
             let before = self.read_once(pid, at)?;
             if has_ended(pidfd) {
                 return None;
+            }
+            // In the midst of execve(2) the file is the new one already, and there are no arguments yet.
+            if turn < 4 && before.facts.cmdline.is_empty() {
+                std::thread::yield_now();
+                continue;
             }
             if Self::is_current(&before, at) {
                 return Some(before);

@@ -132,6 +132,18 @@ impl Watch {
         Ok(id)
     }
 
+    /// Waits for one event; then [`Self::once_more`] is needed.
+    fn add_once(&mut self, fd: impl AsFd, source: Source) -> nix::Result<u64> {
+        let id = self.add(&fd, source)?;
+        self.once_more(&fd, id);
+        Ok(id)
+    }
+
+    fn once_more(&self, fd: impl AsFd, id: u64) {
+        let mut event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, id);
+        let _ = self.epoll.modify(fd, &mut event);
+    }
+
     /// Stops waiting for something that closes by itself.
     fn forget(&mut self, source: impl Fn(&Source) -> bool) {
         self.sources.retain(|_, s| !source(s));
@@ -165,6 +177,8 @@ pub(crate) struct Broker {
     diag: Diag,
     endings: Option<Endings>,
     endings_lost: u64,
+    /// Endings are not waited for but looked at: their event source, and when it was done last.
+    endings_looked_at: Option<(u64, Instant)>,
     addresses: Option<Changes>,
     own: Own,
     /// Cookie of the broker's network namespace; 0 if the kernel cannot tell.
@@ -213,6 +227,7 @@ impl Broker {
                 self.dispatch(event.data(), event.events());
             }
             self.look_at_busy_rings();
+            self.tend_endings();
             self.look_at_backstop();
             self.tend_expiry();
             self.flush_log();
@@ -227,7 +242,10 @@ impl Broker {
             Source::Doors => self.take_doors(),
             Source::Control => self.take_clients(),
             Source::Signals => self.take_signals(),
-            Source::Endings => self.take_endings(),
+            Source::Endings => {
+                self.endings_looked_at = Some((id, Instant::now()));
+                self.take_endings();
+            }
             Source::Addresses => self.take_addresses(),
             Source::Files => self.take_file_changes(),
             Source::Keyd => self.take_keyd(),
@@ -243,7 +261,9 @@ impl Broker {
     /// How long nothing has to be done unasked.
     fn patience(&self) -> EpollTimeout {
         let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
-        let quiet = self.busy.is_empty() && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
+        let quiet = self.busy.is_empty()
+            && self.endings_looked_at.is_none()
+            && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
         let soonest = if quiet { expiry } else { Some(POLL) };
         soonest.map_or(EpollTimeout::NONE, |wait| EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX))
     }

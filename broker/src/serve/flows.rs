@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
     rc::Rc,
+    time::Instant,
 };
 
 use portcullis_types::{Assurance, Lane, Op, Protocol};
@@ -111,11 +112,28 @@ impl Flows {
 }
 
 impl Broker {
-    /// Takes word of sockets that ended.
-    pub(super) fn take_endings(&mut self) {
-        let Some(endings) = &mut self.endings else { return };
+    /// Looks for word of ended sockets while there is some, and only then waits for it again: so a
+    /// host that closes thousands of sockets a second does not wake the broker for each.
+    pub(super) fn tend_endings(&mut self) {
+        let Some((source, last)) = self.endings_looked_at else { return };
+        if last.elapsed() < super::POLL {
+            return;
+        }
+        self.endings_looked_at = Some((source, Instant::now()));
+        if self.take_endings() == 0 {
+            self.endings_looked_at = None;
+            if let Some(endings) = &self.endings {
+                self.watch.once_more(endings, source);
+            }
+        }
+    }
+
+    /// Takes word of sockets that ended; how many.
+    pub(super) fn take_endings(&mut self) -> usize {
+        let Some(endings) = &mut self.endings else { return 0 };
         let mut all = Vec::new();
         let complete = endings.take(|ended| all.push(ended));
+        let count = all.len();
         for ended in all {
             self.ended(ended);
         }
@@ -127,6 +145,7 @@ impl Broker {
             }
             Err(_) => self.endings = None,
         }
+        count
     }
 
     fn ended(&mut self, ended: Ended) {

@@ -96,6 +96,7 @@ impl Broker {
             diag: Diag::open().map_err(BrokerError::kernel("sock_diag"))?,
             endings,
             endings_lost: 0,
+            endings_looked_at: None,
             addresses: Changes::open().ok(),
             own: Own::read().map_err(BrokerError::kernel("getifaddrs"))?,
             namespace: own_namespace(),
@@ -149,7 +150,7 @@ impl Broker {
         self.watch.add(&self.control, Source::Control).map_err(failed("epoll_ctl"))?;
         self.watch.add(&self.signals, Source::Signals).map_err(failed("epoll_ctl"))?;
         if let Some(endings) = &self.endings {
-            self.watch.add(endings, Source::Endings).map_err(failed("epoll_ctl"))?;
+            self.watch.add_once(endings, Source::Endings).map_err(failed("epoll_ctl"))?;
         }
         if let Some(handed) = &self.handed {
             self.watch.add(handed, Source::Handed).map_err(failed("epoll_ctl"))?;
