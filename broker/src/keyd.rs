@@ -201,6 +201,15 @@ impl Keyd {
         self.ask(Head { tag: id, count, ..Head::new(Kind::Refuse, 0) }, &[], &[]).map(drop)
     }
 
+    /// Hands over a list of members (`members.toml`), of which associations with whom it revokes end. `true`
+    /// if it is newer than the one in force.
+    ///
+    /// # Errors
+    /// `EBADMSG` if the trust domain's root did not sign it.
+    pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
+        self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
+    }
+
     fn placed(&mut self, kind: Kind, socket: BorrowedFd<'_>, body: &[u8]) -> io::Result<(u64, Places)> {
         let Answer { head, rest, .. } = self.asked(Head::new(kind, 0), body, &[socket])?;
         let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;

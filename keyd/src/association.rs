@@ -10,7 +10,7 @@ mod inbound;
 mod outbound;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -197,7 +197,7 @@ impl Associations {
     /// Does what has become possible.
     pub fn turn(&mut self, diag: &mut Diag) {
         for syn in self.tokens.held() {
-            self.take_syn(syn);
+            self.take_syn(syn, diag);
         }
         let _ = self.mailbox.bell.read();
         let events = std::mem::take(&mut *self.mailbox.events.lock().unwrap_or_else(PoisonError::into_inner));
@@ -326,6 +326,24 @@ impl Associations {
         }
         self.stop(id, if errno > 0 { errno } else { libc::ECONNREFUSED }, "refused by the broker");
         Ok(())
+    }
+
+    /// Takes a newer list of members, and ends what it revokes. `false`: it is not newer.
+    pub fn members(&mut self, text: &str) -> io::Result<bool> {
+        let newer = self.host.take_members(text).map_err(|_| Errno::EBADMSG)?;
+        let revoked: HashSet<&str> =
+            self.host.members().revoked.iter().map(|one| one.serial.as_str()).collect();
+        let is_revoked = |one: &Association| match one.seen.verdict() {
+            Some(Ok(peer)) => {
+                [&peer.serial, &peer.issuer_serial].into_iter().any(|it| revoked.contains(it.as_str()))
+            }
+            _ => false,
+        };
+        let ended: Vec<_> = self.all.iter().filter(|(_, one)| is_revoked(one)).map(|(id, _)| *id).collect();
+        for id in ended {
+            self.stop(id, libc::EACCES, "the peer's certificate is revoked");
+        }
+        Ok(newer)
     }
 
     /// Ends an association wherever it is.

@@ -34,7 +34,6 @@ const CALLS: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_clock_gettime,
     // sockets of protected flows
-    libc::SYS_socket,
     libc::SYS_bind,
     libc::SYS_listen,
     libc::SYS_accept4,
@@ -51,7 +50,6 @@ const CALLS: &[i64] = &[
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_mprotect,
-    libc::SYS_prctl,
     libc::SYS_sched_getaffinity,
     // memory, signals, the end
     libc::SYS_brk,
@@ -97,11 +95,19 @@ fn no_files() -> Result<(), landlock::RulesetError> {
 
 fn calls() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    let commands = bpf::COMMANDS.iter().map(|command| {
-        let command = u64::from(command.cast_unsigned());
-        SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command)?])
-    });
-    rules.insert(libc::SYS_bpf, commands.collect::<Result<_, _>>()?);
+    let families = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+    for (call, first) in [
+        (libc::SYS_bpf, &bpf::COMMANDS[..]),
+        (libc::SYS_socket, &families),
+        (libc::SYS_prctl, &[libc::PR_SET_NAME]),
+    ] {
+        let one = |argument: &i32| {
+            let argument = u64::from(argument.cast_unsigned());
+            let is = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, argument)?;
+            SeccompRule::new(vec![is])
+        };
+        rules.insert(call, first.iter().map(one).collect::<Result<_, _>>()?);
+    }
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, std::env::consts::ARCH.try_into()?)?;
     filter.try_into()

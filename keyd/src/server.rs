@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut, Read, Seek, SeekFrom},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
@@ -233,7 +233,13 @@ impl Server<'_> {
                     Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
                 }
             }
-            Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release | Kind::Admit | Kind::Refuse => {
+            Kind::Open
+            | Kind::Reserve
+            | Kind::Serve
+            | Kind::Release
+            | Kind::Admit
+            | Kind::Refuse
+            | Kind::Members => {
                 return self.associate(kind, head, rest, attached.next(), misfit);
             }
             Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over => return Err(misfit),
@@ -258,6 +264,14 @@ impl Server<'_> {
         let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
             return Err(misfit);
         };
+        if kind == Kind::Members {
+            let file = program.ok_or(misfit)?;
+            let taken = whole(file).and_then(|text| all.members(&text));
+            return Ok(match taken {
+                Ok(newer) => Answer { count: newer.into(), ..Answer::default() },
+                Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EBADMSG)),
+            });
+        }
         let program = program.as_ref().map(AsFd::as_fd);
         let placed = |(tag, places)| Answer { tag: Some(tag), places: Some(places), ..Answer::default() };
         let plain = |()| Answer::default();
@@ -363,6 +377,16 @@ fn list(head: &Head, rest: &[u8], file: Option<OwnedFd>) -> io::Result<Vec<Net>>
         }
     };
     Ok(bytes.chunks_exact(size_of::<Net>()).filter_map(|net| Net::read_from_bytes(net).ok()).collect())
+}
+
+/// A text file from its beginning, if it is not absurdly long.
+fn whole(file: OwnedFd) -> io::Result<String> {
+    const LONGEST: u64 = 64 << 20;
+    let mut file = File::from(file);
+    file.seek(SeekFrom::Start(0))?;
+    let mut text = String::new();
+    file.take(LONGEST).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Takes one message with its descriptors; 0 bytes when the other end is closed; `None` if it was cut

@@ -40,7 +40,7 @@ struct World {
     far_net: File,
     near: Daemon,
     far: Daemon,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 fn own_net() -> File {
@@ -88,7 +88,7 @@ impl World {
         let far = Daemon::with_keys(&folder.path().join(far_name));
         setns(&near_net, CloneFlags::CLONE_NEWNET).unwrap();
         let near = Daemon::with_keys(&folder.path().join(near_name));
-        Self { near_net, far_net, near, far, _folder: folder }
+        Self { near_net, far_net, near, far, folder }
     }
 
     fn on_far<T>(&self, act: impl FnOnce() -> T) -> T {
@@ -400,6 +400,43 @@ fn a_source_port_that_the_program_has_bound_is_the_wires_too() {
 }
 
 #[test]
+fn a_revoked_peer_is_cut_at_once() {
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+    let (mut served, _) = listener.accept().unwrap();
+    served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let members = |world: &mut World, name: &str| {
+        let file = File::open(world.folder.path().join(name)).unwrap();
+        let head = world.far.ask(Kind::Members, 0, 0, &[], &[file.as_fd()]).unwrap().head;
+        if head.errno == 0 { Ok(head.count) } else { Err(head.errno) }
+    };
+    assert_eq!(members(&mut world, "h2/members.toml"), Ok(0), "the one in force");
+    assert_eq!(members(&mut world, "h2/ca.crt"), Err(libc::EBADMSG));
+    let mut authority = Authority::open(world.folder.path()).unwrap();
+    authority.revoke_host(&"h1".parse().unwrap(), 1).unwrap();
+    authority.publish(&world.folder.path().join("h2")).unwrap();
+    let begun = Instant::now();
+    assert_eq!(members(&mut world, "h2/members.toml"), Ok(1));
+    assert_eq!(served.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    assert!(begun.elapsed() < Duration::from_millis(100));
+    // And it does not come back.
+    let (_, client, _) = world.client(far(2121));
+    let told = loop {
+        if let (Kind::Over, _, rest) = world.far.report() {
+            let why = String::from_utf8_lossy(&rest[size_of::<Over>()..]).into_owned();
+            if why.contains("revoked") {
+                break why;
+            }
+        }
+    };
+    assert!(told.contains("of host `h1` is revoked"), "{told}");
+    drop(client);
+}
+
+#[test]
 fn a_daemon_that_dies_takes_its_flows_along() {
     let mut world = World::new();
     let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
@@ -413,5 +450,5 @@ fn a_daemon_that_dies_takes_its_flows_along() {
     nix::sys::signal::kill(world.near.pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     assert!(served.read(&mut [0; 8]).is_err(), "not an end of file: something may be missing");
-    assert!(matches!(client.read(&mut [0; 8]), Ok(0) | Err(_)));
+    assert_eq!(client.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }

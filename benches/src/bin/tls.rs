@@ -124,6 +124,13 @@ struct Variant {
 impl Drop for Variant {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
+            // By request, so that those who have workers end them.
+            let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let end = Instant::now() + Duration::from_secs(2);
+            while matches!(child.try_wait(), Ok(None)) && Instant::now() < end {
+                thread::sleep(Duration::from_millis(20));
+            }
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -139,16 +146,17 @@ impl Variant {
         list.split_whitespace().filter_map(|pid| pid.parse().ok()).chain([own]).collect()
     }
 
-    /// Processor time so far, in seconds.
+    /// Processor time so far, in seconds, of threads that have ended too.
     fn cpu(&self) -> f64 {
-        let nanos = |pid: u32| {
-            let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-            tasks
-                .filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok())
-                .filter_map(|text| text.split_whitespace().next()?.parse::<f64>().ok())
-                .sum::<f64>()
+        const TICKS: f64 = 100.0; // proc_pid_stat(5), sysconf(_SC_CLK_TCK)
+        let ticks = |pid: u32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let (_, fields) = stat.rsplit_once(')')?;
+            Some(
+                fields.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>(),
+            )
         };
-        self.pids().into_iter().map(nanos).sum::<f64>() / 1e9
+        self.pids().into_iter().filter_map(ticks).sum::<f64>() / TICKS
     }
 
     /// Resident memory, in KiB.
@@ -176,7 +184,6 @@ impl Variant {
         for _ in 0..STREAM / (256 * 1024) {
             socket.write_all(&block)?;
         }
-        socket.shutdown(std::net::Shutdown::Write)?;
         let mut count = [0; 8];
         socket.read_exact(&mut count)?;
         let took = begun.elapsed().as_secs_f64();
@@ -268,8 +275,9 @@ fn served(mut socket: TcpStream) -> io::Result<()> {
         let got = socket.read(&mut buffer)?;
         count += got as u64;
         match (got, what) {
-            (0, [b'S']) => return socket.write_all(&count.to_le_bytes()),
             (0, _) => return Ok(()),
+            // Not at its end: nginx would not pass that on.
+            (_, [b'S']) if count >= STREAM => return socket.write_all(&count.to_le_bytes()),
             (_, [b'S']) => {}
             _ => socket.write_all(buffer.get(..got).unwrap_or_default())?,
         }
@@ -304,8 +312,7 @@ impl Place {
 const NGINX: &str = "\
 daemon off; master_process on; worker_processes 2; pid @nginx.pid; error_log stderr crit;
 load_module /usr/lib/nginx/modules/ngx_stream_module.so;
-worker_rlimit_nofile 40000;
-events { worker_connections 20000; }
+events { worker_connections 8000; }
 stream {
   server { listen NEAR backlog=4096; proxy_pass FAR; tcp_nodelay on; proxy_buffer_size 64k;
     proxy_ssl on; proxy_ssl_protocols TLSv1.3; proxy_ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;
@@ -323,7 +330,7 @@ stream {
 const HAPROXY: &str = "\
 global
   nbthread 2
-  maxconn 20000
+  maxconn 4000
   ssl-default-bind-ciphersuites TLS_AES_128_GCM_SHA256
   ssl-default-server-ciphersuites TLS_AES_128_GCM_SHA256
 defaults
@@ -386,10 +393,8 @@ fn measure(folder: &Path) -> io::Result<()> {
     }
     let sink = sink()?;
     let mut variants = vec![variant("direct", sink, None)];
-    for (at, name) in ["portcullis", "nginx", "haproxy", "stunnel"].into_iter().enumerate() {
-        let port = 47_000 + 2 * u16::try_from(at).unwrap_or(0);
-        let local = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let place = Place { folder: folder.to_owned(), near: local(port), far: local(port + 1), sink };
+    for name in ["portcullis", "nginx", "haproxy", "stunnel"] {
+        let place = Place { folder: folder.to_owned(), near: free_port()?, far: free_port()?, sink };
         let Some(mut command) = command(name, &place)? else { continue };
         match command.stdin(Stdio::null()).stdout(Stdio::null()).spawn() {
             Ok(child) => variants.push(variant(name, place.near, Some(child))),
@@ -397,20 +402,34 @@ fn measure(folder: &Path) -> io::Result<()> {
             Err(e) => return Err(e),
         }
     }
-    thread::sleep(Duration::from_secs(1));
     for one in &mut variants {
         let name = one.name;
+        let end = Instant::now() + Duration::from_secs(10);
+        while TcpStream::connect(one.at).is_err() && Instant::now() < end {
+            thread::sleep(Duration::from_millis(50));
+        }
         one.ping().map_err(|e| io::Error::other(format!("{name}: {e}")))?;
         one.pings.clear();
     }
     for _ in 0..TURNS {
-        variants.iter_mut().try_for_each(Variant::stream)?;
-        variants.iter_mut().try_for_each(Variant::new_connections)?;
-        variants.iter_mut().try_for_each(Variant::ping)?;
+        each(&mut variants, "stream", Variant::stream)?;
+        each(&mut variants, "new connections", Variant::new_connections)?;
+        each(&mut variants, "ping-pong", Variant::ping)?;
     }
-    variants.iter_mut().try_for_each(Variant::idle)?;
+    each(&mut variants, "idle", Variant::idle)?;
     table(&variants);
     Ok(())
+}
+
+fn each(variants: &mut [Variant], what: &str, act: fn(&mut Variant) -> io::Result<()>) -> io::Result<()> {
+    variants
+        .iter_mut()
+        .try_for_each(|one| act(one).map_err(|e| io::Error::other(format!("{}, {what}: {e}", one.name))))
+}
+
+/// A port that nobody has just now.
+fn free_port() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
 
 fn variant(name: &'static str, at: SocketAddr, child: Option<Child>) -> Variant {

@@ -61,6 +61,9 @@ pub enum Kind {
     Admit = 9,
     /// End an association (`tag`), shown or not; the program sees `count`, an errno.
     Refuse = 10,
+    /// Here is a list of members (`members.toml`), attached as a file; associations with whom it revokes
+    /// end. Answer: `count` is 1 if it is newer than the one in force, else 0. `EBADMSG`: not signed.
+    Members = 11,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
     /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
@@ -79,7 +82,7 @@ pub const PROCESS: [&str; 5] = ["name", "exe", "sha256", "user", "unit"];
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
@@ -90,6 +93,7 @@ impl Kind {
         Self::Release,
         Self::Admit,
         Self::Refuse,
+        Self::Members,
         Self::Stranger,
         Self::Shown,
         Self::Associated,
@@ -123,7 +127,7 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
         (Stage::Hello, Kind::Hello)
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
             | (Stage::Protecting, Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release)
-            | (Stage::Protecting, Kind::Admit | Kind::Refuse)
+            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members)
     )
 }
 
@@ -378,7 +382,10 @@ mod tests {
         let on_one_screen: [(Stage, &[Kind]); 3] = [
             (Stage::Hello, &[Hello]),
             (Stage::Serving, &[Filter, Refill, Cut]),
-            (Stage::Protecting, &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse]),
+            (
+                Stage::Protecting,
+                &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse, Members],
+            ),
         ];
         for (stage, listed) in on_one_screen {
             for kind in Kind::ALL {

@@ -35,6 +35,9 @@ use crate::{
 /// Most connections taken from one listener before others have their turn.
 const TURN: usize = 64;
 
+/// Most peers of one address that are not running yet, so that one host cannot take all the places.
+const MOST_OF_ONE: usize = 128;
+
 /// A local address that is held for a program, whose own socket is on a token.
 pub(super) struct Reservation {
     /// The real address.
@@ -159,7 +162,7 @@ impl Associations {
                 room -= 1;
                 let wire = adopt(number);
                 if let Err(reason) = self.take_peer(reservation, &wire) {
-                    let _ = reason; // it has gone already, or no certificate can be made: reset
+                    let _ = reason; // it has gone already, has too many, or no certificate can be made: reset
                     reset_on_close(&wire);
                 }
             }
@@ -173,6 +176,10 @@ impl Associations {
         let name = |found: nix::Result<SockaddrStorage>| found.ok().and_then(|name| addr(&name));
         let remote = name(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
         let local = name(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
+        let same = |other: &Association| !other.running && other.places.remote.ip() == remote.ip();
+        if self.all.values().filter(|other| same(other)).count() >= MOST_OF_ONE {
+            return Err(Errno::EAGAIN.into());
+        }
         setsockopt(wire, sockopt::TcpNoDelay, &true)?;
         let identity = self.identity(&json)?;
         let owner =

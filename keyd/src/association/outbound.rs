@@ -17,8 +17,9 @@ use nix::{
 };
 use portcullis_wire::{
     Addr,
-    keyd::{Open, Places},
+    keyd::{Flow, Open, Places},
 };
+use zerocopy::FromZeros;
 
 use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, as_domain, v4};
 use crate::{
@@ -81,24 +82,28 @@ impl Associations {
         Ok((id, places))
     }
 
-    /// A program's SYN to a token has arrived.
-    pub(super) fn take_syn(&mut self, arrived: Syn) {
-        let Some(id) = self.by_token.get(&arrived.token).copied() else {
+    /// A SYN to a token has arrived. One that is not the program's own is refused and changes nothing.
+    pub(super) fn take_syn(&mut self, arrived: Syn, diag: &mut Diag) {
+        let id = self.by_token.get(&arrived.token).copied();
+        let Some((id, one)) = id.and_then(|id| Some((id, self.all.get_mut(&id)?))) else {
             // What it stood for has failed before the program asked.
             let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
             return;
         };
-        let Some(Association { direction: Direction::Outbound { syn, .. }, places, admitted, .. }) =
-            self.all.get_mut(&id)
-        else {
+        let Direction::Outbound { syn, cookie, .. } = &mut one.direction else { return };
+        if syn.is_some() {
+            return; // sent again
+        }
+        let (local, remote) = (v4(arrived.from), Addr::v4(arrived.token, FAR_PORT));
+        let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
+        if diag.cookie(&flow).ok().flatten() != Some(*cookie) {
+            let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
             return;
-        };
-        if syn.is_none() {
-            places.inner_local = v4(arrived.from);
-            *syn = Some(arrived);
-            if *admitted {
-                self.open_held(id);
-            }
+        }
+        one.places.inner_local = local;
+        *syn = Some(arrived);
+        if one.admitted {
+            self.open_held(id);
         }
     }
 

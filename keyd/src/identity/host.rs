@@ -102,14 +102,22 @@ impl Host {
         self.shown.clone()
     }
 
-    /// Takes a newer list of members. An older one, or another domain's, is not taken.
-    pub fn refresh(&mut self, path: &Path) -> Result<bool, IdentityError> {
-        let members = Members::load(path, &self.root)?;
+    /// Takes a newer list of members, as it lies in `members.toml`. An older one, or another domain's, is
+    /// not taken: `false`.
+    pub fn take_members(&mut self, text: &str) -> Result<bool, IdentityError> {
+        let members = Members::read(text, &self.root)?;
         let newer = members.domain == self.domain && members.number > self.members.number;
         if newer {
             self.members = members;
         }
         Ok(newer)
+    }
+
+    /// As [`Self::take_members`], from a file.
+    pub fn refresh(&mut self, path: &Path) -> Result<bool, IdentityError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| IdentityError::File { path: path.to_owned(), source })?;
+        self.take_members(&text)
     }
 
     /// Verifies others of the trust domain.

@@ -78,15 +78,15 @@ impl Members {
         if std::fs::metadata(path).map_err(at)?.len() > LONGEST {
             return Err(at(std::io::ErrorKind::FileTooLarge.into()));
         }
-        Self::verified(&std::fs::read_to_string(path).map_err(at)?, root)?.map_err(|e: toml::de::Error| {
-            IdentityError::Damaged { path: path.to_owned(), reason: e.to_string() }
-        })
+        Self::read(&std::fs::read_to_string(path).map_err(at)?, root)
     }
 
-    fn verified(
-        text: &str,
-        root: &CertificateDer<'_>,
-    ) -> Result<Result<Self, toml::de::Error>, IdentityError> {
+    /// Reads a list from its text.
+    ///
+    /// # Errors
+    /// [`IdentityError::Unsigned`] unless the holder of `root` signed it, [`IdentityError::NoList`] if it is
+    /// signed and yet no list.
+    pub fn read(text: &str, root: &CertificateDer<'_>) -> Result<Self, IdentityError> {
         let (body, signature) = text.rsplit_once(SIGNED).ok_or(IdentityError::Unsigned)?;
         let signature = signature.strip_suffix('\n').and_then(unhex).ok_or(IdentityError::Unsigned)?;
         let root = Read::from(root).map_err(|_| IdentityError::Unsigned)?;
@@ -94,7 +94,7 @@ impl Members {
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, key)
             .verify(body.as_bytes(), &signature)
             .map_err(|_| IdentityError::Unsigned)?;
-        Ok(toml::from_str(body))
+        toml::from_str(body).map_err(|e| IdentityError::NoList(e.to_string()))
     }
 }
 

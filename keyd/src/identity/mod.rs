@@ -80,6 +80,9 @@ pub enum IdentityError {
     /// The list of members is not signed by the root.
     #[error("the list of members is not signed by this trust domain")]
     Unsigned,
+    /// What the root signed is no list of members.
+    #[error("the list of members is damaged: {0}")]
+    NoList(String),
     /// There is a trust domain already.
     #[error("`{}` has a trust domain already: `{domain}`", path.display())]
     Exists {

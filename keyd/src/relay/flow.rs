@@ -148,6 +148,8 @@ impl Flow {
     /// A flow after its handshake. Both sockets are non-blocking.
     pub fn new(plain: OwnedFd, wire: OwnedFd, keys: Keys, wire_ready: Ready) -> Self {
         let Keys { seal, open, renewal, incoming, early, .. } = keys;
+        // If this process dies, the kernel closes for it: that must not look like an orderly end.
+        reset_on_close(&plain);
         Self {
             plain,
             wire,
@@ -387,10 +389,10 @@ impl Flow {
 
     /// Closes both sockets as `how` asks: an end that did not close in order gets a reset.
     pub fn end(self, how: &How) {
-        if !matches!(how, How::Closed) {
-            for socket in [&self.plain, &self.wire] {
-                reset_on_close(socket);
-            }
+        if matches!(how, How::Closed) {
+            let _ = setsockopt(&self.plain, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+        } else {
+            reset_on_close(&self.wire);
         }
     }
 }
