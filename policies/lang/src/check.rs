@@ -85,7 +85,7 @@ pub(crate) fn check(items: Vec<Item>, sources: &[Source], errors: &mut Diagnosti
             Item::Include(_) => {}
             Item::Set { name, value } => checker.define_set(name, value),
             Item::Service { name, items } => checker.define_service(name, items),
-            Item::Rule(rule) => rules.push(rule),
+            Item::Rule(rule) => rules.push(*rule),
             Item::Test(test) => tests.push(test),
         }
     }
@@ -376,7 +376,6 @@ impl Checker<'_> {
             expires: options.expires.map(|d| d.value.end()),
             span: item.span,
             service: Arc::new(service),
-            service_text: source.slice(item.service_span).into(),
             from: from?.expr,
             to: to?.expr,
         })

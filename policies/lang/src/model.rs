@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::IpNet;
 use portcullis_types::Lane;
 use serde::Serialize;
 
@@ -95,17 +94,6 @@ pub(crate) struct AddressSet {
 }
 
 impl AddressSet {
-    pub(crate) fn new(prefixes: &[IpNet]) -> Self {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        for prefix in prefixes {
-            match prefix {
-                IpNet::V4(net) => v4.push((u32::from(net.network()), u32::from(net.broadcast()))),
-                IpNet::V6(net) => v6.push((u128::from(net.network()), u128::from(net.broadcast()))),
-            }
-        }
-        Self { v4: merge(v4).into(), v6: merge(v6).into() }
-    }
-
     pub(crate) fn has_v4(&self, address: u32) -> bool {
         let n = self.v4.partition_point(|(_, high)| *high < address);
         self.v4.get(n).is_some_and(|(low, _)| *low <= address)
@@ -251,7 +239,6 @@ pub struct Rule {
     pub expires: Option<u64>,
     pub(crate) span: Span,
     pub(crate) service: Arc<Service>,
-    pub(crate) service_text: Arc<str>,
     pub(crate) from: Expr,
     pub(crate) to: Expr,
 }

@@ -218,7 +218,7 @@ impl<'a> Parser<'a> {
         let next = self.peek_at(1).kind;
         let item = match self.word() {
             _ if next == Kind::Equal => self.set()?,
-            "allow" | "deny" => Item::Rule(self.rule()?),
+            "allow" | "deny" => Item::Rule(Box::new(self.rule()?)),
             "service" => self.service()?,
             "include" => {
                 self.take();
@@ -348,7 +348,7 @@ impl<'a> Parser<'a> {
     fn rule(&mut self) -> Parsed<RuleItem> {
         let keyword = self.take();
         let allow = self.slice(keyword) == "allow";
-        let (services, service_span, from, to) = self.flow()?;
+        let (services, _, from, to) = self.flow()?;
         let options = self.options()?;
         let end = self.peek();
         let end = if end.kind == Kind::Semicolon {
@@ -356,7 +356,7 @@ impl<'a> Parser<'a> {
         } else {
             self.at.checked_sub(1).and_then(|n| self.tokens.get(n)).map_or(keyword.span, |t| t.span)
         };
-        Ok(RuleItem { allow, services, service_span, from, to, options, span: keyword.span.to(end) })
+        Ok(RuleItem { allow, services, from, to, options, span: keyword.span.to(end) })
     }
 
     fn options(&mut self) -> Parsed<Options> {
@@ -511,7 +511,8 @@ impl Date {
             return None;
         }
         let date = Self { year: year.parse().ok()?, month: month.parse().ok()?, day: day.parse().ok()? };
-        let leap = date.year % 4 == 0 && (date.year % 100 != 0 || date.year % 400 == 0);
+        let leap =
+            date.year.is_multiple_of(4) && (!date.year.is_multiple_of(100) || date.year.is_multiple_of(400));
         let days = match date.month {
             4 | 6 | 9 | 11 => 30,
             2 if leap => 29,

@@ -19,7 +19,7 @@ pub(crate) enum Item {
     Include(Name),
     Service { name: Name, items: Vec<ServiceItem> },
     Set { name: Name, value: Expr },
-    Rule(RuleItem),
+    Rule(Box<RuleItem>),
     Test(TestItem),
 }
 
@@ -51,7 +51,6 @@ impl ServiceItem {
 pub(crate) struct RuleItem {
     pub(crate) allow: bool,
     pub(crate) services: Vec<ServiceItem>,
-    pub(crate) service_span: Span,
     pub(crate) from: Expr,
     pub(crate) to: Expr,
     pub(crate) options: Options,

@@ -227,8 +227,10 @@ impl Lexer<'_> {
             self.push(Kind::Text, len);
             return;
         }
-        let len = self.rest().find('\n').unwrap_or(self.rest().len());
-        self.at += len;
+        // It is taken to end where such strings end, so that what follows is still understood.
+        let rest = self.rest().get(1..).unwrap_or("");
+        let len = rest.find(['\n', ',', '}', ')', ';']).unwrap_or(rest.len());
+        self.push(Kind::Text, len + 1);
         let span = Span { file: self.file, start: to_u32(start), end: to_u32(start) + 1 };
         self.errors
             .push(Diagnostic::error("this string does not end on its line", span).help("close it with `\"`"));
@@ -259,7 +261,8 @@ impl Lexer<'_> {
 /// # Errors
 /// The byte offset within the token and length of an escape that does not exist.
 pub(crate) fn unquote(token: &str) -> Result<String, (u32, char)> {
-    let inner = token.get(1..token.len().saturating_sub(1)).unwrap_or("");
+    let inner = token.strip_prefix('"').unwrap_or(token);
+    let inner = inner.strip_suffix('"').unwrap_or(inner);
     let mut out = String::with_capacity(inner.len());
     let mut chars = inner.char_indices();
     while let Some((i, c)) = chars.next() {

@@ -70,9 +70,9 @@ fn expectation(policy: &Policy, line: &Expected, failures: &mut Diagnostics) {
         if decision.permits() == line.allow {
             continue;
         }
-        let wanted = if line.allow { "allowed" } else { "refused" };
+        let (wanted, got) = if line.allow { ("allowed", "refused") } else { ("refused", "allowed") };
         let service = crate::display::port(protocol, port);
-        let message = format!("this test wants {service} {wanted}, and it is {}", decision.verdict);
+        let message = format!("this test wants {service} {wanted}, and it is {got}");
         let mut failure = Diagnostic::error(message, line.span);
         match decision.rule.and_then(|id| policy.get(id)) {
             Some(rule) => failure = failure.related("by this rule", rule.span),

@@ -1,4 +1,5 @@
 //! What policies mean, one sentence each.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed")]
 
 use portcullis_policy::{
     CertificateFact, CertificateFacts, Fact, Flow, ListenerScope, Party, Policy, ProcessFact, ProcessFacts,
@@ -152,6 +153,36 @@ fn an_audit_deny_lets_go_on_and_says_so() {
     let decision = policy.evaluate(&out(&from, &to, 80));
     assert_eq!((decision.verdict, decision.observe_only), (Verdict::Permit, true));
     assert_eq!((decision.rule, decision.observed), (Some(RuleId(0)), Some(RuleId(1))));
+}
+
+#[test]
+fn an_audit_allow_lets_go_on_and_says_so() {
+    let (from, to) = (Party::UNKNOWN, at("192.0.2.1"));
+    let watched = policy("allow http(*, *) audit;").evaluate(&out(&from, &to, 80));
+    assert_eq!(
+        (watched.verdict, watched.observe_only, watched.observed),
+        (Verdict::Permit, true, Some(RuleId(0)))
+    );
+    let also =
+        policy("allow http(*, *) audit; allow http(*, IPv4{192.0.2.1});").evaluate(&out(&from, &to, 80));
+    assert_eq!((also.verdict, also.observe_only, also.rule), (Verdict::Permit, false, Some(RuleId(1))));
+}
+
+#[test]
+fn a_certificate_vouches_for_its_process() {
+    let policy = policy("allow ftp(*, x509{name=\"*.example.com\"} & process{exe=\"/usr/sbin/vsftpd\"});");
+    let from = Party { process: ProcessFact::Known(&process("/usr/bin/lftp")), ..Party::UNKNOWN };
+    let facts = named("h.example.com");
+    let verdict = |certificate: CertificateFact<'_>| {
+        policy.evaluate(&out(&from, &Party { certificate, ..at("192.0.2.1") }, 21)).verdict
+    };
+    assert_eq!(verdict(CertificateFact::None), Verdict::Refuse);
+    assert_eq!(verdict(CertificateFact::Pending), Verdict::Protect);
+    assert_eq!(verdict(CertificateFact::Shown(&facts)), Verdict::Refuse);
+    let right = CertificateFacts { exe: Some("/usr/sbin/vsftpd".to_owned()), ..facts.clone() };
+    assert_eq!(verdict(CertificateFact::Shown(&right)), Verdict::Permit);
+    let wrong = CertificateFacts { exe: Some("/tmp/vsftpd".to_owned()), ..facts.clone() };
+    assert_eq!(verdict(CertificateFact::Shown(&wrong)), Verdict::Refuse);
 }
 
 #[test]

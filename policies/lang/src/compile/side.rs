@@ -72,6 +72,9 @@ pub(super) struct SideIndex {
     unknown: [Vec<u32>; 6],
 }
 
+/// How many share the value that a condition leads by, which condition it is, and the values.
+type Leading = (u32, usize, Vec<(Lead, u64)>);
+
 /// Values that more alternatives than this share are narrowed down by a second one.
 const CROWD: u32 = 3;
 
@@ -128,7 +131,7 @@ impl Builder<'_> {
     fn add(&mut self, principal: u32, term: Term) {
         let denied = self.denies.get(to_usize(principal)).copied().unwrap_or(false);
         // What each condition leads by, the least crowded first; long lists cost memory.
-        let mut leads: Vec<(u32, usize, Vec<(Lead, u64)>)> = Vec::new();
+        let mut leads: Vec<Leading> = Vec::new();
         for (at, literal) in term.literals.iter().enumerate() {
             let facts = candidates(literal);
             let most = facts.iter().map(|(_, h)| self.crowd.get(h).copied().unwrap_or(1)).max();

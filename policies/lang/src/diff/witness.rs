@@ -26,12 +26,15 @@ enum No {
     Idea,
 }
 
+/// Inclusive ranges.
+type Versions = Vec<(u64, u64)>;
+
 /// The conditions of one end, by what they are about.
 #[derive(Default)]
 struct Wanted<'a> {
     shown: Option<bool>,
     certificate: bool,
-    versions: (Vec<(u64, u64)>, Vec<(u64, u64)>),
+    versions: (Versions, Versions),
     sha256: (Vec<[u8; 32]>, Vec<[u8; 32]>),
     certificates: Vec<(CertificateField, &'a Pattern, bool)>,
     processes: Vec<(ProcessField, &'a Pattern, bool)>,
