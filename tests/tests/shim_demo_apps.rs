@@ -4,7 +4,7 @@
 
 use std::{net::TcpListener, time::Instant};
 
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, built};
 
 /// A port that nobody has, for now.
 fn free_port() -> u16 {
@@ -201,4 +201,22 @@ fn a_child_in_a_sandbox_of_its_own_is_served_and_refused() {
     // The child is judged as who it has become.
     let refused = host.record("the child's refusal", |r| r["verdict"] == "refuse");
     assert_eq!(refused["user"], "nobody", "{refused}");
+}
+
+#[test]
+fn verdicts_that_are_remembered_end_with_the_credentials_they_were_given_to() {
+    let net = Net::new(&["near", "far"]);
+    let [near, far] = net.hosts();
+    near.policy("allow *(process{user=\"root\"}, *);\n");
+    let at = format!("{}:7001", far.address);
+    let _server = serving(far, false, &[&app("serve"), &at, "100", "threads"]);
+    let done = Finished::of(&mut near.run(&client("dial-changed", &at, &["5"])));
+    assert_eq!(done.success(), "root: pong 0\n".repeat(5) + "nobody: EACCES\nchild: EACCES\n");
+    // Most of the five were answered from the table, and all of them are on record.
+    let records = near.records();
+    let of = |verdict: &str| {
+        records.iter().filter(|r| r["op"] == "connect" && r["verdict"] == verdict).collect::<Vec<_>>()
+    };
+    assert_eq!((of("permit").len(), of("refuse").len()), (5, 2), "{records:?}");
+    assert!(of("permit").iter().any(|r| r["via"] == "table"), "{:?}", of("permit"));
 }
