@@ -363,7 +363,7 @@ impl Supervisor {
         let place = &self.place;
         let _absent = fs::remove_file(place.supervisor_socket());
         self.parts.end();
-        self.parts.backing.tidy();
+        self.parts.backing.end();
         for path in [place.broker_socket(), place.control_socket()] {
             let _absent = fs::remove_file(path);
         }

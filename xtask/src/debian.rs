@@ -13,10 +13,11 @@ use crate::{
 };
 
 /// What the demo wraps and shows.
-pub(crate) const DEMO: &[&str] = &["iproute2", "vsftpd", "lftp"];
+pub(crate) const DEMO: &[&str] = &["clang", "iproute2", "vsftpd", "lftp"];
 
 /// What the tests wrap.
 pub(crate) const TESTS: &[&str] = &[
+    "clang", // compiles the backstop's programs
     "iproute2",
     "procps",
     "vsftpd",
@@ -55,6 +56,7 @@ pub(crate) const TESTS: &[&str] = &[
 
 /// What the benches compare with.
 pub(crate) const BENCH: &[&str] = &[
+    "clang", // compiles the backstop's programs
     "iproute2",
     "proxychains4",
     "torsocks",

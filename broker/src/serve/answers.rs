@@ -181,6 +181,13 @@ impl Broker {
                 "network namespaces cannot be told apart (Linux 5.14 can): no verdict is cached".to_owned(),
             );
         }
+        if self.kernel.is_none() {
+            gaps.push(
+                "no guard and no backstop: a program that does not pass through the shim (static, raw system \
+                 calls) is not held"
+                    .to_owned(),
+            );
+        }
         if self.owner != 0 {
             gaps.push("without root, processes of other users cannot be looked at".to_owned());
         }

@@ -74,7 +74,10 @@ impl Backing {
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
         let Some(attacher) = self.attacher.as_ref().filter(|_| self.link.is_some()) else { return Ok(false) };
         let cgroup = Cgroup::below(pid, &cgroup_name(&self.state))?;
-        if !self.cgroups.iter().any(|known| known.path() == cgroup.path()) {
+        // One of an earlier supervisor's has programs that answer to nobody any more; one that somebody removed
+        // and that was made again has none.
+        let known = self.cgroups.iter().any(|known| known.path() == cgroup.path());
+        if !known || !Attacher::missing(&cgroup)?.is_empty() {
             attacher.attach(&cgroup)?;
         }
         cgroup.enter(pid)?;
@@ -92,6 +95,17 @@ impl Backing {
         link::send(link.as_fd(), &Handed::Tree(listener.try_clone()?))?;
         self.trees.push(listener.try_clone()?);
         Ok(())
+    }
+
+    /// The last [`Self::tidy`]: a process that has just ended leaves its cgroup a moment later.
+    pub fn end(&mut self) {
+        for _ in 0..100 {
+            self.tidy();
+            if self.cgroups.is_empty() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
     }
 
     /// Forgets trees that have ended, and removes their cgroups.
