@@ -3,13 +3,6 @@
 //! [`Net`] is a network of named hosts, each a network namespace; [`Host`] is one of them (or this machine
 //! itself) with a state folder and a policy; [`Running`] a program on it. All of them clean up when they are
 //! dropped, also after a panic; what a killed test run left behind, the next one removes.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "a harness is test code: it ends the test when the set-up fails"
-)]
 
 pub mod built;
 pub mod ftp;

@@ -1,5 +1,4 @@
 //! `audit`, `why`, `ps` and `status` without a broker: what the files say, safe for a terminal.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use insta::assert_snapshot;
 use portcullis_tests::{Finished, Host};

@@ -1,5 +1,4 @@
 //! The demo tells its story, and leaves nothing behind.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{process::Command, time::Instant};
 

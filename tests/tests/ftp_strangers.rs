@@ -1,5 +1,4 @@
 //! The data port is open while its session lives, for its session's peer, and for nobody else.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{
     ALLOW_ALL, Finished, Host, Net, Running, built, eventually,

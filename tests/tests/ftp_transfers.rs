@@ -1,5 +1,4 @@
 //! Every FTP daemon of Debian with every client, each way a data connection can come about, under one rule.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{
     Finished, Net,

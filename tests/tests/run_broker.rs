@@ -1,5 +1,4 @@
 //! One broker for each state folder: started by the first run, shared by all, gone with the last process.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{fs, os::unix::fs::PermissionsExt};
 

@@ -1,5 +1,4 @@
 //! What a wrapped program sees when the parts that serve it die or hang.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::time::{Duration, Instant};
 

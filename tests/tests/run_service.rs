@@ -1,5 +1,4 @@
 //! A supervisor that a service manager starts: it stays, and runs join it.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use nix::sys::signal::Signal;
 use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built, eventually};

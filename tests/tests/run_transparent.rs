@@ -1,5 +1,4 @@
 //! `portcullis run` becomes the program: nothing of its surroundings is changed by wrapping.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{os::unix::process::CommandExt, process::Stdio};
 

@@ -1,5 +1,4 @@
 //! An ordinary user: verdicts and record as for root, without what only root can have the kernel do.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{Finished, Net, Running};
 

@@ -1,5 +1,4 @@
 //! Servers and clients of Debian between hosts, both ends wrapped.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use nix::{
     sys::signal::{Signal, kill},

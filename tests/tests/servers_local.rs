@@ -1,5 +1,4 @@
 //! Servers and clients on one host: the one broker knows both ends of a loopback connection.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{Finished, Host, Net, Running};
 

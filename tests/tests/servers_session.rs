@@ -1,5 +1,4 @@
 //! Daemons that hand connections from process to process: PostgreSQL, OpenSSH, Dovecot and Exim.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 

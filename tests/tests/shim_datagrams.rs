@@ -1,5 +1,4 @@
 //! Datagrams that nobody asked for do not reach a program, with and without a privileged side.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{
     fs,

@@ -1,6 +1,5 @@
 //! One small program per socket style: wrapped it prints what it prints unwrapped, and a refusal reaches it
 //! as a natural error, at once.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{net::TcpListener, time::Instant};
 

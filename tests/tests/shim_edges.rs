@@ -1,5 +1,4 @@
 //! The shim's edges: bad arguments, lost descriptors, and which symbols it has at all.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::process::Command;
 
