@@ -251,7 +251,6 @@ impl Finished {
     ///
     /// # Panics
     /// It has not.
-    #[must_use]
     pub fn success(self) -> String {
         assert_eq!(self.status, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
         self.stdout

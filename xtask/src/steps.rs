@@ -35,15 +35,7 @@ pub(crate) fn root() -> &'static std::path::Path {
 /// Builds the command and the shim, and tells the story.
 pub(crate) fn demo() -> Outcome {
     debian::install(debian::DEMO)?;
-    run(&mut cargo(&[
-        "build",
-        "--quiet",
-        "--release",
-        "--package",
-        "portcullis",
-        "--package",
-        "portcullis-preload",
-    ]))?;
+    run(&mut cargo(&["build", "--quiet", "--package", "portcullis", "--package", "portcullis-preload"]))?;
     run(Command::new(target().join("debug/portcullis")).args(["demo", "ftp"]))
 }
 
