@@ -199,8 +199,12 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
             "no rule permits it {far} a process of this host that is known by its user only, as it is not wrapped"
         )),
         Verdict::Refuse => Some(match question.far {
+            Far::Local(&[]) if question.outbound => {
+                "no rule permits it to an address of this host where nobody listens".to_owned()
+            }
             Far::Local(&[]) => {
-                format!("no rule permits it {far} an address of this host where nobody listens")
+                "no rule permits it from a process of this host that is not known, as it has closed already"
+                    .to_owned()
             }
             _ => "no rule permits it".to_owned(),
         }),

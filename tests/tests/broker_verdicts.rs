@@ -372,3 +372,24 @@ fn the_broker_keeps_two_capabilities_and_a_user_of_its_own() {
     }
     assert_eq!(u64::from_str_radix(&field("CapInh:"), 16).unwrap(), 0);
 }
+
+#[test]
+fn a_local_client_that_has_closed_already_is_known_if_it_asked_and_nobody_if_not() {
+    let net = Net::new(&["host"]);
+    let [host] = net.hosts();
+    // The kernel shows a closed socket as root's.
+    host.policy("allow tcp/7011(process{user=\"root\"}, process{exe=\"/usr/bin/python3*\"});");
+    let script = "import socket, time\ns = socket.create_server(('127.0.0.1', 7011))\nprint('up', flush=True)\n\
+        while True:\n    time.sleep(0.7)\n    c, a = s.accept()\n    print('from', a[1], c.recv(9), flush=True)";
+    let server = host.start(&[PY, "-c", script]);
+    server.line("up");
+    let quick = "import socket, os\nif os.environ.get('AS'): os.setuid(65534)\ns = socket.create_connection(('127.0.0.1', 7011)); s.sendall(b'x'); print(s.getsockname()[1]); s.close()";
+    let permitted = Finished::of(&mut host.run(&[PY, "-c", quick])).success();
+    server.line(&format!("from {} b'x'", permitted.trim()));
+    let accept = host.record("accept", |r| is(r, "accept", "permit"));
+    assert!(accept["peer"].as_str().unwrap().contains("user=\"root\""), "{accept}");
+    let refused = Finished::of(host.plain(&[PY, "-c", quick]).env("AS", "nobody")).success();
+    let told = host.record("refusal", |r| is(r, "accept", "refuse"));
+    assert_eq!(told["remote"], format!("127.0.0.1:{}", refused.trim()));
+    assert!(told["peer"].is_null(), "{told}");
+}

@@ -368,6 +368,7 @@ impl Broker {
                 generation: generation.unwrap_or(0),
                 since: time,
                 seq,
+                met: false,
             };
             self.flows.open(cookie, flow);
             self.settle_late(cookie);

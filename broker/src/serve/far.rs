@@ -84,25 +84,26 @@ impl Broker {
 
     /// The socket at `remote` that is connected to `local` here.
     pub(super) fn far_client(&mut self, protocol: Protocol, local: SocketAddr, remote: SocketAddr) -> FarEnd {
-        let Some(found) = self
-            .diag
-            .find(protocol, remote, local)
-            .filter(|f| f.remote.port() != 0 || protocol != Protocol::TCP)
-        else {
-            return FarEnd::default();
+        let connected = |f: &Found| f.remote.port() != 0 || protocol != Protocol::TCP;
+        let found = self.diag.find(protocol, remote, local).filter(connected);
+        let Some(found) = found.filter(|f| f.inode != 0) else {
+            // Closed already. The kernel's word on its user is worth nothing then (it says root), so
+            // it is whoever asked for just this flow, or nobody knows who.
+            let known = found.and_then(|f| self.flows.get(f.cookie)).map(|f| Rc::clone(&f.context));
+            let known = known.or_else(|| self.flows.take_closed(remote, local)).into_iter().collect();
+            return FarEnd { found: None, known, user: None };
         };
         // A wrapped process had to ask before it connected, with this very socket.
-        let asked = self.flows.get(found.cookie).map(|f| f.context.key);
-        let known = match asked.filter(|_| found.inode != 0) {
+        let asked = self.flows.get_mut(found.cookie).map(|f| {
+            f.met = true;
+            f.context.key
+        });
+        let known = match asked {
             Some(key) if self.refresh(key, false) && self.holds(key.pid, found.inode) => {
                 self.processes.get(&key).map(|p| Rc::clone(&p.context)).into_iter().collect()
             }
-            Some(_) => self.holders_of(found.inode),
-            None if protocol == Protocol::TCP => {
-                // Closed already by the one who asked: what was known then still names it.
-                self.flows.get(found.cookie).map(|f| Rc::clone(&f.context)).into_iter().collect()
-            }
-            None => self.holders_of(found.inode),
+            None if protocol == Protocol::TCP => Vec::new(),
+            Some(_) | None => self.holders_of(found.inode),
         };
         self.far_end(found, known)
     }

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
     rc::Rc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use portcullis_types::{Assurance, Lane, Op, Protocol};
@@ -21,6 +21,10 @@ use crate::{
 const MOST: usize = 1 << 18;
 /// Most endings that wait for the record of their beginning.
 const MOST_LATE: usize = 1 << 14;
+
+/// Most flows that ended before their far end was judged, and how long they are remembered.
+const MOST_CLOSED: usize = 1024;
+const REMEMBERED: Duration = Duration::from_secs(5);
 
 /// One flow of a wrapped process.
 #[derive(Clone, Debug)]
@@ -40,6 +44,8 @@ pub(super) struct Flow {
     pub(super) since: u64,
     /// Number of its record.
     pub(super) seq: u64,
+    /// Its far end, on this host, was judged too.
+    pub(super) met: bool,
 }
 
 /// Flows by `SO_COOKIE`.
@@ -50,6 +56,8 @@ pub(super) struct Flows {
     by_seq: HashMap<u64, u64>,
     late: HashMap<u64, Ended>,
     late_order: VecDeque<u64>,
+    /// Flows that ended before their far end on this host was judged: when, own end, far end, who.
+    closed: VecDeque<(Instant, SocketAddr, SocketAddr, Rc<Context>)>,
 }
 
 impl Flows {
@@ -98,6 +106,23 @@ impl Flows {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Flow)> {
         self.open.iter().map(|(c, f)| (*c, f))
+    }
+
+    /// Who opened the flow from `local` to `remote` and has closed it since. Told once.
+    pub(super) fn take_closed(&mut self, local: SocketAddr, remote: SocketAddr) -> Option<Rc<Context>> {
+        let (at, _) = self.closed.iter().enumerate().find(|(_, (since, near, far, _))| {
+            since.elapsed() < REMEMBERED && (*near, *far) == (local, remote)
+        })?;
+        self.closed.remove(at).map(|(.., context)| context)
+    }
+
+    fn keep_closed(&mut self, local: SocketAddr, remote: SocketAddr, context: Rc<Context>) {
+        while self.closed.len() >= MOST_CLOSED
+            || self.closed.front().is_some_and(|c| c.0.elapsed() >= REMEMBERED)
+        {
+            self.closed.pop_front();
+        }
+        self.closed.push_back((Instant::now(), local, remote, context));
     }
 
     fn keep_late(&mut self, ended: Ended) {
@@ -151,7 +176,13 @@ impl Broker {
     fn ended(&mut self, ended: Ended) {
         let cookie = ended.socket.cookie;
         match self.flows.forget(cookie) {
-            Some(flow) => self.record_close(&flow, &ended),
+            Some(flow) => {
+                let (local, remote) = (ended.socket.local, ended.socket.remote);
+                if flow.op == Op::Connect && !flow.met && self.own.has(remote.ip()) {
+                    self.flows.keep_closed(local, remote, Rc::clone(&flow.context));
+                }
+                self.record_close(&flow, &ended);
+            }
             None => self.flows.keep_late(ended),
         }
         if self.listeners.remove(&cookie).is_some() {

@@ -188,6 +188,7 @@ impl Broker {
                 generation: self.generation_in_force(),
                 since: realtime(),
                 seq,
+                met: false,
             },
         );
     }

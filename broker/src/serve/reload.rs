@@ -365,5 +365,6 @@ fn adopted(context: Rc<Context>, found: &Found, listening: &HashSet<u16>) -> Flo
         generation: 0,
         since: realtime(),
         seq: 0,
+        met: false,
     }
 }

@@ -255,6 +255,7 @@ impl Broker {
                     generation: record.generation,
                     since: time,
                     seq,
+                    met: false,
                 },
             );
             self.settle_late(cookie);
