@@ -10,22 +10,19 @@ mod inbound;
 mod outbound;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, HashSet},
     io,
     net::{Ipv4Addr, SocketAddrV4},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags},
-    sys::{
-        eventfd::{EfdFlags, EventFd},
-        socket::{getsockopt, sockopt},
-    },
+    sys::socket::{getsockopt, sockopt},
 };
+use portcullis_relay::{Ending, Engine, Established, Event, Failure, How, Id, Limits};
 use portcullis_wire::{
     Addr,
     keyd::{Flow, Head, Kind, Over, Places},
@@ -36,7 +33,6 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::{
     diag::{Deaths, Diag},
     identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity},
-    relay::{Event, HandshakeError, How, Relay},
     token::{Raw, Syn, Tokens},
 };
 use inbound::Reservation;
@@ -95,6 +91,7 @@ struct Joining {
 }
 
 struct Association {
+    flow: Id,
     direction: Direction,
     places: Places,
     seen: Seen,
@@ -105,12 +102,6 @@ struct Association {
     until: Instant,
 }
 
-/// What the relay's threads say, until the main thread listens.
-struct Mailbox {
-    events: Mutex<VecDeque<Event>>,
-    bell: EventFd,
-}
-
 /// A report to the broker: its beginning, and what follows.
 pub type Report = (Head, Vec<u8>);
 
@@ -119,8 +110,7 @@ pub struct Associations {
     host: Host,
     tokens: Tokens,
     deaths: Option<Deaths>,
-    relay: Relay,
-    mailbox: Arc<Mailbox>,
+    engine: Engine,
     last: u64,
     all: HashMap<u64, Association>,
     by_token: HashMap<Ipv4Addr, u64>,
@@ -147,19 +137,19 @@ fn as_domain(addr: SocketAddrV4, is_v6: bool) -> Addr {
 impl Associations {
     /// Begins to serve with a host's keys. Must run as the daemon's own user.
     pub fn new(host: Host, raw: Raw) -> io::Result<Self> {
-        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let mailbox = Arc::new(Mailbox { events: Mutex::default(), bell });
-        let to = mailbox.clone();
-        let relay = Relay::new(THREADS, move |event| {
-            to.events.lock().unwrap_or_else(PoisonError::into_inner).push_back(event);
-            let _ = to.bell.write(1);
-        })?;
+        let limits = Limits {
+            threads: THREADS,
+            handshakes: MOST_PENDING,
+            handshake_time: PATIENCE,
+            verdict_time: PATIENCE + LAST_STEP,
+            ..Limits::default()
+        };
+        let engine = Engine::start(limits)?;
         Ok(Self {
             host,
             tokens: Tokens::new(raw)?,
             deaths: None,
-            relay,
-            mailbox,
+            engine,
             last: 0,
             all: HashMap::new(),
             by_token: HashMap::new(),
@@ -172,7 +162,7 @@ impl Associations {
     /// What to poll, besides: everything in here is looked at by [`Self::turn`].
     pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
         let mut read = |fd: BorrowedFd<'a>| fds.push(PollFd::new(fd, PollFlags::POLLIN));
-        read(self.mailbox.bell.as_fd());
+        read(self.engine.as_fd());
         read(self.tokens.as_fd());
         if let Some(deaths) = &self.deaths {
             read(deaths.as_fd());
@@ -199,9 +189,7 @@ impl Associations {
         for syn in self.tokens.held() {
             self.take_syn(syn, diag);
         }
-        let _ = self.mailbox.bell.read();
-        let events = std::mem::take(&mut *self.mailbox.events.lock().unwrap_or_else(PoisonError::into_inner));
-        for event in events {
+        while let Some(event) = self.engine.next_event() {
             self.take_event(event);
         }
         let dead = self.deaths.as_ref().map(Deaths::take).unwrap_or_default();
@@ -245,34 +233,36 @@ impl Associations {
 
     fn take_event(&mut self, event: Event) {
         match event {
-            Event::Shaken { id, suite, exchange } => self.shown(id, suite, exchange),
-            Event::Failed { id, error } => {
-                let errno = match &error {
-                    HandshakeError::Socket(e) => e.raw_os_error().unwrap_or(libc::ECONNREFUSED),
-                    HandshakeError::TimedOut => libc::ETIMEDOUT,
+            Event::Ready { id, tls } => self.shown(id.get(), tls.as_ref()),
+            Event::Failed { id, failure, .. } => {
+                let errno = match &failure {
+                    Failure::Connect(errno) | Failure::Inner(errno) => *errno,
+                    Failure::TooSlow | Failure::NoVerdict => libc::ETIMEDOUT,
                     _ => libc::ECONNREFUSED,
                 };
                 // The verifier's own words are better than what rustls makes of them.
-                let refusal = self.all.get(&id).and_then(|one| one.seen.verdict()?.as_ref().err().cloned());
-                self.over(id, errno, &refusal.map_or_else(|| error.to_string(), |r| r.to_string()), (0, 0));
+                let refusal =
+                    self.all.get(&id.get()).and_then(|one| one.seen.verdict()?.as_ref().err().cloned());
+                let why = refusal.map_or_else(|| failure.to_string(), |refusal| refusal.to_string());
+                self.over(id.get(), errno, &why, (0, 0));
             }
-            Event::Ended { id, sent, received, how } => {
-                let errno = match how {
-                    How::Closed => 0,
-                    How::Cut => libc::ECONNABORTED,
+            Event::Closed { id, ending, bytes_in, bytes_out, .. } => {
+                let errno = match ending {
+                    Ending::Complete => 0,
+                    Ending::Cut => libc::ECONNABORTED,
+                    Ending::PeerLost(errno) => errno,
                     _ => libc::ECONNRESET,
                 };
-                self.over(id, errno, &how.to_string(), (sent, received));
+                self.over(id.get(), errno, &ending.to_string(), (bytes_out, bytes_in));
             }
+            _ => {}
         }
     }
 
     /// Tells the broker who is there, and waits for its word.
-    fn shown(&mut self, id: u64, cipher: &str, kex: &str) {
-        let Some(one) = self.all.get(&id) else {
-            return self.relay.cut(id); // refused meanwhile
-        };
-        let Some(Ok(peer)) = one.seen.verdict() else {
+    fn shown(&mut self, id: u64, tls: Option<&Established>) {
+        let Some(one) = self.all.get(&id) else { return };
+        let (Some(Ok(peer)), Some(Established { cipher, kex, .. })) = (one.seen.verdict(), tls) else {
             return self.stop(id, libc::EACCES, "the peer showed no certificate");
         };
         let Peer { id: spiffe, host, process, names, addresses, serial, issuer_serial, fingerprint, until } =
@@ -348,11 +338,13 @@ impl Associations {
 
     /// Ends an association wherever it is.
     fn stop(&mut self, id: u64, errno: i32, why: &str) {
-        self.relay.cut(id);
-        // A running one is over when the relay says so, with what it carried.
-        if self.all.get(&id).is_some_and(|one| !one.running) {
-            self.over(id, errno, why, (0, 0));
+        let Some(one) = self.all.get(&id) else { return };
+        if one.running {
+            // It is over when the engine says so, with what it carried.
+            return self.engine.cut(one.flow, How::Reset);
         }
+        self.engine.refuse(one.flow, How::Denied);
+        self.over(id, errno, why, (0, 0));
     }
 
     /// Forgets an association, answers its program if that still waits, and tells the broker.
@@ -411,7 +403,7 @@ impl Associations {
         if let Direction::Outbound { token, .. } = one.direction {
             self.by_token.remove(&token);
         }
-        self.relay.join(id, socket);
+        self.engine.splice(one.flow, socket);
         self.reports.push((Head { tag: id, ..Head::new(Kind::Associated, 0) }, places.as_bytes().to_vec()));
     }
 

@@ -1,9 +1,15 @@
-//! Privileged side: kernel filters, keys, relays.
+//! Privileged side: kernel filters, cuts, keys, protected flows.
 //!
-//! [`run`] is the whole daemon. It takes orders from the broker alone (see `portcullis_wire::keyd` for
-//! what may be asked), and keeps nothing that a restart would lose. It runs as its own user with
-//! CAP_NET_ADMIN (cut flows) and CAP_BPF (filters: longest-prefix maps need it), no file within
-//! reach, and the system calls that `sandbox` lists.
+//! [`run`] is the whole daemon. It takes orders from the broker alone; `portcullis_wire::keyd` says what may
+//! be asked, and when. It runs as its own user with CAP_BPF (filters: longest-prefix maps ask for it),
+//! CAP_NET_ADMIN (filters on TCP sockets, cuts, the mark that tokens demand) and CAP_NET_BIND_SERVICE (it
+//! binds for programs; whether they may, the broker has asked). No file is within its reach once it serves,
+//! and only the system calls that `sandbox` lists.
+//!
+//! - `filter`, `program`, `asm`, `bpf`: who reaches a socket (docs/adr/0007-kernel-filters.md).
+//! - `cut`, `diag`: ending flows.
+//! - [`identity`]: the trust domain, process certificates, who is believed.
+//! - `association`, `token`: protected flows, whose bytes `portcullis_relay` carries.
 
 mod asm;
 mod association;
@@ -15,7 +21,6 @@ mod filter;
 pub mod identity;
 mod privileges;
 mod program;
-pub mod relay;
 mod sandbox;
 mod server;
 mod sock;

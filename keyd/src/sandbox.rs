@@ -95,18 +95,22 @@ fn no_files() -> Result<(), landlock::RulesetError> {
 
 fn calls() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    let families = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
-    for (call, first) in [
-        (libc::SYS_bpf, &bpf::COMMANDS[..]),
-        (libc::SYS_socket, &families),
-        (libc::SYS_prctl, &[libc::PR_SET_NAME]),
-    ] {
-        let one = |argument: &i32| {
-            let argument = u64::from(argument.cast_unsigned());
-            let is = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, argument)?;
-            SeccompRule::new(vec![is])
+    let families = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(i32::cast_unsigned);
+    let commands = bpf::COMMANDS.map(i32::cast_unsigned);
+    let non_blocking = u32::try_from(libc::FIONBIO).unwrap_or(0);
+    // Calls that are good with some values of one argument only.
+    let narrow: [(i64, u8, &[u32]); 4] = [
+        (libc::SYS_bpf, 0, &commands),
+        (libc::SYS_socket, 0, &families),
+        (libc::SYS_prctl, 0, &[libc::PR_SET_NAME.cast_unsigned()]),
+        (libc::SYS_ioctl, 1, &[non_blocking]),
+    ];
+    for (call, position, values) in narrow {
+        let one = |value: &u32| {
+            let (width, value) = (SeccompCmpArgLen::Dword, u64::from(*value));
+            SeccompRule::new(vec![SeccompCondition::new(position, width, SeccompCmpOp::Eq, value)?])
         };
-        rules.insert(call, first.iter().map(one).collect::<Result<_, _>>()?);
+        rules.insert(call, values.iter().map(one).collect::<Result<_, _>>()?);
     }
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, std::env::consts::ARCH.try_into()?)?;

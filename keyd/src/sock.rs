@@ -129,6 +129,13 @@ pub fn disconnect(socket: BorrowedFd<'_>) -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Makes closing send RST.
+pub fn reset_on_close(socket: BorrowedFd<'_>) {
+    let now = libc::linger { l_onoff: 1, l_linger: 0 };
+    // It fails only for what is no socket.
+    let _ = set_any(socket, libc::SOL_SOCKET, libc::SO_LINGER, &now);
+}
+
 /// Takes the descriptors out of a control message.
 pub fn received(message: ControlMessageOwned) -> Vec<OwnedFd> {
     let ControlMessageOwned::ScmRights(numbers) = message else {

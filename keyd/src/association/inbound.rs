@@ -15,22 +15,17 @@ use nix::{
         getpeername, getsockname, getsockopt, listen, setsockopt, socket, sockopt,
     },
 };
+use portcullis_relay::{Role, ServerSide};
 use portcullis_wire::{
     Addr,
     keyd::{Open, Places},
 };
+use rustls::sign::SingleCertAndKey;
 
 use super::{
     Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, as_domain, v4,
 };
-use crate::{
-    cut::addr,
-    diag::Diag,
-    identity::server_config,
-    relay::{Role, reset_on_close},
-    sock,
-    token::NEAR_PORT,
-};
+use crate::{cut::addr, diag::Diag, sock, token::NEAR_PORT};
 
 /// Most connections taken from one listener before others have their turn.
 const TURN: usize = 64;
@@ -163,7 +158,7 @@ impl Associations {
                 let wire = adopt(number);
                 if let Err(reason) = self.take_peer(reservation, &wire) {
                     let _ = reason; // it has gone already, has too many, or no certificate can be made: reset
-                    reset_on_close(&wire);
+                    sock::reset_on_close(wire.as_fd());
                 }
             }
         }
@@ -185,19 +180,26 @@ impl Associations {
         let owner =
             remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
         let (verifier, seen) = self.host.verifier().map_err(io::Error::other)?.for_one(owner);
-        let config = server_config(identity.shown, verifier).map_err(io::Error::other)?;
-        let id = self.next_id();
-        let role = Role::Server(Arc::new(config));
+        let identity = Arc::new(SingleCertAndKey::from(identity.shown));
+        let side = ServerSide::new(Arc::new(verifier), identity).map_err(io::Error::other)?;
         let (wire, places) = (
             wire.try_clone()?,
             Places { local, remote, inner_local: inner_remote, inner_remote: Addr::NONE },
         );
-        self.relay.start(id, wire, role, None, PATIENCE).map_err(io::Error::other)?;
+        let flow = self.engine.handshake(wire, Role::Server { side, mixed: None });
         let direction = Direction::Inbound { reservation };
         let until = Instant::now() + PATIENCE + LAST_STEP;
-        let one =
-            Association { direction, places, seen, admitted: false, joining: None, running: false, until };
-        self.all.insert(id, one);
+        let one = Association {
+            flow,
+            direction,
+            places,
+            seen,
+            admitted: false,
+            joining: None,
+            running: false,
+            until,
+        };
+        self.all.insert(flow.get(), one);
         Ok(())
     }
 

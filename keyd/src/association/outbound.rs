@@ -15,18 +15,18 @@ use nix::{
         setsockopt, socket, sockopt,
     },
 };
+use portcullis_relay::{ClientSide, Role};
 use portcullis_wire::{
     Addr,
     keyd::{Flow, Open, Places},
 };
+use rustls::{pki_types::ServerName, sign::SingleCertAndKey};
 use zerocopy::FromZeros;
 
 use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, as_domain, v4};
 use crate::{
     cut::addr,
     diag::Diag,
-    identity::client_config,
-    relay::Role,
     sock,
     token::{FAR_PORT, Syn},
 };
@@ -57,26 +57,36 @@ impl Associations {
         }
         let identity = self.identity(json)?;
         let owner = self.host.members().owner(remote.ip()).map(|member| member.name.clone());
+        let is_member = owner.is_some();
         let (verifier, seen) = self.host.verifier().map_err(io::Error::other)?.for_one(owner);
-        let config = client_config(identity.shown, verifier).map_err(io::Error::other)?;
+        // A member's key daemon says when its own broker has admitted us; a stock TLS server does not.
+        let identity = Arc::new(SingleCertAndKey::from(identity.shown));
+        let side = ClientSide::new(Arc::new(verifier), identity, is_member).map_err(io::Error::other)?;
 
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
         let token = self.tokens.new_token()?;
-        let id = self.next_id();
         let patience = if ask.patience == 0 { PATIENCE } else { Duration::from_millis(ask.patience.into()) };
         let local = getsockname::<SockaddrStorage>(wire.as_raw_fd()).ok().and_then(|name| addr(&name));
         let inner_remote = as_domain(SocketAddrV4::new(token, FAR_PORT), is_v6);
         let local = local.unwrap_or_default();
         let places = Places { local, remote: ask.remote, inner_local: Addr::NONE, inner_remote };
         let direction = Direction::Outbound { token, cookie: sock::cookie(program)?, syn: None };
-        // The relay's patience ends first, so that its reason is told.
         let until = Instant::now() + patience + LAST_STEP;
-        let one =
-            Association { direction, places, seen, admitted: false, joining: None, running: false, until };
-        self.relay
-            .start(id, wire, Role::Client(Arc::new(config)), None, patience)
-            .map_err(io::Error::other)?;
+        // Names are the verifier's business, and none is sent.
+        let name = ServerName::IpAddress(remote.ip().into());
+        let flow = self.engine.handshake(wire, Role::Client { side, name });
+        let id = flow.get();
+        let one = Association {
+            flow,
+            direction,
+            places,
+            seen,
+            admitted: false,
+            joining: None,
+            running: false,
+            until,
+        };
         self.all.insert(id, one);
         self.by_token.insert(token, id);
         Ok((id, places))

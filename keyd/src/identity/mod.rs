@@ -17,8 +17,6 @@ mod key;
 mod members;
 mod names;
 mod peer;
-mod provider;
-mod tls;
 mod verify;
 
 use std::{io, path::PathBuf};
@@ -31,7 +29,6 @@ pub use key::Key;
 pub use members::{Member, Members, Revoked};
 pub use names::{HostName, NameError, ProcessName, SpiffeId, TrustDomain};
 pub use peer::Peer;
-pub use tls::{client_config, server_config};
 pub use verify::{Refusal, Seen, Verifier};
 
 /// Why an identity cannot be made, read or trusted.

@@ -15,7 +15,7 @@ use rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 
-use super::{HostName, IdentityError, Members, Peer, TrustDomain, provider};
+use super::{HostName, IdentityError, Members, Peer, TrustDomain};
 
 /// How far a peer's clock may be from ours.
 const SKEW: Duration = Duration::from_secs(60);
@@ -124,7 +124,7 @@ impl Verifier {
             revoked: Arc::new(members.revoked.iter().map(|one| one.serial.clone()).collect()),
             expected: None,
             seen: None,
-            algorithms: provider::get().signature_verification_algorithms,
+            algorithms: portcullis_relay::provider().signature_verification_algorithms,
         })
     }
 
