@@ -130,6 +130,7 @@ pub fn find(broker: Option<&[u8]>, door: Option<&[u8]>) {
         && sys::peer_credentials(fd).is_some_and(|peer| peer.uid == uid)
     {
         sys::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+        channel::bound(fd); // whoever opened it may not have
         let kept = if fd >= LOWEST_FD { fd } else { raise(fd) };
         if let Some(held) = Held::of(kept) {
             hide(held.fd());
