@@ -49,7 +49,8 @@ pub struct Stats {
     pub refused: u64,
     /// Calls refused because no broker was there; they are not on record.
     pub without_broker: u64,
-    /// Calls refused because the ring of records was full; they are not on record.
+    /// Calls refused while the ring of records was full (for refusals: three quarters full); they are
+    /// not on record.
     pub unrecorded: u64,
 }
 

@@ -437,6 +437,22 @@ fn a_full_ring_refuses_and_counts_and_loses_no_record() {
 }
 
 #[test]
+fn a_program_that_is_refused_all_the_time_leaves_room_for_others() {
+    let mut cage = Cage::new();
+    let (_l, to) = listener("127.0.0.1:0");
+    let (_udp, udp) = receiver("127.0.0.1:0");
+    let flood = || {
+        let fd = socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+        (0..60_000).filter(|_| connect(fd, &Sockaddr::new(udp)) != EPERM).count() as i32
+    };
+    assert_eq!(cage.refused(flood), 0, "none passed");
+    assert!(cage.backstop.stats().unwrap().unrecorded > 10_000);
+    assert_eq!(cage.granted(&[to_host(to)], || tcp(to)), 0, "another's call is served and on record");
+    let stats = cage.backstop.stats().unwrap();
+    assert_eq!(cage.events().len() as u64, stats.granted + stats.refused);
+}
+
+#[test]
 fn a_sleeping_reader_is_woken_once_and_an_awake_one_not_at_all() {
     let mut cage = Cage::new();
     let (_l, to) = listener("127.0.0.1:0");

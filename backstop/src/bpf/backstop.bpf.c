@@ -88,6 +88,8 @@ struct event {
 	u32 zero[4];
 };
 
+#define RING (4 << 20)
+
 #define MAP(name, kind, entries, key_t, value_t, flag) \
 	struct { \
 		UINT(type, kind); \
@@ -108,7 +110,7 @@ MAP(flows, MAP_LRU_HASH, 32768, struct flow, u64, 0); /* generation */
 MAP(strangers, MAP_LRU_HASH, 1024, u64, u64, 0);
 struct {
 	UINT(type, MAP_RINGBUF);
-	UINT(max_entries, 4 << 20);
+	UINT(max_entries, RING);
 } events SEC(".maps");
 
 #define GATE(hook) MAP(gate_##hook, MAP_PROG_ARRAY, 1, u32, u32, 0)
@@ -147,9 +149,14 @@ INLINE void identify_current(struct who *who, void *ctx)
 /* Puts one judged call on record. Returns whether that worked.
  *
  * The flag is looked at after the record has its place: the reader sets it and then looks for such
- * places, so one of the two sees the other. */
+ * places, so one of the two sees the other. Refusals leave the last quarter to what is permitted: a
+ * program that is refused a million times must not keep others from being served. */
 INLINE int record(const struct event *from)
 {
+	if (!from->permitted && ring_query(&events, 0) > RING / 4 * 3) {
+		count(RING_FULL);
+		return 0;
+	}
 	struct event *to = ring_reserve(&events, sizeof(*to), 0);
 	if (!to) {
 		count(RING_FULL);

@@ -50,6 +50,7 @@ static u64 (*netns_cookie)(void *ctx) = (void *)122;
 static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)127;
 static void *(*ring_reserve)(void *ring, u64 size, u64 flags) = (void *)131;
 static void (*ring_submit)(void *record, u64 flags) = (void *)132;
+static u64 (*ring_query)(void *ring, u64 what) = (void *)134; /* 0: bytes that wait to be read */
 
 /* Reads one field of a kernel structure wherever this kernel keeps it. */
 #define READ(to, from) read_kernel(&(to), sizeof(to), __builtin_preserve_access_index(&(from)))

@@ -34,6 +34,8 @@ pub(super) struct Kernel {
     awake: bool,
     /// When the last record came (monotonic).
     heard: u64,
+    /// Refusals that were known to be missing in the log.
+    unrecorded: u64,
     /// Processes that are in a cgroup of ours.
     enclosed: HashSet<ProcessKey>,
     /// Calls that the broker put on record and the kernel will: cookie, address, port.
@@ -72,6 +74,7 @@ impl Broker {
                     asking: None,
                     awake: false,
                     heard: 0,
+                    unrecorded: 0,
                     enclosed: HashSet::new(),
                     recorded: HashSet::new(),
                     cgroup: cgroup_name(&self.state),
@@ -259,6 +262,15 @@ impl Broker {
     pub(super) fn look_at_backstop(&mut self) {
         if !self.kernel.as_ref().is_some_and(Kernel::is_awake) || self.drain_backstop() > 0 {
             return;
+        }
+        let Some(kernel) = &mut self.kernel else { return };
+        if let Ok(stats) = kernel.backstop.stats()
+            && stats.unrecorded > kernel.unrecorded
+        {
+            let missing = stats.unrecorded - kernel.unrecorded;
+            kernel.unrecorded = stats.unrecorded;
+            let why = "calls were refused faster than they could be put on record";
+            self.note("lost", why, &[("lost", More::Number(missing))]);
         }
         let Some(kernel) = &mut self.kernel else { return };
         if monotonic().saturating_sub(kernel.heard) > QUIET && kernel.backstop.events.sleep().is_ok() {

@@ -14,8 +14,8 @@ pub enum Rule {
     /// As [`Rule::Gate`], but only when the fifth argument (an address) is not null or the fourth
     /// (flags) has `MSG_FASTOPEN`: sendto(2) on a connected socket is nobody's business.
     GateIfAddressed,
-    /// Ask the broker, unless the first argument (a domain) and the second (a type) make a socket that
-    /// cannot carry traffic before another judged call: unix, netlink, and stream or datagram inet.
+    /// Ask the broker, unless the arguments (domain, type, protocol) make a socket that cannot carry traffic
+    /// before another judged call: unix, netlink, and TCP or UDP.
     Domain,
     /// Always ask.
     Ask,
@@ -172,8 +172,14 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
             out.push(equal(family(libc::AF_INET6), To::Next, To::Ask));
             out.push(load(arg_low(1)));
             out.push(and(0xf)); // SOCK_TYPE_MASK, linux/net.h
-            out.push(equal(libc::SOCK_STREAM.cast_unsigned(), To::Allow, To::Next));
-            out.push(equal(libc::SOCK_DGRAM.cast_unsigned(), To::Allow, To::Ask));
+            out.push(equal(libc::SOCK_STREAM.cast_unsigned(), To::Skip(1), To::Next));
+            out.push(equal(libc::SOCK_DGRAM.cast_unsigned(), To::Next, To::Ask));
+            // Of these, only protocols whose connect and sendto are judged: ping sockets are not.
+            out.push(load(arg_low(2)));
+            for protocol in [0, libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_MPTCP] {
+                out.push(equal(protocol.cast_unsigned(), To::Allow, To::Next));
+            }
+            out.push(always(To::Ask));
         }
         Rule::Ask => out.push(always(To::Ask)),
         Rule::Fail(errno) => out.push(always(To::Errno(errno))),
@@ -347,6 +353,16 @@ mod tests {
             assert_eq!(socket(domain, libc::SOCK_RAW), RET_NOTIFY);
             assert_eq!(socket(domain, libc::SOCK_SEQPACKET), RET_NOTIFY);
         }
+        let of_protocol = |kind: i32, protocol: i32| {
+            let word = |n: i32| u64::from(n.cast_unsigned());
+            let args = [word(libc::AF_INET), word(kind), word(protocol), 0, 0, 0];
+            of(Trust::Page(PAGE), libc::SYS_socket, 0x1000, args)
+        };
+        assert_eq!(of_protocol(libc::SOCK_STREAM, libc::IPPROTO_TCP), RET_ALLOW);
+        assert_eq!(of_protocol(libc::SOCK_STREAM, libc::IPPROTO_MPTCP), RET_ALLOW);
+        assert_eq!(of_protocol(libc::SOCK_DGRAM, libc::IPPROTO_UDP), RET_ALLOW);
+        assert_eq!(of_protocol(libc::SOCK_DGRAM, libc::IPPROTO_ICMP), RET_NOTIFY);
+        assert_eq!(of_protocol(libc::SOCK_STREAM, libc::IPPROTO_SCTP), RET_NOTIFY);
         assert_eq!(socket(libc::AF_UNIX, libc::SOCK_SEQPACKET), RET_ALLOW);
         assert_eq!(socket(libc::AF_NETLINK, libc::SOCK_RAW), RET_ALLOW);
         assert_eq!(socket(libc::AF_PACKET, libc::SOCK_RAW), RET_NOTIFY);
