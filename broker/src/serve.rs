@@ -62,6 +62,9 @@ const LEASE: u64 = 2_000_000_000;
 /// How often rings are looked at while their processes are busy.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How long one round over channels may take, beyond one of each user.
+const TURN: Duration = Duration::from_millis(20);
+
 /// What an event is about.
 #[derive(Clone, Copy, Debug)]
 enum Source {
@@ -214,7 +217,7 @@ pub(crate) struct Broker {
 impl Broker {
     /// Serves until told to end.
     pub(crate) fn serve(&mut self) -> Result<(), BrokerError> {
-        let mut events = vec![EpollEvent::empty(); 256];
+        let mut events = vec![EpollEvent::empty(); 8192];
         while !self.stop {
             let wait = self.patience();
             let got = match self.watch.epoll.wait(&mut events, wait) {
@@ -223,9 +226,7 @@ impl Broker {
                 Err(error) => return Err(BrokerError::kernel("epoll_wait")(error)),
             };
             self.renew_lease();
-            for event in events.iter().take(got) {
-                self.dispatch(event.data(), event.events());
-            }
+            self.take_turns(events.get(..got).unwrap_or_default());
             self.look_at_busy_rings();
             self.tend_endings();
             self.look_at_backstop();
@@ -234,6 +235,30 @@ impl Broker {
         }
         self.end();
         Ok(())
+    }
+
+    /// Deals with what has happened: each user's first channel, then each one's second, and so on, so
+    /// that a user who floods waits behind all others. What is not reached in time is told again.
+    fn take_turns(&mut self, events: &[EpollEvent]) {
+        let mut seen: HashMap<u32, usize> = HashMap::new();
+        let mut ready: Vec<(usize, u64, EpollFlags)> = Vec::with_capacity(events.len());
+        for event in events {
+            let user = self.user_of(event.data());
+            let rank = user.map_or(0, |user| {
+                let before = seen.entry(user).or_default();
+                *before += 1;
+                *before - 1
+            });
+            ready.push((rank, event.data(), event.events()));
+        }
+        ready.sort_by_key(|(rank, ..)| *rank);
+        let began = Instant::now();
+        for (rank, id, what) in ready {
+            if rank > 0 && began.elapsed() > TURN {
+                break;
+            }
+            self.dispatch(id, what);
+        }
     }
 
     fn dispatch(&mut self, id: u64, events: EpollFlags) {

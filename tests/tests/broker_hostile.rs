@@ -230,3 +230,22 @@ fn thousands_of_doors_cost_others_nothing() {
     flood.line("full");
     serves(&host);
 }
+
+#[test]
+fn a_user_who_floods_waits_behind_the_others() {
+    let host = host();
+    let _keeps = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
+    let flood = host.start(&[
+        PY,
+        "-c",
+        &format!(
+            "{CLIENT}\nimport select\nos.setuid(65534)\nd = door()\nall = [channel(d) for i in range(800)]\nprint('floods', flush=True)\nf = frame(2, call=3)\nfor c in all: c.setblocking(False)\n\
+             while True:\n    for c in all:\n        try:\n            while True: c.send(f)\n        except OSError: pass\n        try:\n            while True: c.recv(200)\n        except OSError: pass"
+        ),
+    ]);
+    flood.line("floods");
+    let script = "import socket, time\nworst = 0\nfor i in range(20):\n    t = time.time(); s = socket.create_server(('127.0.0.1', 0)); s.close(); worst = max(worst, time.time() - t)\nprint(worst)";
+    let done = Finished::of(&mut host.run(&[PY, "-c", script]));
+    let worst: f64 = done.stdout.trim().parse().unwrap_or_else(|_| panic!("{done}"));
+    assert!(worst < 2.0, "{worst}");
+}

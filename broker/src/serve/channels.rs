@@ -111,6 +111,14 @@ impl Broker {
         }
     }
 
+    /// Whose channel an event is about.
+    pub(super) fn user_of(&self, source: u64) -> Option<u32> {
+        match self.watch.sources.get(&source)? {
+            Source::Channel(id) => self.channels.get(id).map(|c| c.counted),
+            _ => None,
+        }
+    }
+
     /// Takes what is on a channel or door.
     pub(super) fn take_message(&mut self, id: u64) {
         for _ in 0..IN_A_ROW {

@@ -41,6 +41,8 @@ pub(super) struct Memory {
     now: Regions,
     /// Of the generation before: a record may have been on its way.
     before: Regions,
+    /// When the ring was last looked at (monotonic).
+    looked: u64,
     /// When the last record came (monotonic).
     heard: u64,
     /// When a full table was last emptied for this reason (monotonic).
@@ -81,7 +83,7 @@ impl Memory {
         ring.init();
         table.clear(generation);
         let now = Regions { generation, ..Regions::default() };
-        Ok(Self { table, ring, taken: 0, now, before: Regions::default(), heard: 0, emptied: 0 })
+        Ok(Self { table, ring, taken: 0, now, before: Regions::default(), looked: 0, heard: 0, emptied: 0 })
     }
 
     /// Empties the table; what comes next is of `generation`. The ring must have been drained.
@@ -184,8 +186,16 @@ impl Broker {
         if self.busy.is_empty() {
             return;
         }
-        let keys: Vec<_> = self.busy.iter().copied().collect();
+        let mut keys: Vec<_> = self.busy.iter().copied().collect();
+        keys.sort_by_key(|key| self.processes.get(key).and_then(|p| p.memory.as_ref()).map(|m| m.looked));
+        let began = std::time::Instant::now();
         for key in keys {
+            if began.elapsed() > super::TURN {
+                return; // the longest not looked at come first next time
+            }
+            if let Some(memory) = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut()) {
+                memory.looked = monotonic();
+            }
             self.drain(key);
             let Some(memory) = self.processes.get(&key).and_then(|p| p.memory.as_ref()) else {
                 self.busy.remove(&key);
