@@ -139,7 +139,9 @@ impl Associations {
     pub fn new(host: Host, raw: Raw) -> io::Result<Self> {
         let limits = Limits {
             threads: THREADS,
-            handshakes: MOST_PENDING,
+            // Whoever only holds a place is displaced before there are no places left.
+            handshakes: MOST_PENDING / 2,
+            handshakes_per_peer: MOST_PENDING / 4,
             handshake_time: PATIENCE,
             verdict_time: PATIENCE + LAST_STEP,
             ..Limits::default()

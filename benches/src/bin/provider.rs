@@ -32,8 +32,8 @@ macro_rules! works {
                     let mut nonce = [0; 12];
                     nonce.get_mut(4..)?.copy_from_slice(&count.to_be_bytes());
                     let nonce = aead::Nonce::assume_unique_for_key(nonce);
-                    key.seal_in_place_separate_tag(nonce, aead::Aad::empty(), &mut record).ok()?;
-                    Some(())
+                    let tag = key.seal_in_place_separate_tag(nonce, aead::Aad::empty(), &mut record);
+                    tag.ok().map(|_| ())
                 }),
             ));
         }

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::record::{Alert, Bad, FULL, HEADER, LARGEST, OVERHEAD, Opened, PLAIN, Records, Whole, whole};
+use crate::{
+    record::{Alert, Bad, FULL, HEADER, LARGEST, OVERHEAD, Opened, PLAIN, Records, Whole, whole},
+    socket::ask_whether_gone,
+};
 
 /// Records per batch at most: 256 KiB of plaintext.
 pub(crate) const BATCH: usize = 16;
@@ -365,6 +368,8 @@ impl Flow {
         if self.outward.ended && !self.outward.shut {
             self.outward.shut = true;
             outer.shutdown(Shutdown::Write).map_err(|error| lost(&error))?;
+            // It fails for a socket that has failed, of which epoll tells.
+            let _gone = ask_whether_gone(&self.inner);
         }
         Ok(true)
     }

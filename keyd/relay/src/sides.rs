@@ -49,6 +49,8 @@ impl ClientSide {
             .with_client_cert_resolver(identity);
         config.resumption = Resumption::disabled();
         config.enable_secret_extraction = true;
+        // It would tell who is meant, in the clear.
+        config.enable_sni = false;
         if confirm {
             config.alpn_protocols = vec![CONFIRM.to_vec()];
         }

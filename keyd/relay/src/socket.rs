@@ -21,6 +21,17 @@ pub(crate) fn keep_urgent_inline(stream: &TcpStream) -> io::Result<()> {
     Ok(setsockopt(stream, sockopt::OobInline, &true)?)
 }
 
+/// Has the kernel ask, from a minute of silence on, whether the program's socket is still there.
+///
+/// A program that has closed leaves a half-closed connection: its kernel forgets it after tcp_fin_timeout (tcp(7)),
+/// which nothing tells us, and then answers by RST. Without asking, an association whose peer stays silent as well
+/// would be kept for ever.
+pub(crate) fn ask_whether_gone(stream: &TcpStream) -> io::Result<()> {
+    setsockopt(stream, sockopt::TcpKeepIdle, &60)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &15)?;
+    Ok(setsockopt(stream, sockopt::KeepAlive, &true)?)
+}
+
 /// Says whether a close, or the end of this process, sends RST (socket(7), SO_LINGER of 0) or FIN.
 pub(crate) fn reset_on_close(stream: &TcpStream, reset: bool) -> io::Result<()> {
     let linger = libc::linger { l_onoff: libc::c_int::from(reset), l_linger: 0 };

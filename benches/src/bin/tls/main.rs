@@ -1,8 +1,8 @@
 //! The relay engine by itself: a pair of it against stunnel, HAProxy and nginx in the same role.
 //! Same certificates, same run, interleaved.
 //!
-//! `relay [stream|connections|pingpong|idle|busy]...`, all but `busy` by default. `RELAY_ROUNDS` sets how often each
-//! is measured (5), `RELAY_ONLY` names the systems, as `portcullis,nginx`.
+//! `tls [stream|connections|pingpong|idle|busy]...`, all but `busy` by default. `TLS_ROUNDS` sets how often each
+//! is measured (5), `TLS_ONLY` names the systems, as `portcullis,nginx`.
 
 mod certificates;
 mod load;
@@ -48,8 +48,8 @@ fn main() -> Outcome<()> {
 }
 
 fn measure(words: &[&str]) -> Outcome<()> {
-    let rounds = std::env::var("RELAY_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
-    let only = std::env::var("RELAY_ONLY").unwrap_or_default();
+    let rounds = std::env::var("TLS_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
+    let only = std::env::var("TLS_ONLY").unwrap_or_default();
     let wanted = |name: &str| match words {
         [] | ["all"] => name != "busy",
         words => words.contains(&name),
