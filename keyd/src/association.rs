@@ -32,7 +32,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::{
     diag::{Deaths, Diag},
-    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity},
+    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity, Verifier},
     token::{Raw, Syn, Tokens},
 };
 use inbound::Reservation;
@@ -102,17 +102,27 @@ struct Association {
     until: Instant,
 }
 
+impl Association {
+    fn deadline(&self) -> Instant {
+        self.joining.as_ref().map_or(self.until, |joining| joining.until)
+    }
+}
+
 /// A report to the broker: its beginning, and what follows.
 pub type Report = (Head, Vec<u8>);
 
 /// All protected flows of this host.
 pub struct Associations {
     host: Host,
+    /// What `host` makes of its members; a copy serves each handshake.
+    verifier: Verifier,
     tokens: Tokens,
     deaths: Option<Deaths>,
     engine: Engine,
     last: u64,
     all: HashMap<u64, Association>,
+    /// Those that are not running yet. There may be many thousands that run, and no step looks at them all.
+    pending: HashSet<u64>,
     by_token: HashMap<Ipv4Addr, u64>,
     reservations: HashMap<u64, Reservation>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
@@ -148,12 +158,14 @@ impl Associations {
         };
         let engine = Engine::start(limits)?;
         Ok(Self {
+            verifier: host.verifier().map_err(io::Error::other)?,
             host,
             tokens: Tokens::new(raw)?,
             deaths: None,
             engine,
             last: 0,
             all: HashMap::new(),
+            pending: HashSet::new(),
             by_token: HashMap::new(),
             reservations: HashMap::new(),
             minted: HashMap::new(),
@@ -169,21 +181,31 @@ impl Associations {
         if let Some(deaths) = &self.deaths {
             read(deaths.as_fd());
         }
-        if self.pending() < MOST_PENDING {
+        if self.pending.len() < MOST_PENDING {
             self.reservations.values().filter(|one| one.serving()).for_each(|one| read(one.as_fd()));
         }
-        let joining = self.all.values().filter_map(|one| one.joining.as_ref());
+        let joining = self.waiting().filter_map(|(_, one)| one.joining.as_ref());
         fds.extend(joining.map(|one| PollFd::new(one.socket.as_fd(), PollFlags::POLLOUT)));
     }
 
-    fn pending(&self) -> usize {
-        self.all.values().filter(|one| !one.running).count()
+    /// Associations that are not running yet.
+    fn waiting(&self) -> impl Iterator<Item = (u64, &Association)> {
+        self.pending.iter().filter_map(|id| Some((*id, self.all.get(id)?)))
+    }
+
+    /// Those of them that are such.
+    fn waiting_if(&self, such: impl Fn(&Association) -> bool) -> Vec<u64> {
+        self.waiting().filter(|(_, one)| such(one)).map(|(id, _)| id).collect()
+    }
+
+    fn insert(&mut self, id: u64, one: Association) {
+        self.pending.insert(id);
+        self.all.insert(id, one);
     }
 
     /// When [`Self::turn`] is due even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        let waiting = self.all.values().filter(|one| !one.running);
-        waiting.map(|one| one.joining.as_ref().map_or(one.until, |joining| joining.until)).min()
+        self.waiting().map(|(_, one)| one.deadline()).min()
     }
 
     /// Does what has become possible.
@@ -198,7 +220,7 @@ impl Associations {
         if !dead.is_empty() {
             self.bury(&dead);
         }
-        self.accept();
+        self.accept(diag);
         self.join(diag);
         self.expire();
     }
@@ -323,6 +345,7 @@ impl Associations {
     /// Takes a newer list of members, and ends what it revokes. `false`: it is not newer.
     pub fn members(&mut self, text: &str) -> io::Result<bool> {
         let newer = self.host.take_members(text).map_err(|_| Errno::EBADMSG)?;
+        self.verifier = self.host.verifier().map_err(|_| Errno::EBADMSG)?;
         let revoked: HashSet<&str> =
             self.host.members().revoked.iter().map(|one| one.serial.as_str()).collect();
         let is_revoked = |one: &Association| match one.seen.verdict() {
@@ -352,6 +375,7 @@ impl Associations {
     /// Forgets an association, answers its program if that still waits, and tells the broker.
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
+        self.pending.remove(&id);
         if let Direction::Outbound { token, syn, .. } = &one.direction {
             self.by_token.remove(token);
             if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
@@ -367,8 +391,7 @@ impl Associations {
 
     /// Looks at the last steps under way.
     fn join(&mut self, diag: &mut Diag) {
-        let waiting: Vec<_> =
-            self.all.iter().filter(|(_, one)| one.joining.is_some()).map(|(id, _)| *id).collect();
+        let waiting = self.waiting_if(|one| one.joining.is_some());
         for id in waiting {
             let Some(one) = self.all.get_mut(&id) else { continue };
             let Some(joining) = one.joining.take() else { continue };
@@ -386,10 +409,9 @@ impl Associations {
         let Some(one) = self.all.get(&id) else { return false };
         let (cookie, local, remote) = match &one.direction {
             Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
-            Direction::Inbound { reservation } => match self.reservations.get(reservation) {
-                Some(place) => (place.cookie(), place.token_addr(), Addr::v4(Ipv4Addr::UNSPECIFIED, 0)),
-                None => return false,
-            },
+            Direction::Inbound { reservation } => {
+                return self.reservations.get(reservation).is_some_and(|place| place.is_there(diag));
+            }
         };
         let as_v4 = |addr: Addr| addr.socket_addr().map_or(addr, Addr::from);
         let (local, remote) = (as_v4(local), as_v4(remote));
@@ -401,6 +423,7 @@ impl Associations {
     fn start(&mut self, id: u64, socket: OwnedFd) {
         let Some(one) = self.all.get_mut(&id) else { return };
         one.running = true;
+        self.pending.remove(&id);
         let places = one.places;
         if let Direction::Outbound { token, .. } = one.direction {
             self.by_token.remove(&token);
@@ -411,10 +434,7 @@ impl Associations {
 
     fn expire(&mut self) {
         let now = Instant::now();
-        let late = |one: &Association| {
-            !one.running && one.joining.as_ref().map_or(one.until, |joining| joining.until) <= now
-        };
-        let expired: Vec<_> = self.all.iter().filter(|(_, one)| late(one)).map(|(id, _)| *id).collect();
+        let expired = self.waiting_if(|one| one.deadline() <= now);
         for id in expired {
             self.stop(id, libc::ETIMEDOUT, "it took too long");
         }
@@ -431,15 +451,9 @@ impl Associations {
         for id in gone {
             self.release(id);
         }
-        let cancelled: Vec<_> = self
-            .all
-            .iter()
-            .filter(|(_, one)| {
-                !one.running
-                    && matches!(&one.direction, Direction::Outbound { cookie, .. } if dead.contains(cookie))
-            })
-            .map(|(id, _)| *id)
-            .collect();
+        let cancelled = self.waiting_if(
+            |one| matches!(&one.direction, Direction::Outbound { cookie, .. } if dead.contains(cookie)),
+        );
         for id in cancelled {
             self.stop(id, libc::ECANCELED, "the program gave up");
         }

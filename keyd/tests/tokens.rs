@@ -316,6 +316,28 @@ fn who_is_not_admitted_gets_nothing() {
 }
 
 #[test]
+fn who_comes_before_the_program_listens_is_reset_and_later_ones_are_served() {
+    let mut world = World::new();
+    let fd =
+        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
+    let (id, places) = reserve(&mut world.far, &fd, &format!("{FAR}:2121")).unwrap();
+    bind(fd.as_raw_fd(), &raw(&places.inner_local)).unwrap();
+    assert_eq!(
+        TcpStream::connect(far(2121)).unwrap_err().kind(),
+        ErrorKind::ConnectionRefused,
+        "reserved only"
+    );
+    assert_eq!(serve(&mut world.far, id, &fd), 0);
+    let (_, client, _) = world.client(far(2121));
+    assert_eq!(result(&client), libc::ECONNREFUSED);
+    over(&mut world.near);
+    listen(&fd, Backlog::new(16).unwrap()).unwrap();
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+}
+
+#[test]
 fn a_token_listener_is_reached_by_the_daemon_alone() {
     let mut world = World::new();
     let (_, listener, reserved) = world.listener(&format!("{FAR}:2121"));

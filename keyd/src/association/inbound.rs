@@ -18,9 +18,10 @@ use nix::{
 use portcullis_relay::{Role, ServerSide};
 use portcullis_wire::{
     Addr,
-    keyd::{Open, Places},
+    keyd::{Flow, Open, Places},
 };
 use rustls::sign::SingleCertAndKey;
+use zerocopy::FromZeros;
 
 use super::{
     Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, as_domain, v4,
@@ -43,6 +44,8 @@ pub(super) struct Reservation {
     cookie: u64,
     /// Who serves there, once somebody does.
     process: Option<Vec<u8>>,
+    /// Whether the program was seen to listen: it does so a moment after it was let.
+    listened: bool,
 }
 
 impl Reservation {
@@ -54,7 +57,14 @@ impl Reservation {
         self.cookie
     }
 
-    pub(super) const fn token_addr(&self) -> Addr {
+    /// Whether the program still listens.
+    pub(super) fn is_there(&self, diag: &mut Diag) -> bool {
+        let (local, remote) = (self.token_addr(), Addr::v4(Ipv4Addr::UNSPECIFIED, 0));
+        let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
+        diag.cookie(&flow).ok().flatten() == Some(self.cookie)
+    }
+
+    const fn token_addr(&self) -> Addr {
         Addr::v4(self.token, NEAR_PORT)
     }
 }
@@ -104,7 +114,8 @@ impl Associations {
             inner_remote: Addr::NONE,
         };
         let id = self.next_id();
-        self.reservations.insert(id, Reservation { socket: real, token, is_v6, cookie, process: None });
+        self.reservations
+            .insert(id, Reservation { socket: real, token, is_v6, cookie, process: None, listened: false });
         Ok((id, places))
     }
 
@@ -127,35 +138,38 @@ impl Associations {
     /// Gives up a reservation; associations that run go on.
     pub fn release(&mut self, id: u64) {
         self.reservations.remove(&id);
-        let orphans: Vec<_> = self
-            .all
-            .iter()
-            .filter(|(_, one)| {
-                !one.running
-                    && matches!(one.direction, Direction::Inbound { reservation } if reservation == id)
-            })
-            .map(|(id, _)| *id)
-            .collect();
+        let orphans = self.waiting_if(
+            |one| matches!(one.direction, Direction::Inbound { reservation } if reservation == id),
+        );
         for orphan in orphans {
             self.stop(orphan, libc::ECONNRESET, "the listener has gone");
         }
     }
 
     /// Takes peers from all listeners, as many as may be pending.
-    pub(super) fn accept(&mut self) {
+    pub(super) fn accept(&mut self, diag: &mut Diag) {
         let serving: Vec<_> =
             self.reservations.iter().filter(|(_, one)| one.serving()).map(|(id, _)| *id).collect();
-        let mut room = MOST_PENDING.saturating_sub(self.pending());
+        let mut room = MOST_PENDING.saturating_sub(self.pending.len());
         for reservation in serving {
             for _ in 0..TURN {
                 if room == 0 {
                     return;
                 }
-                let Some(one) = self.reservations.get(&reservation) else { break };
+                let Some(one) = self.reservations.get_mut(&reservation) else { break };
                 let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
                 let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
                 room -= 1;
                 let wire = adopt(number);
+                if !one.is_there(diag) {
+                    sock::reset_on_close(wire.as_fd());
+                    drop(wire);
+                    if one.listened {
+                        self.release(reservation); // its end was not heard of yet
+                    }
+                    break;
+                }
+                one.listened = true;
                 if let Err(reason) = self.take_peer(reservation, &wire) {
                     let _ = reason; // it has gone already, has too many, or no certificate can be made: reset
                     sock::reset_on_close(wire.as_fd());
@@ -171,15 +185,15 @@ impl Associations {
         let name = |found: nix::Result<SockaddrStorage>| found.ok().and_then(|name| addr(&name));
         let remote = name(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
         let local = name(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
-        let same = |other: &Association| !other.running && other.places.remote.ip() == remote.ip();
-        if self.all.values().filter(|other| same(other)).count() >= MOST_OF_ONE {
+        if self.waiting().filter(|(_, other)| other.places.remote.ip() == remote.ip()).count() >= MOST_OF_ONE
+        {
             return Err(Errno::EAGAIN.into());
         }
         setsockopt(wire, sockopt::TcpNoDelay, &true)?;
         let identity = self.identity(&json)?;
         let owner =
             remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
-        let (verifier, seen) = self.host.verifier().map_err(io::Error::other)?.for_one(owner);
+        let (verifier, seen) = self.verifier.for_one(owner);
         let identity = Arc::new(SingleCertAndKey::from(identity.shown));
         let side = ServerSide::new(Arc::new(verifier), identity).map_err(io::Error::other)?;
         let (wire, places) = (
@@ -199,7 +213,7 @@ impl Associations {
             running: false,
             until,
         };
-        self.all.insert(flow.get(), one);
+        self.insert(flow.get(), one);
         Ok(())
     }
 

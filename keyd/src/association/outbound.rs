@@ -58,7 +58,7 @@ impl Associations {
         let identity = self.identity(json)?;
         let owner = self.host.members().owner(remote.ip()).map(|member| member.name.clone());
         let is_member = owner.is_some();
-        let (verifier, seen) = self.host.verifier().map_err(io::Error::other)?.for_one(owner);
+        let (verifier, seen) = self.verifier.for_one(owner);
         // A member's key daemon says when its own broker has admitted us; a stock TLS server does not.
         let identity = Arc::new(SingleCertAndKey::from(identity.shown));
         let side = ClientSide::new(Arc::new(verifier), identity, is_member).map_err(io::Error::other)?;
@@ -87,7 +87,7 @@ impl Associations {
             running: false,
             until,
         };
-        self.all.insert(id, one);
+        self.insert(id, one);
         self.by_token.insert(token, id);
         Ok((id, places))
     }
