@@ -337,6 +337,72 @@ fn who_comes_before_the_program_listens_is_reset_and_later_ones_are_served() {
     assert_eq!(result(&client), 0);
 }
 
+fn bind_to_link(socket: &OwnedFd, link: &str) {
+    let index = i32::try_from(nix::net::if_::if_nametoindex(link).unwrap()).unwrap();
+    // SAFETY: all zeroes are an address of the packet family's structure.
+    #[expect(unsafe_code, reason = "nix cannot make an address of the packet family")]
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
+    address.sll_protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
+    address.sll_ifindex = index;
+    let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
+    #[expect(unsafe_code, reason = "as above")]
+    // SAFETY: bind(2) reads `length` bytes from `address`, which has that many.
+    let done = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
+    assert_eq!(done, 0);
+}
+
+/// Whether a text is in any frame that has crossed the link since the capture began.
+fn was_on_the_wire(capture: &OwnedFd, text: &[u8]) -> bool {
+    use nix::sys::socket::{MsgFlags, recv};
+    let mut frame = vec![0; 70_000];
+    let mut found = false;
+    while let Ok(length) = recv(capture.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT) {
+        found |= frame[..length].windows(text.len()).any(|part| part == text);
+    }
+    found
+}
+
+#[test]
+fn nothing_that_a_program_says_is_on_the_wire() {
+    let mut world = World::new();
+    let said = b"USER anonymous\r\n";
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    // On the link alone: on loopback, where the daemon hands over, it is plain.
+    let (kind, all) = (SockType::Raw, nix::sys::socket::SockProtocol::EthAll);
+    let wire = socket(AddressFamily::Packet, kind, SockFlag::SOCK_CLOEXEC, all).unwrap();
+    bind_to_link(&wire, "wire");
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+    let mut client = blocking(client);
+    client.write_all(said).unwrap();
+    let (mut served, _) = listener.accept().unwrap();
+    served.read_exact(&mut [0; 16]).unwrap();
+    assert!(!was_on_the_wire(&wire, said));
+
+    let plain = world.on_far(|| TcpListener::bind((FAR, 2122)).unwrap());
+    TcpStream::connect(far(2122)).unwrap().write_all(said).unwrap();
+    plain.accept().unwrap().0.read_exact(&mut [0; 16]).unwrap();
+    assert!(was_on_the_wire(&wire, said), "the control");
+}
+
+#[test]
+fn a_syn_to_a_token_from_another_socket_takes_nothing() {
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let (_, places) = open(&mut world.near, &fd, far(2121)).unwrap();
+    let thief = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    assert_eq!(connect(thief.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
+    assert_eq!(result(&thief), libc::ECONNREFUSED);
+    assert_eq!(connect(fd.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
+    world.admitted();
+    assert_eq!(result(&fd), 0);
+    listener.accept().unwrap().0.write_all(b"x").unwrap();
+    blocking(fd).read_exact(&mut [0]).unwrap();
+}
+
 #[test]
 fn a_token_listener_is_reached_by_the_daemon_alone() {
     let mut world = World::new();
