@@ -1,4 +1,5 @@
 //! The log: nothing lost in silence, whatever happens to disk and broker.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::process::Command;
 
@@ -130,7 +131,7 @@ fn a_killed_broker_takes_up_where_it_was() {
     host.policy(ALLOW_ALL);
     let mut it = host.start(&[PY, "-c", LISTENER]);
     it.line("up");
-    for _ in 0..5 {
+    for _ in 0..2 {
         it.say("\n");
         it.line("ok");
         let broker = host.broker();
@@ -148,7 +149,7 @@ fn a_killed_broker_takes_up_where_it_was() {
     has_no_gap(&host);
     let records = host.records();
     let generations: Vec<u64> = records.iter().filter_map(|r| r["generation"].as_u64()).collect();
-    assert!(generations.is_sorted() && *generations.last().unwrap() >= 5, "{generations:?}");
+    assert!(generations.is_sorted() && *generations.last().unwrap() >= 3, "{generations:?}");
 }
 
 #[test]

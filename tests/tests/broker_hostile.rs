@@ -1,4 +1,5 @@
 //! What a hostile program can say to the broker, and what comes of it.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{ALLOW_ALL, Finished, Host, eventually};
 use serde_json::Value;
@@ -108,9 +109,7 @@ print(ask(frame(2, call=1), [tcp.fileno()]), ask(frame(2, call=1), [udp.fileno()
 for n in [2, 50, 250]:
     c = channel(d)
     c.sendmsg([frame(2, call=1)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [null] * n))])
-    assert c.recv(1000) == b''
-# An accept on a socket that is connected elsewhere is judged by where it is connected.
-l = socket.create_server(('127.0.0.1', 0)) if False else None",
+    assert c.recv(1000) == b''",
     );
     // A stream to port 80 is permitted; a datagram to port 80 is not, whatever the frame says.
     assert_eq!(done.stdout.trim(), "0 13 0 13", "{done}");

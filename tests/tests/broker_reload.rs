@@ -1,4 +1,5 @@
 //! Generations: what a new policy does to what goes on already.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::time::Instant;
 

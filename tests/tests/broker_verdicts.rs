@@ -1,4 +1,5 @@
 //! Verdicts of the broker on real sockets: each refusal beside the same call permitted.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use portcullis_tests::{Finished, Host, Net, Running};
 use serde_json::Value;
