@@ -123,3 +123,15 @@ fn a_listener_gets_a_new_filter_and_accepted_strangers_are_cut() {
     client(one).line("failed");
     client(two).line("hello");
 }
+
+#[test]
+fn a_changed_include_is_a_new_generation() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _server = echo(b, 8001);
+    a.write("rules/web.rules", "allow tcp/8001(*, *);");
+    a.policy("include \"rules/web.rules\";");
+    let running = talker(a, "10.77.0.2", &[8001]);
+    a.write("rules/web.rules", "allow tcp/8002(*, *);");
+    running.line("cut 8001");
+}

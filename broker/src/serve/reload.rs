@@ -38,6 +38,10 @@ use crate::{
 /// States of sockets with a far end (net/tcp_states.h): all but `TIME_WAIT`, `CLOSE` and `LISTEN`.
 const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 
+/// What is looked for in the folders of policies. Not `IN_CREATE`: a file is made empty, and an empty
+/// policy refuses everything.
+const CHANGES: AddWatchFlags = AddWatchFlags::IN_CLOSE_WRITE.union(AddWatchFlags::IN_MOVED_TO);
+
 /// What a rule's `expires` may be away from now at most when waiting for it.
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -52,10 +56,8 @@ impl Broker {
 
     fn watch_files(&mut self) -> nix::Result<()> {
         let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        // Not IN_CREATE: a file is made empty, and an empty policy refuses everything.
-        let flags = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO;
         for folder in self.policy_folders() {
-            watch.add_watch(&folder, flags)?;
+            watch.add_watch(&folder, CHANGES)?;
         }
         self.watch.add(&watch, Source::Files)?;
         self.files = Some(watch);
@@ -71,12 +73,29 @@ impl Broker {
         [folder(&self.policy_path), real.as_deref().and_then(folder)].into_iter().flatten().collect()
     }
 
+    /// Files that rules in force stand in: the policy and what it includes.
+    fn rule_files(&self) -> HashSet<PathBuf> {
+        let rules = self.in_force.iter().flat_map(|f| f.policy.rules());
+        rules.map(|(_, rule)| PathBuf::from(&*rule.file)).collect()
+    }
+
+    /// Watches the folders of included files too.
+    fn watch_includes(&self) {
+        let Some(watch) = &self.files else { return };
+        for folder in self.rule_files().iter().filter_map(|file| file.parent()) {
+            // A folder that is watched already stays so; one that cannot be is reloaded by hand.
+            let _ = watch.add_watch(folder, CHANGES);
+        }
+    }
+
     pub(super) fn take_file_changes(&mut self) {
         let Some(watch) = &self.files else { return };
         let Ok(events) = watch.read_events() else { return };
+        let included = self.rule_files();
         let names: Vec<_> = [Some(self.policy_path.clone()), self.policy_path.canonicalize().ok()]
             .into_iter()
             .flatten()
+            .chain(included)
             .filter_map(|p| p.file_name().map(ToOwned::to_owned))
             .collect();
         // Included files are `*.pol` beside it; an overflow (no name) may have been any.
@@ -132,6 +151,7 @@ impl Broker {
             &format!("generation {generation} is in force"),
             &[("policy", More::Text(&path)), ("warnings", More::Number(loaded.warnings.len() as u64))],
         );
+        self.watch_includes();
         self.judge_everything_again(began);
         Ok(generation)
     }
