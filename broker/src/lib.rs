@@ -21,6 +21,20 @@ mod settings;
 mod sys;
 mod udp_filter;
 
+/// Entries for fuzzing: each takes any bytes and must return.
+#[doc(hidden)]
+pub mod fuzzing {
+    /// Bytes as a netlink socket could give them.
+    pub fn netlink(bytes: &[u8]) {
+        crate::sys::diag::read_any(bytes);
+    }
+
+    /// Bytes as a command could write them to the control socket.
+    pub fn control(bytes: &[u8]) {
+        drop(serde_json::from_slice::<crate::control::Request>(bytes));
+    }
+}
+
 use std::{io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};

@@ -63,9 +63,18 @@ impl FarEnd {
 /// Sockets of a process: descriptor and inode.
 pub(super) type Held = Vec<(i32, u64)>;
 
-/// Who holds which listening socket: pid and descriptor.
+/// A process that holds a socket.
+#[derive(Clone, Copy, Debug)]
+struct Holder {
+    pid: i32,
+    fd: i32,
+    /// The shim was in it when this was looked up.
+    wrapped: bool,
+}
+
+/// Who holds which listening socket, and when that was looked up.
 #[derive(Debug, Default)]
-pub(super) struct Holders(HashMap<u64, (u64, Vec<(i32, i32)>)>);
+pub(super) struct Holders(HashMap<u64, (u64, Vec<Holder>)>);
 
 impl Broker {
     /// The listener (or datagram socket) that a flow to `to` arrives at.
@@ -125,12 +134,15 @@ impl Broker {
         let now = monotonic();
         let fresh = self.holders.0.get(&inode).filter(|(at, held)| {
             now.saturating_sub(*at) < REMEMBERED
-                && held.iter().all(|(pid, fd)| ProcDir::open(*pid).is_ok_and(|at| at.holds(*fd, inode)))
+                && held.iter().all(|h| ProcDir::open(h.pid).is_ok_and(|at| at.holds(h.fd, inode)))
         });
         let held = match fresh {
             Some((_, held)) => held.clone(),
             None => {
-                let held = scan(inode);
+                let held: Vec<Holder> = scan(inode)
+                    .into_iter()
+                    .map(|(pid, fd)| Holder { pid, fd, wrapped: is_wrapped(pid) })
+                    .collect();
                 if self.holders.0.len() >= MOST {
                     self.holders.0.clear();
                 }
@@ -138,7 +150,12 @@ impl Broker {
                 held
             }
         };
-        held.into_iter().filter_map(|(pid, _)| self.wrapped(pid, inode)).collect()
+        held.into_iter()
+            .filter(|h| h.wrapped || self.by_pid.contains_key(&h.pid))
+            .collect::<Vec<_>>()
+            .into_iter()
+            .filter_map(|h| self.known_holder(h.pid, inode))
+            .collect()
     }
 
     /// All processes in which the shim is, with their sockets: for a broker that was restarted.
@@ -155,8 +172,8 @@ impl Broker {
             .collect()
     }
 
-    /// What is known of a process that holds a socket, if it is wrapped.
-    fn wrapped(&mut self, pid: i32, inode: u64) -> Option<Rc<Context>> {
+    /// What is known of a wrapped process that holds a socket.
+    fn known_holder(&mut self, pid: i32, inode: u64) -> Option<Rc<Context>> {
         if let Some(key) = self.by_pid.get(&pid).copied()
             && self.refresh(key, false)
         {
@@ -165,9 +182,6 @@ impl Broker {
         // A child that has not asked anything itself yet.
         let pidfd = pidfd_open(pid).ok()?;
         let at = ProcDir::open(pid).ok()?;
-        if !is_wrapped(pid) {
-            return None;
-        }
         let context = self.inspector.read(pid, pidfd.as_fd(), &at)?;
         at.sockets().ok()?.iter().any(|(_, i)| *i == inode).then(|| Rc::new(context))
     }

@@ -104,7 +104,7 @@ impl ProcDir {
     }
 
     fn read(&self, name: &str, most: u64) -> io::Result<Vec<u8>> {
-        let mut into = Vec::with_capacity(1024);
+        let mut into = Vec::with_capacity(4096);
         self.file(name)?.take(most).read_to_end(&mut into)?;
         Ok(into)
     }
