@@ -6,19 +6,21 @@ use std::mem;
 use rustls::{
     CommonState, Error,
     client::UnbufferedClientConnection,
+    crypto::tls13::OkmBlock,
     pki_types::{CertificateDer, ServerName},
     server::UnbufferedServerConnection,
     unbuffered::{ConnectionState, EncodeError, UnbufferedStatus},
 };
 
 use crate::{
+    exporter::{Exporter, take_secret},
     hello,
     record::{Bad, HEADER, LARGEST, Records, Schedule},
     sides::{CONFIRM, ClientSide, ServerSide},
 };
 
 /// What both ends agreed on, and whom they showed.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct Established {
     /// The peer's chain as it was verified, leaf first.
@@ -27,6 +29,8 @@ pub struct Established {
     pub cipher: String,
     /// Key exchange by its IANA name.
     pub kex: String,
+    /// Keys for other lanes, of the same two ends.
+    pub exporter: Option<Exporter>,
 }
 
 /// Where a handshake stands.
@@ -52,6 +56,8 @@ pub(crate) struct Handshake {
     visible: usize,
     /// What waits to be sent.
     pub(crate) outgoing: Vec<u8>,
+    /// Of the exporter, once it is known.
+    secret: Option<OkmBlock>,
 }
 
 /// All that remains of a handshake.
@@ -83,7 +89,7 @@ impl Handshake {
     }
 
     fn new(connection: Connection) -> Self {
-        Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new() }
+        Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new(), secret: None }
     }
 
     /// Takes what the peer sent.
@@ -140,6 +146,7 @@ impl Handshake {
             Connection::Server(server) => answer(server.process_tls_records(seen), &mut self.outgoing),
             Connection::Asked(_) => (0, Asked::More),
         };
+        self.secret = take_secret().or(self.secret.take());
         let discard = discard.min(self.visible);
         self.incoming.drain(..discard);
         self.visible -= discard;
@@ -159,6 +166,7 @@ impl Handshake {
     /// # Errors
     /// When it is not done, or the provider's keys are none that we know.
     pub(crate) fn finish(mut self) -> Result<Finished, Error> {
+        let secret = self.secret.take();
         let state = self.state().ok_or(Error::HandshakeNotComplete)?;
         let certificates = state.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
@@ -168,6 +176,7 @@ impl Handshake {
             certificates,
             cipher: iana(format!("{:?}", suite.suite())),
             kex: format!("{:?}", group.name()),
+            exporter: suite.tls13().zip(secret).map(|(suite, secret)| Exporter::new(suite, secret)),
         };
         let confirm = state.alpn_protocol() == Some(CONFIRM);
         if self.visible != 0 {

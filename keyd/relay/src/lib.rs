@@ -31,6 +31,7 @@
 mod admit;
 mod engine;
 mod event;
+mod exporter;
 mod flow;
 mod handshake;
 mod hello;
@@ -45,6 +46,7 @@ mod worker;
 
 pub use engine::{Engine, How, Id, Limits, Role};
 pub use event::{Event, Failure};
+pub use exporter::Exporter;
 pub use flow::Ending;
 pub use handshake::Established;
 pub use provider::provider;

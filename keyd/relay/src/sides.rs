@@ -16,7 +16,7 @@ use rustls::{
     },
 };
 
-use crate::provider::provider;
+use crate::{exporter::ExporterSecret, provider::provider};
 
 /// The ALPN name by which two engines agree that the accepting one says when its verdict is in.
 ///
@@ -51,6 +51,7 @@ impl ClientSide {
         config.enable_secret_extraction = true;
         // It would tell who is meant, in the clear.
         config.enable_sni = false;
+        config.key_log = Arc::new(ExporterSecret);
         if confirm {
             config.alpn_protocols = vec![CONFIRM.to_vec()];
         }
@@ -87,6 +88,7 @@ impl ServerSide {
             .with_cert_resolver(identity);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
+        config.key_log = Arc::new(ExporterSecret);
         config.enable_secret_extraction = true;
         let mut confirming = config.clone();
         confirming.alpn_protocols = vec![CONFIRM.to_vec()];
