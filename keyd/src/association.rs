@@ -45,6 +45,8 @@ const MOST_PENDING: usize = 1024;
 const MOST_MINTED: usize = 1024;
 /// Connection and handshake together, unless the broker says otherwise.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How soon a full backlog is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// How long the last step, on loopback, may take; a listener's full backlog delays it.
 const LAST_STEP: Duration = Duration::from_secs(10);
 
@@ -123,6 +125,8 @@ pub struct Associations {
     all: HashMap<u64, Association>,
     /// Those that are not running yet. There may be many thousands that run, and no step looks at them all.
     pending: HashSet<u64>,
+    /// Those of them that wait until the program's accept(2) makes room.
+    queued: HashSet<u64>,
     by_token: HashMap<Ipv4Addr, u64>,
     reservations: HashMap<u64, Reservation>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
@@ -166,6 +170,7 @@ impl Associations {
             last: 0,
             all: HashMap::new(),
             pending: HashSet::new(),
+            queued: HashSet::new(),
             by_token: HashMap::new(),
             reservations: HashMap::new(),
             minted: HashMap::new(),
@@ -205,7 +210,8 @@ impl Associations {
 
     /// When [`Self::turn`] is due even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.waiting().map(|(_, one)| one.deadline()).min()
+        let soon = (!self.queued.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
+        self.waiting().map(|(_, one)| one.deadline()).chain(soon).min()
     }
 
     /// Does what has become possible.
@@ -221,6 +227,13 @@ impl Associations {
             self.bury(&dead);
         }
         self.accept(diag);
+        let queued: Vec<_> = self.queued.iter().copied().collect();
+        for id in queued {
+            if let Some(Direction::Inbound { reservation }) = self.all.get(&id).map(|one| &one.direction) {
+                let reservation = *reservation;
+                self.deliver(id, reservation, diag);
+            }
+        }
         self.join(diag);
         self.expire();
     }
@@ -317,7 +330,7 @@ impl Associations {
     }
 
     /// The broker's word: it may go on.
-    pub fn admit(&mut self, id: u64) -> io::Result<()> {
+    pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<()> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
         if !matches!(one.seen.verdict(), Some(Ok(_))) {
             return Err(Errno::EINVAL.into()); // nobody was shown
@@ -328,7 +341,7 @@ impl Associations {
         one.admitted = true;
         match one.direction {
             Direction::Outbound { .. } => self.open_held(id),
-            Direction::Inbound { reservation } => self.deliver(id, reservation),
+            Direction::Inbound { reservation } => self.deliver(id, reservation, diag),
         }
         Ok(())
     }
@@ -376,6 +389,7 @@ impl Associations {
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
         self.pending.remove(&id);
+        self.queued.remove(&id);
         if let Direction::Outbound { token, syn, .. } = &one.direction {
             self.by_token.remove(token);
             if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
@@ -410,13 +424,13 @@ impl Associations {
         let (cookie, local, remote) = match &one.direction {
             Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
             Direction::Inbound { reservation } => {
-                return self.reservations.get(reservation).is_some_and(|place| place.is_there(diag));
+                return self.reservations.get(reservation).is_some_and(|place| place.room(diag).is_some());
             }
         };
         let as_v4 = |addr: Addr| addr.socket_addr().map_or(addr, Addr::from);
         let (local, remote) = (as_v4(local), as_v4(remote));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
-        diag.cookie(&flow).ok().flatten() == Some(cookie)
+        diag.look(&flow).ok().flatten().is_some_and(|found| found.cookie == cookie)
     }
 
     /// All is proved: bytes may pass.

@@ -12,6 +12,17 @@ use portcullis_wire::keyd::Flow;
 
 use crate::sock;
 
+/// What the kernel says of a socket.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Subject {
+    /// Its number, never used again.
+    pub cookie: u64,
+    /// Of a listener: connections that wait for accept(2).
+    pub waiting: u32,
+    /// Of a listener: its backlog; one more than this may wait (net/sock.h, sk_acceptq_is_full).
+    pub backlog: u32,
+}
+
 /// A netlink socket, in the network namespace where it was made.
 pub struct Diag {
     netlink: OwnedFd,
@@ -52,13 +63,13 @@ impl Diag {
         self.ask(SOCK_DESTROY, flow, interface).map(|found| found.is_some())
     }
 
-    /// Cookie of the socket with these addresses. A listener is found by its own address alone.
-    pub fn cookie(&mut self, flow: &Flow) -> io::Result<Option<u64>> {
+    /// The socket with these addresses. A listener is found by its own address alone.
+    pub fn look(&mut self, flow: &Flow) -> io::Result<Option<Subject>> {
         self.ask(SOCK_DIAG_BY_FAMILY, flow, 0).map(Option::flatten)
     }
 
     /// `Some(None)`: done, without a message about a socket.
-    fn ask(&mut self, kind: u16, flow: &Flow, interface: u32) -> io::Result<Option<Option<u64>>> {
+    fn ask(&mut self, kind: u16, flow: &Flow, interface: u32) -> io::Result<Option<Option<Subject>>> {
         self.seq = self.seq.wrapping_add(1);
         let request = request(kind, flow, interface, self.seq).ok_or(io::ErrorKind::InvalidInput)?;
         send(self.netlink.as_raw_fd(), &request, MsgFlags::empty())?;
@@ -68,9 +79,7 @@ impl Diag {
         loop {
             let length = recv(self.netlink.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
             let bytes = answer.get(..length).unwrap_or_default();
-            if let Some(cookie) = subject(bytes) {
-                found = Some(cookie);
-            }
+            found = subject(bytes).or(found);
             match outcome(bytes, self.seq) {
                 None => {}
                 Some(0) => return Ok(Some(found)),
@@ -102,7 +111,7 @@ impl Deaths {
         let mut message = [0; 1024];
         loop {
             match recv(self.0.as_raw_fd(), &mut message, MsgFlags::MSG_DONTWAIT) {
-                Ok(length) => dead.extend(message.get(..length).and_then(subject)),
+                Ok(length) => dead.extend(message.get(..length).and_then(subject).map(|it| it.cookie)),
                 Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
                 Err(_) => return dead,
             }
@@ -162,9 +171,11 @@ fn outcome(bytes: &[u8], seq: u32) -> Option<i32> {
     word(16).map(i32::from_ne_bytes)?.checked_neg()
 }
 
-/// The cookie in a message about a socket: `struct inet_diag_msg` after the header, its `idiag_cookie`.
-fn subject(bytes: &[u8]) -> Option<u64> {
+/// Reads a message about a socket: `struct inet_diag_msg` after the header.
+fn subject(bytes: &[u8]) -> Option<Subject> {
     let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
-    let cookie = bytes.get(60..68)?.try_into().ok().map(u64::from_ne_bytes)?;
-    (kind == SOCK_DIAG_BY_FAMILY).then_some(cookie)
+    let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+    let cookie = bytes.get(60..68)?.try_into().ok().map(u64::from_ne_bytes)?; // id.idiag_cookie
+    let (waiting, backlog) = (word(72)?, word(76)?); // idiag_rqueue, idiag_wqueue
+    (kind == SOCK_DIAG_BY_FAMILY).then_some(Subject { cookie, waiting, backlog })
 }

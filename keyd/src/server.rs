@@ -289,7 +289,7 @@ impl Server<'_> {
                 all.release(head.tag);
                 Ok(Answer::default())
             }
-            (Kind::Admit, None) => all.admit(head.tag).map(plain),
+            (Kind::Admit, None) => all.admit(head.tag, diag).map(plain),
             (Kind::Refuse, None) => {
                 all.refuse(head.tag, i32::try_from(head.count).unwrap_or(libc::ECONNREFUSED)).map(plain)
             }

@@ -404,6 +404,42 @@ fn a_syn_to_a_token_from_another_socket_takes_nothing() {
 }
 
 #[test]
+fn many_at_once_are_all_served_through_a_short_backlog() {
+    const MANY: usize = 100;
+    let mut world = World::new();
+    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    listener.set_nonblocking(true).unwrap();
+    let clients: Vec<_> = (0..MANY).map(|_| world.client(far(2121)).1).collect();
+    let (mut up, mut served) = ([0, 0], Vec::new());
+    let end = Instant::now() + Duration::from_secs(20);
+    while (up != [MANY, MANY] || served.len() < MANY) && Instant::now() < end {
+        for (daemon, up) in [&mut world.near, &mut world.far].into_iter().zip(&mut up) {
+            daemon.receive(Duration::from_millis(1));
+            while let Some((kind, head, rest)) = daemon.reports.pop_front() {
+                match kind {
+                    Kind::Shown => {
+                        assert_eq!(daemon.ask(Kind::Admit, head.tag, 0, &[], &[]).unwrap().head.errno, 0);
+                    }
+                    Kind::Associated => *up += 1,
+                    other => panic!("{other:?} {}", String::from_utf8_lossy(&rest)),
+                }
+            }
+        }
+        served.extend(listener.accept().map(|(stream, _)| stream));
+    }
+    assert_eq!((up, served.len()), ([MANY, MANY], MANY));
+    for stream in &served {
+        stream.set_nonblocking(false).unwrap();
+        let mut stream = stream;
+        stream.write_all(b"x").unwrap();
+    }
+    for client in clients {
+        assert_eq!(result(&client), 0);
+        blocking(client).read_exact(&mut [0]).unwrap();
+    }
+}
+
+#[test]
 fn a_token_listener_is_reached_by_the_daemon_alone() {
     let mut world = World::new();
     let (_, listener, reserved) = world.listener(&format!("{FAR}:2121"));

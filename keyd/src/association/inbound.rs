@@ -57,11 +57,12 @@ impl Reservation {
         self.cookie
     }
 
-    /// Whether the program still listens.
-    pub(super) fn is_there(&self, diag: &mut Diag) -> bool {
+    /// Whether the program still listens, and then whether one more may wait for its accept(2).
+    pub(super) fn room(&self, diag: &mut Diag) -> Option<bool> {
         let (local, remote) = (self.token_addr(), Addr::v4(Ipv4Addr::UNSPECIFIED, 0));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
-        diag.cookie(&flow).ok().flatten() == Some(self.cookie)
+        let found = diag.look(&flow).ok().flatten().filter(|found| found.cookie == self.cookie)?;
+        Some(found.waiting <= found.backlog)
     }
 
     const fn token_addr(&self) -> Addr {
@@ -161,7 +162,7 @@ impl Associations {
                 let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
                 room -= 1;
                 let wire = adopt(number);
-                if !one.is_there(diag) {
+                if one.room(diag).is_none() {
                     sock::reset_on_close(wire.as_fd());
                     drop(wire);
                     if one.listened {
@@ -217,11 +218,18 @@ impl Associations {
         Ok(())
     }
 
-    /// Connects to the program's listener for an admitted peer.
-    pub(super) fn deliver(&mut self, id: u64, reservation: u64) {
-        let Some(place) = self.reservations.get(&reservation) else {
+    /// Connects to the program's listener for an admitted peer, or has it wait: beyond the backlog the kernel
+    /// would have the program's end wait for seconds, and ours seem to be up.
+    pub(super) fn deliver(&mut self, id: u64, reservation: u64, diag: &mut Diag) {
+        let place = self.reservations.get(&reservation);
+        let Some((place, has_room)) = place.and_then(|place| Some((place, place.room(diag)?))) else {
             return self.stop(id, libc::ECONNRESET, "the listener has gone");
         };
+        if !has_room {
+            self.queued.insert(id);
+            return;
+        }
+        self.queued.remove(&id);
         let is_v6 = place.is_v6;
         match self.tokens.deliver(place.token) {
             Ok((socket, from)) => {

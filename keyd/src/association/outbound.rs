@@ -106,7 +106,7 @@ impl Associations {
         }
         let (local, remote) = (v4(arrived.from), Addr::v4(arrived.token, FAR_PORT));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
-        if diag.cookie(&flow).ok().flatten() != Some(*cookie) {
+        if diag.look(&flow).ok().flatten().is_none_or(|found| found.cookie != *cookie) {
             let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
             return;
         }

@@ -89,7 +89,13 @@ impl Daemon {
                 Self { pid: child, broker: ours, seq: 0, strangers: Vec::new(), reports: VecDeque::new() }
             }
             ForkResult::Child => {
-                drop(ours);
+                // Sockets of other tests would live on in here.
+                let kept = [Some(theirs.as_raw_fd()), ready.as_ref().map(AsRawFd::as_raw_fd)];
+                for fd in (3..4096).filter(|fd| !kept.contains(&Some(*fd))) {
+                    // SAFETY: nothing in this process uses a descriptor that is not kept; `ours` is forgotten.
+                    unsafe { libc::close(fd) };
+                }
+                std::mem::forget(ours);
                 let status = match run(Config { broker: theirs, state, ready }) {
                     Ok(()) => 0,
                     Err(e) => {
