@@ -394,3 +394,37 @@ fn a_local_client_that_has_closed_already_is_known_if_it_asked_and_nobody_if_not
     assert_eq!(told["remote"], format!("127.0.0.1:{}", refused.trim()));
     assert!(told["peer"].is_null(), "{told}");
 }
+
+#[test]
+fn on_one_host_a_session_is_told_from_others_at_the_same_address() {
+    let net = Net::new(&["host"]);
+    let [host] = net.hosts();
+    host.policy("service ctl = tcp/7021, related;\nallow ctl(process{exe=\"/usr/bin/python3*\"}, process{exe=\"/usr/bin/python3*\"});");
+    let server = "import socket, sys\nl = socket.create_server(('127.0.0.1', 7021))\nprint('up', flush=True)\nc, a = l.accept()\n\
+        d = socket.create_server(('127.0.0.1', 0))\nprint('port', d.getsockname()[1], flush=True)\n\
+        while True:\n    s, a = d.accept()\n    s.sendall(b'data')\n    s.close()";
+    let server = host.start(&[PY, "-c", server]);
+    server.line("up");
+    let client = "import socket, sys, os\nc = socket.create_connection(('127.0.0.1', 7021))\nprint('in', flush=True)\n\
+        for line in sys.stdin:\n    pid = os.fork()\n    if pid == 0:\n        try:\n            print(socket.create_connection(('127.0.0.1', int(line)), 3).recv(9), flush=True)\n        except OSError as e:\n            print('not', e, flush=True)\n        os._exit(0)\n    os.wait()";
+    let mut client = host.start(&[PY, "-c", client]);
+    client.line("in");
+    let port = server.line("port ").trim_start_matches("port ").to_owned();
+    client.say(&format!("{port}\n"));
+    client.line("b'data'"); // by a child, which does so for its session
+    let thief = format!(
+        "import socket, os\nif os.environ.get('AS'): os.setuid(65534)\ntry:\n    print(socket.create_connection(('127.0.0.1', {port}), 3).recv(9))\nexcept OSError as e:\n    print('not', e)"
+    );
+    let wrapped = Finished::of(&mut host.run(&[PY, "-c", &thief])).success();
+    assert!(wrapped.contains("not"), "{wrapped}");
+    let other = Finished::of(host.plain(&[PY, "-c", &thief]).env("AS", "nobody")).success();
+    assert!(!other.contains("data"), "{other}");
+    host.record("the thief that is wrapped", |r| is(r, "connect", "refuse"));
+    host.record("the thief that is not", |r| {
+        is(r, "accept", "refuse") && r["peer"].to_string().contains("not wrapped")
+    });
+    let data = host.record("data", |r| is(r, "accept", "permit") && r["session"].is_string());
+    assert_eq!(data["assurance"], "kernel");
+    client.say(&format!("{port}\n"));
+    client.line("b'data'");
+}
