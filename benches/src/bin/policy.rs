@@ -121,9 +121,9 @@ impl World {
     fn prefix(&self, n: usize) -> (Ipv4Addr, u8) {
         let n = u32::try_from(n % self.prefixes).unwrap_or(0);
         match n % 8 {
-            0 => (Ipv4Addr::from(0x0a00_0000 | (n % 256) << 16), 16),
-            1..=5 => (Ipv4Addr::from(0x0a00_0000 | (n % 0xffff) << 8), 24),
-            _ => (Ipv4Addr::from(0x0a00_0000 | n.wrapping_mul(7919) % 0xff_ffff), 32),
+            0 => (Ipv4Addr::from(0x0a00_0000 | ((n % 256) << 16)), 16),
+            1..=5 => (Ipv4Addr::from(0x0a00_0000 | ((n % 0xffff) << 8)), 24),
+            _ => (Ipv4Addr::from(0x0a00_0000 | (n.wrapping_mul(7919) % 0xff_ffff)), 32),
         }
     }
 
@@ -336,6 +336,29 @@ impl Subject {
     }
 }
 
+/// Compares two policies of which every `share`th rule differs.
+fn compare(rules: usize, share: usize) {
+    let world = World::new(rules);
+    let (old, _) = world.policy();
+    let mut dice = Dice(99);
+    let mut new = String::new();
+    for (n, line) in old.lines().enumerate() {
+        let picked = world.pick(&mut dice);
+        let line = if n % share == 0 { world.rule(&mut dice, &picked) } else { line.to_owned() };
+        let _infallible = writeln!(new, "{line}");
+    }
+    let parse = |text: &str| Policy::parse("bench.pol", text).ok().map(|l| l.policy);
+    let (Some(old), Some(new)) = (parse(&old), parse(&new)) else { return };
+    let begun = Instant::now();
+    let diff = portcullis_policy::diff(&old, &new, 0);
+    let seconds = begun.elapsed().as_secs_f64();
+    let changed = rules / share;
+    let (regions, exact) = (diff.changes.len(), diff.exact);
+    row(&format!(
+        "diff of two policies of {rules} rules, {changed} changed: {seconds:.2} s, {regions} regions, exact: {exact}"
+    ));
+}
+
 fn main() {
     let only = std::env::args().nth(1).and_then(|n| n.parse().ok());
     let sizes = only.map_or_else(|| vec![100, 1_000, 10_000, 100_000], |n| vec![n]);
@@ -378,4 +401,7 @@ fn main() {
         ));
     }
     row(&format!("bare hash of a name: {:.1} ns", median(hashed)));
+    for share in [100, 1] {
+        compare(10_000, share);
+    }
 }

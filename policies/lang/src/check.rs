@@ -198,6 +198,10 @@ impl Checker<'_> {
 
     fn unknown_set(&mut self, name: &Name) {
         let mut error = Diagnostic::error(format!("no set is called `{}`", name.value), name.span);
+        if self.errors.is_full() {
+            self.errors.push(error);
+            return;
+        }
         let guess = nearest(&name.value, self.names.sets.keys().map(String::as_str));
         match guess.and_then(|g| self.names.sets.get(g)) {
             Some(set) => {
@@ -281,6 +285,10 @@ impl Checker<'_> {
 
     fn unknown_service(&mut self, name: &Name) {
         let mut error = Diagnostic::error(format!("no service is called `{}`", name.value), name.span);
+        if self.errors.is_full() {
+            self.errors.push(error);
+            return;
+        }
         let mut known: Vec<&str> = self.names.services.keys().map(String::as_str).collect();
         for name in services::names() {
             known.push(name);

@@ -92,6 +92,11 @@ impl Diagnostics {
         }
     }
 
+    /// Whether more are only counted, so that their text need not be thought about.
+    pub(crate) fn is_full(&self) -> bool {
+        self.list.len() >= MOST
+    }
+
     pub(crate) fn with_sources(mut self, sources: &[Source]) -> Self {
         self.sources = sources.to_vec();
         let key = |d: &Diagnostic| (d.severity == Severity::Warning, d.span.file, d.span.start);
@@ -233,8 +238,12 @@ impl Diagnostics {
         // A long line is shown around its mark only, so the cost does not depend on its length.
         let at = crate::source::to_usize(span.start.saturating_sub(start)).min(line.len());
         let (before, after) = (line.get(..at).unwrap_or(""), line.get(at..).unwrap_or(""));
-        let skipped = before.chars().count().saturating_sub(SHOWN / 2);
+        let before = crate::source::tail(before, 4 * SHOWN);
+        let after = crate::source::head(after, 8 * SHOWN);
+        let count = before.chars().count();
+        let skipped = count.saturating_sub(SHOWN / 2);
         let before: String = before.chars().skip(skipped).collect();
+        let skipped = skipped + usize::from(at > 4 * SHOWN);
         let before = escape(&before);
         let after_shown: String = after.chars().take(SHOWN).collect();
         let marked = after.get(..crate::tokens::width(span).min(after.len())).unwrap_or(after);

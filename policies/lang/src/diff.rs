@@ -103,6 +103,8 @@ struct Candidate {
 pub(crate) struct Atoms {
     numbers: HashMap<Arc<Atom>, u32>,
     pub(crate) all: Vec<Arc<Atom>>,
+    /// Steps spent in search of texts.
+    work: std::cell::Cell<usize>,
 }
 
 impl Atoms {
@@ -126,8 +128,8 @@ impl Atoms {
 }
 
 /// Steps for all rules together, and for one rule, before the cutting stops.
-const MOST_STEPS: usize = 20_000_000;
-const MOST_STEPS_EACH: usize = 2_000_000;
+const MOST_STEPS: usize = 10_000_000;
+const MOST_STEPS_EACH: usize = 1_000_000;
 /// Regions of one rule.
 const MOST_PIECES: usize = 64;
 
@@ -333,6 +335,7 @@ impl Search<'_> {
         let mut pieces = 0;
         let mut stack = vec![(whole, others)];
         while let Some((piece, others)) = stack.pop() {
+            self.steps += self.atoms.work.take();
             if self.steps > budget || pieces >= MOST_PIECES {
                 stack.push((piece, others));
                 self.give_up(seed, &stack);
@@ -456,7 +459,7 @@ impl Search<'_> {
         self.limits
             .push("the regions of some rules are too many to be told apart; they are given whole".to_owned());
         for widens in [true, false] {
-            let pieces = left.iter().rev().take(256);
+            let pieces = left.iter().rev().take(64);
             let _found = pieces.into_iter().any(|(piece, _)| self.report(piece, widens, Some(seed)));
         }
     }

@@ -27,6 +27,8 @@ mod display;
 mod explain;
 mod facts;
 mod fmt;
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(test)]
 mod generate;
 mod listener;

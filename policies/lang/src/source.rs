@@ -25,6 +25,9 @@ impl Span {
     }
 }
 
+/// Bytes of a line that no person wrote.
+const LONG: usize = 4096;
+
 /// One source file.
 #[derive(Clone, Debug)]
 pub struct Source {
@@ -50,7 +53,9 @@ impl Source {
         let line = self.lines.partition_point(|start| *start <= offset).max(1);
         let start = self.lines.get(line - 1).copied().unwrap_or(0);
         let before = self.text.get(to_usize(start)..to_usize(offset)).unwrap_or("");
-        (line, before.chars().count() + 1)
+        // Nobody counts characters in a line of many kilobytes; in such a one bytes will do.
+        let column = if before.len() > LONG { before.len() } else { before.chars().count() };
+        (line, column + 1)
     }
 
     /// Byte where a line begins and the text of it without its end, line counted from 1.
@@ -67,6 +72,18 @@ impl Source {
     pub fn slice(&self, span: Span) -> &str {
         self.text.get(span.range()).unwrap_or("")
     }
+}
+
+/// The end of a text, of about so many bytes.
+pub(crate) fn tail(text: &str, bytes: usize) -> &str {
+    let from = text.len().saturating_sub(bytes);
+    (from..text.len()).find_map(|i| text.get(i..)).unwrap_or("")
+}
+
+/// The beginning of a text, of about so many bytes.
+pub(crate) fn head(text: &str, bytes: usize) -> &str {
+    let to = text.len().min(bytes);
+    (0..=to).rev().find_map(|i| text.get(..i)).unwrap_or("")
 }
 
 /// A length or index that callers keep below 2^32.

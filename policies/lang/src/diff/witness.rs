@@ -1,6 +1,9 @@
 //! One party for which given conditions hold and others do not, or the certainty that there is none.
 
-use std::collections::{HashSet, VecDeque};
+use std::{
+    cell::Cell,
+    collections::{HashSet, VecDeque},
+};
 
 use super::{Atoms, pieces::End};
 use crate::{
@@ -42,7 +45,7 @@ struct Wanted<'a> {
 
 /// Looks for a party.
 pub(super) fn party(end: &End, atoms: &Atoms) -> Found {
-    let mut wanted = Wanted::default();
+    let (mut wanted, work) = (Wanted::default(), &atoms.work);
     for (number, holds) in &end.laid {
         let Some(atom) = atoms.all.get(to_usize(*number)) else { continue };
         let about = matches!(**atom, Atom::Shown | Atom::Version(..) | Atom::Certificate(..));
@@ -64,7 +67,7 @@ pub(super) fn party(end: &End, atoms: &Atoms) -> Found {
     if example.address.is_none() || (wanted.certificate && wanted.shown == Some(false)) {
         return Found::None;
     }
-    let done = certificate(&wanted, &mut example).and_then(|()| process(&wanted, &mut example));
+    let done = certificate(&wanted, &mut example, work).and_then(|()| process(&wanted, &mut example, work));
     match done {
         Ok(()) => Found::One(Box::new(example)),
         Err(No::Text) => Found::None,
@@ -96,7 +99,7 @@ fn address(end: &End) -> Option<std::net::IpAddr> {
     low.map(|low| std::net::Ipv6Addr::from(low).into())
 }
 
-fn certificate(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
+fn certificate(wanted: &Wanted<'_>, example: &mut Example, work: &Cell<usize>) -> Result<(), No> {
     if !wanted.certificate && wanted.shown != Some(true) {
         return Ok(());
     }
@@ -118,7 +121,7 @@ fn certificate(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
             let list = wanted.certificates.iter().filter(|c| c.0 == field && c.2 == holds);
             list.map(|c| c.1).collect()
         };
-        let texts = texts(&of(true), &of(false), field.is_many())?;
+        let texts = texts(&of(true), &of(false), field.is_many(), work)?;
         let first = texts.first().cloned();
         match field {
             F::Name => facts.names = texts,
@@ -133,7 +136,7 @@ fn certificate(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
     Ok(())
 }
 
-fn process(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
+fn process(wanted: &Wanted<'_>, example: &mut Example, work: &Cell<usize>) -> Result<(), No> {
     if wanted.processes.is_empty() && wanted.sha256.0.is_empty() && wanted.sha256.1.is_empty() {
         return Ok(());
     }
@@ -159,7 +162,7 @@ fn process(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
             list.map(|p| p.1).collect()
         };
         let (with, without) = (of(true), of(false));
-        let mut texts = match texts(&with, &without, field.is_many()) {
+        let mut texts = match texts(&with, &without, field.is_many(), work) {
             // A user is told by its number too: another way to fulfil both.
             Err(No::Text) if field == F::User && with.iter().any(|p| view::number(p).is_some()) => {
                 return Err(No::Idea);
@@ -169,7 +172,7 @@ fn process(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
         if texts.is_empty() && !without.is_empty() && !field.is_many() && field != F::Unit {
             // Every process has one of these, so it must be one that none of the others is.
             let any = Pattern::exact_any(without.first().map_or(crate::pattern::Scope::Text, |p| p.scope));
-            texts = self::texts(&[&any], &without, false)?;
+            texts = self::texts(&[&any], &without, false, work)?;
         }
         let first = texts.first().cloned();
         match field {
@@ -189,17 +192,17 @@ fn process(wanted: &Wanted<'_>, example: &mut Example) -> Result<(), No> {
 
 /// Texts for the patterns that must match and those that must not: one for all, or, if there may be
 /// `many`, one for each.
-fn texts(with: &[&Pattern], without: &[&Pattern], many: bool) -> Result<Vec<String>, No> {
+fn texts(with: &[&Pattern], without: &[&Pattern], many: bool, work: &Cell<usize>) -> Result<Vec<String>, No> {
     if with.is_empty() {
         return Ok(Vec::new());
     }
     if !many {
-        return Ok(vec![text(with, without)?]);
+        return Ok(vec![text(with, without, work)?]);
     }
     let mut texts: Vec<String> = Vec::new();
     for pattern in with {
         if !texts.iter().any(|t| pattern.matches(t)) {
-            texts.push(text(&[pattern], without)?);
+            texts.push(text(&[pattern], without, work)?);
         }
     }
     Ok(texts)
@@ -208,21 +211,22 @@ fn texts(with: &[&Pattern], without: &[&Pattern], many: bool) -> Result<Vec<Stri
 /// Fillings for wildcards, to be tried before anything is searched.
 const FILLINGS: [&str; 8] = ["host", "x1", "", "q7w", "a.b", "/usr/bin/x1", "/x1", "a/b"];
 /// States that a search may visit.
-const MOST_STATES: usize = 20_000;
+const MOST_STATES: usize = 2_000;
 
 /// A text that all of the first match and none of the second; a path, if it can be one.
-fn text(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
+fn text(with: &[&Pattern], without: &[&Pattern], work: &Cell<usize>) -> Result<String, No> {
     let path = Pattern::below_root();
     if with.iter().any(|p| p.scope == path.scope) {
         let with: Vec<&Pattern> = with.iter().copied().chain([&path]).collect();
-        if let Ok(found) = any_text(&with, without) {
+        if let Ok(found) = any_text(&with, without, work) {
             return Ok(found);
         }
     }
-    any_text(with, without)
+    any_text(with, without, work)
 }
 
-fn any_text(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
+fn any_text(with: &[&Pattern], without: &[&Pattern], work: &Cell<usize>) -> Result<String, No> {
+    work.set(work.get() + 4 * (with.len() + without.len()));
     let fits = |text: &str| with.iter().all(|p| p.matches(text)) && !without.iter().any(|p| p.matches(text));
     for pattern in with {
         if let Some(only) = pattern.literal() {
@@ -233,11 +237,11 @@ fn any_text(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
             return Ok(found);
         }
     }
-    search(with, without)
+    search(with, without, work)
 }
 
 /// Looks through all texts, as far as the patterns can tell them apart.
-fn search(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
+fn search(with: &[&Pattern], without: &[&Pattern], work: &Cell<usize>) -> Result<String, No> {
     if with.len() + without.len() > 40 {
         return Err(No::Idea);
     }
@@ -257,6 +261,7 @@ fn search(with: &[&Pattern], without: &[&Pattern]) -> Result<String, No> {
         if with.iter().zip(yes).all(accepted) && !without.iter().zip(no).any(accepted) {
             return String::from_utf8(text).map_err(|_| No::Idea);
         }
+        work.set(work.get() + all.len() * alphabet.len());
         for byte in &alphabet {
             let next: Vec<Run> = all.iter().zip(&state).map(|(p, run)| p.step(run, *byte)).collect();
             let dead = next.iter().take(with.len()).any(Run::is_over);
