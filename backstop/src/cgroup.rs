@@ -3,11 +3,12 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
-use crate::error::BackstopError;
+use crate::{error::BackstopError, sys};
 
 /// A cgroup of ours, held open.
 #[derive(Debug)]
@@ -117,11 +118,24 @@ pub const PREFIX: &str = "portcullis-";
 /// # Errors
 /// [`BackstopError::NoHierarchy`], [`BackstopError::NoCgroup`].
 pub fn folder_of(pid: u32) -> Result<PathBuf, BackstopError> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| BackstopError::NoHierarchy)?;
-    let (root, point) = hierarchy(&mounts).ok_or(BackstopError::NoHierarchy)?;
+    let (root, point) = visible().ok_or(BackstopError::NoHierarchy)?;
     let groups =
         fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(|_| BackstopError::NoCgroup(pid))?;
     membership(&groups, &root).map(|below| point.join(below)).ok_or(BackstopError::NoCgroup(pid))
+}
+
+/// Root and place of the hierarchy as this process can reach it: where it is mounted, or a mount of our own
+/// that has no name. ip-netns(8) `exec`, for one, leaves a /sys without it.
+fn visible() -> Option<(String, PathBuf)> {
+    static OWN: OnceLock<Option<OwnedFd>> = OnceLock::new();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    if let Some((root, point)) = hierarchy(&mounts)
+        && point.join("cgroup.procs").exists()
+    {
+        return Some((root, point));
+    }
+    let own = OWN.get_or_init(|| sys::mount_unnamed(c"cgroup2").ok()).as_ref()?;
+    Some(("/".to_owned(), PathBuf::from(format!("/proc/self/fd/{}", own.as_raw_fd()))))
 }
 
 /// Root and mount point of the cgroup v2 hierarchy in the text of proc_pid_mountinfo(5).

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "bpf(2) has no safe wrapper")]
 
 use std::{
+    ffi::CStr,
     fs::File,
     io::{self, Read},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -80,6 +81,21 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<Vec<u32>
 /// A program by its id.
 pub(crate) fn program(id: u32) -> io::Result<OwnedFd> {
     owned(bpf(PROG_GET_FD_BY_ID, &mut attr(&[id]))?)
+}
+
+/// Mounts a file system without a name (fsopen(2), fsmount(2); Linux 5.2). It goes with the descriptor.
+pub(crate) fn mount_unnamed(kind: &CStr) -> io::Result<OwnedFd> {
+    const CREATE: libc::c_uint = 6; // FSCONFIG_CMD_CREATE, linux/mount.h
+    const CLOSE_ON_EXEC: libc::c_uint = 1; // FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
+    let checked = |done: libc::c_long| if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done) };
+    // SAFETY: a C string; the results are descriptors that nobody else knows. fsconfig's command takes
+    // neither key nor value.
+    unsafe {
+        let open = owned(checked(libc::syscall(libc::SYS_fsopen, kind.as_ptr(), CLOSE_ON_EXEC))?)?;
+        let none = std::ptr::null::<libc::c_char>();
+        checked(libc::syscall(libc::SYS_fsconfig, open.as_raw_fd(), CREATE, none, none, 0))?;
+        owned(checked(libc::syscall(libc::SYS_fsmount, open.as_raw_fd(), CLOSE_ON_EXEC, 0))?)
+    }
 }
 
 /// Runs an iterator over tasks, over the one thread `tid` where the kernel can (6.1), else over all,

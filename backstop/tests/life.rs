@@ -151,6 +151,33 @@ fn another_network_namespace_is_another_world() {
 }
 
 #[test]
+fn the_hierarchy_is_reached_where_it_is_not_mounted() {
+    // As ip-netns(8) `exec` does: another /sys, in a mount namespace of its own.
+    let done = std::thread::spawn(|| {
+        // SAFETY: C strings that outlive the calls; the namespace is this thread's own.
+        unsafe {
+            assert_eq!(libc::unshare(libc::CLONE_NEWNS), 0);
+            let none = std::ptr::null();
+            let flags = libc::MS_REC | libc::MS_PRIVATE;
+            assert_eq!(libc::mount(none, c"/".as_ptr(), none, flags, none.cast()), 0);
+            libc::umount2(c"/sys".as_ptr(), libc::MNT_DETACH);
+            let sysfs = c"sysfs".as_ptr();
+            assert_eq!(libc::mount(sysfs, c"/sys".as_ptr(), sysfs, 0, none.cast()), 0);
+        }
+        let name = format!("pcl-test-hidden-{}", std::process::id());
+        let cgroup = Cgroup::below(std::process::id(), &name).unwrap();
+        let (backstop, attacher) = load().unwrap();
+        attacher.attach(&cgroup).unwrap();
+        let (_l, to) = listener("127.0.0.1:0");
+        let refused = Child::start(&cgroup, || tcp(to)).go();
+        drop(backstop);
+        assert!(cgroup.remove_if_empty().unwrap());
+        refused
+    });
+    assert_eq!(done.join().unwrap(), EPERM);
+}
+
+#[test]
 fn a_cgroup_below_is_held_too_and_what_is_outside_is_not() {
     let mut cage = Cage::new();
     let (_l, to) = listener("127.0.0.1:0");

@@ -73,7 +73,11 @@ impl Backing {
     /// The process is where it was.
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
         let Some(attacher) = self.attacher.as_ref().filter(|_| self.link.is_some()) else { return Ok(false) };
-        let cgroup = Cgroup::below(pid, &cgroup_name(&self.state))?;
+        let cgroup = match Cgroup::below(pid, &cgroup_name(&self.state)) {
+            // No cgroup v2 in this container: `ps` shows that the backstop does not hold it.
+            Err(BackstopError::NoHierarchy | BackstopError::NoCgroup(_)) => return Ok(false),
+            found => found?,
+        };
         // One of an earlier supervisor's has programs that answer to nobody any more; one that somebody removed
         // and that was made again has none.
         let known = self.cgroups.iter().any(|known| known.path() == cgroup.path());
