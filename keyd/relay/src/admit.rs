@@ -1,7 +1,9 @@
 //! How many handshakes may be under way, and whose turn it is. Pure.
 //!
-//! When there are too many, the one that began first goes: an honest peer is done in milliseconds, one that
-//! only holds its place is not. Turns go round by peer address, so a flood waits behind itself.
+//! When there are too many, one goes that its peer keeps waiting: first of those that have not sent a whole
+//! ClientHello, then of the rest, the one that began first. An honest peer is done in milliseconds; one that only
+//! holds its place is not. What waits for us goes last, since that is no fault of its peer. Turns go round by peer
+//! address, so a flood waits behind itself.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -26,38 +28,73 @@ impl Peer {
     }
 }
 
-/// Handshakes under way, by peer; ids grow, so the smallest began first.
+/// Whom a handshake waits for.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Waits {
+    /// For the ClientHello of its peer.
+    Hello,
+    /// For its peer to go on.
+    Peer,
+    /// For its turn.
+    Turn,
+}
+
+/// Handshakes under way, by peer. Ids grow, so the smallest began first.
 #[derive(Debug)]
 pub(crate) struct Admission {
     total: usize,
     per_peer: usize,
-    all: BTreeSet<Id>,
-    by_peer: HashMap<Peer, BTreeSet<Id>>,
+    waits: HashMap<Id, Waits>,
+    all: BTreeSet<(Waits, Id)>,
+    by_peer: HashMap<Peer, BTreeSet<(Waits, Id)>>,
 }
 
 impl Admission {
     pub(crate) fn new(total: usize, per_peer: usize) -> Self {
-        Self { total: total.max(1), per_peer: per_peer.max(1), all: BTreeSet::new(), by_peer: HashMap::new() }
+        Self {
+            total: total.max(1),
+            per_peer: per_peer.max(1),
+            waits: HashMap::new(),
+            all: BTreeSet::new(),
+            by_peer: HashMap::new(),
+        }
     }
 
-    /// Takes one more, and names the one that must go for it.
+    /// Takes one more, which waits for us, and names the one that must go for it: itself, if all wait for us.
     pub(crate) fn enter(&mut self, peer: Peer, id: Id) -> Option<Id> {
+        let place = (Waits::Turn, id);
         let own = self.by_peer.entry(peer).or_default();
-        own.insert(id);
-        self.all.insert(id);
-        if own.len() > self.per_peer {
-            own.first().copied()
+        own.insert(place);
+        self.all.insert(place);
+        self.waits.insert(id, Waits::Turn);
+        let crowd = if own.len() > self.per_peer {
+            &*own
         } else if self.all.len() > self.total {
-            self.all.first().copied()
+            &self.all
         } else {
-            None
+            return None;
+        };
+        crowd.first().map(|(waits, first)| if *waits == Waits::Turn { id } else { *first })
+    }
+
+    /// Notes whom one of them waits for now.
+    pub(crate) fn waits(&mut self, peer: Peer, id: Id, now: Waits) {
+        let Some(before) = self.waits.get_mut(&id) else { return };
+        let before = std::mem::replace(before, now);
+        if before != now {
+            let own = self.by_peer.get_mut(&peer);
+            for places in own.into_iter().chain([&mut self.all]) {
+                places.remove(&(before, id));
+                places.insert((now, id));
+            }
         }
     }
 
     pub(crate) fn leave(&mut self, peer: Peer, id: Id) {
-        self.all.remove(&id);
+        let Some(waits) = self.waits.remove(&id) else { return };
+        self.all.remove(&(waits, id));
         if let Some(own) = self.by_peer.get_mut(&peer) {
-            own.remove(&id);
+            own.remove(&(waits, id));
             if own.is_empty() {
                 self.by_peer.remove(&peer);
             }
@@ -113,14 +150,21 @@ mod tests {
     }
 
     #[test]
-    fn the_peer_with_too_many_loses_its_oldest() {
-        let mut admission = Admission::new(10, 2);
+    fn the_peer_with_too_many_loses_the_oldest_that_it_keeps_waiting() {
+        let mut admission = Admission::new(10, 3);
         assert_eq!(admission.enter(peer(1), Id(1)), None);
-        assert_eq!(admission.enter(peer(2), Id(2)), None);
-        assert_eq!(admission.enter(peer(2), Id(3)), None);
-        assert_eq!(admission.enter(peer(2), Id(4)), Some(Id(2)));
+        for id in 2..=4 {
+            assert_eq!(admission.enter(peer(2), Id(id)), None);
+        }
+        admission.waits(peer(2), Id(2), Waits::Peer);
+        admission.waits(peer(2), Id(3), Waits::Hello);
+        assert_eq!(admission.enter(peer(2), Id(5)), Some(Id(3)), "the silent one");
+        admission.leave(peer(2), Id(3));
+        assert_eq!(admission.enter(peer(2), Id(6)), Some(Id(2)), "then who has said something");
         admission.leave(peer(2), Id(2));
-        assert_eq!(admission.enter(peer(1), Id(5)), None);
+        assert_eq!(admission.enter(peer(2), Id(7)), Some(Id(7)), "all wait for us: no more for now");
+        admission.leave(peer(2), Id(7));
+        assert_eq!(admission.enter(peer(1), Id(8)), None, "others come in");
     }
 
     #[test]
@@ -128,8 +172,19 @@ mod tests {
         let mut admission = Admission::new(3, 3);
         for id in 1..=3 {
             assert_eq!(admission.enter(peer(1), Id(id)), None);
+            admission.waits(peer(1), Id(id), Waits::Hello);
         }
-        assert_eq!(admission.enter(peer(2), Id(4)), Some(Id(1)));
+        admission.waits(peer(1), Id(1), Waits::Turn);
+        assert_eq!(admission.enter(peer(2), Id(4)), Some(Id(2)));
+    }
+
+    #[test]
+    fn what_left_is_counted_nowhere() {
+        let mut admission = Admission::new(3, 3);
+        admission.enter(peer(1), Id(1));
+        admission.leave(peer(1), Id(1));
+        admission.waits(peer(1), Id(1), Waits::Peer);
+        assert!(admission.all.is_empty() && admission.by_peer.is_empty() && admission.waits.is_empty());
     }
 
     #[test]

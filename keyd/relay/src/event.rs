@@ -35,8 +35,8 @@ pub enum Failure {
     /// The peer sent more than a handshake may hold.
     #[error("handshake larger than permitted")]
     TooMuch,
-    /// Too many handshakes are under way, and this was the oldest.
-    #[error("displaced by newer handshakes")]
+    /// Too many handshakes are under way, and this was kept waiting the longest.
+    #[error("displaced by other handshakes")]
     Displaced,
     /// `splice` or `refuse` did not come in time.
     #[error("no verdict in time")]

@@ -92,6 +92,11 @@ impl Handshake {
         Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new(), secret: None }
     }
 
+    /// Whether a server has seen a ClientHello.
+    pub(crate) fn has_heard(&self) -> bool {
+        matches!(self.connection, Connection::Server(_))
+    }
+
     /// Takes what the peer sent.
     pub(crate) fn receive(&mut self, bytes: &[u8]) {
         self.incoming.extend_from_slice(bytes);

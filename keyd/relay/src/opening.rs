@@ -113,6 +113,11 @@ impl Opening {
         matches!(self.stage, Stage::Sniffing(_))
     }
 
+    /// Whether the peer has sent a whole ClientHello.
+    pub(crate) fn has_heard(&self) -> bool {
+        matches!(&self.stage, Stage::Shaking { handshake, .. } if handshake.has_heard())
+    }
+
     /// The time to begin a ClientHello is over.
     pub(crate) fn assume_plain(&mut self) {
         self.stage = Stage::Plain;

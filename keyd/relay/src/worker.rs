@@ -16,7 +16,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::{
     Ending, Event, Failure, How, Id, Limits, Role,
-    admit::{Admission, Peer, Turns},
+    admit::{Admission, Peer, Turns, Waits},
     event::Queue,
     flow::{BATCH, Flow, Next, Scratch, Side, Signs},
     opening::{Opening, Step, Waiting},
@@ -225,8 +225,8 @@ impl Worker {
         self.associations.insert(id, association);
         self.set_deadline(id, deadline);
         self.turns.push(peer, id);
-        if accepting && let Some(oldest) = self.admission.enter(peer, id) {
-            self.fail(oldest, Failure::Displaced);
+        if accepting && let Some(displaced) = self.admission.enter(peer, id) {
+            self.fail(displaced, Failure::Displaced);
         }
     }
 
@@ -258,7 +258,11 @@ impl Worker {
             }
             Phase::Judging(_) if signs.failed => self.fail(id, Failure::Reset),
             Phase::Judging(_) => {}
-            Phase::Opening(_) => self.turns.push(association.peer, id),
+            Phase::Opening(_) => {
+                let peer = association.peer;
+                self.turns.push(peer, id);
+                self.admission.waits(peer, id, Waits::Turn);
+            }
             Phase::Draining(_) => self.drain(id),
         }
     }
@@ -323,6 +327,8 @@ impl Worker {
         match turn.unwrap_or_else(|| Failure::Fault.into()) {
             Step::Wait => {
                 // Once connected, the peer's time runs.
+                let waits = if opening.has_heard() { Waits::Peer } else { Waits::Hello };
+                self.admission.waits(association.peer, id, waits);
                 if association.deadline.is_none() && association.outer.peer_addr().is_ok() {
                     self.set_deadline(id, Instant::now().checked_add(self.limits.handshake_time));
                 }
