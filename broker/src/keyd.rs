@@ -140,91 +140,6 @@ impl Keyd {
         self.abilities & Head::DESTROYS != 0
     }
 
-    /// Whether flows can be protected: the host has keys.
-    #[must_use]
-    pub const fn protects(&self) -> bool {
-        self.abilities & Head::PROTECTS != 0
-    }
-
-    /// Begins a protected flow for a program's socket. `process` is a JSON object with
-    /// [`portcullis_wire::keyd::PROCESS`]. Returns the association's number, and in `inner_remote` what the
-    /// program's connect(2) must use instead.
-    ///
-    /// # Errors
-    /// `EXDEV` for a socket in another network namespace than the key daemon's, `EOPNOTSUPP` for one bound
-    /// to an interface, `EAFNOSUPPORT` for one that is bound to IPv6 alone, or what connect(2) says at once.
-    pub fn open(&mut self, socket: BorrowedFd<'_>, ask: &Open, process: &str) -> io::Result<(u64, Places)> {
-        self.placed(Kind::Open, socket, &[ask.as_bytes(), process.as_bytes()].concat())
-    }
-
-    /// Takes a local address for a program whose flows will be protected. Returns the reservation's number,
-    /// in `inner_local` what the program's bind(2) must use instead, and in `local` what it got.
-    ///
-    /// # Errors
-    /// bind(2)'s; `EXDEV` as for [`Self::open`].
-    pub fn reserve(&mut self, socket: BorrowedFd<'_>, local: Addr) -> io::Result<(u64, Places)> {
-        let ask = Open { local, ..Open::new_zeroed() };
-        self.placed(Kind::Reserve, socket, ask.as_bytes())
-    }
-
-    /// Listens for real at a reservation, for a process as in [`Self::open`].
-    ///
-    /// # Errors
-    /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
-    pub fn serve(&mut self, id: u64, socket: BorrowedFd<'_>, backlog: u32, process: &str) -> io::Result<()> {
-        let head = Head { tag: id, count: backlog, ..Head::new(Kind::Serve, 0) };
-        self.ask(head, process.as_bytes(), &[socket]).map(drop)
-    }
-
-    /// Gives up a reservation; the end of its socket does the same.
-    ///
-    /// # Errors
-    /// `BrokenPipe` and the like.
-    pub fn release(&mut self, id: u64) -> io::Result<()> {
-        self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
-    }
-
-    /// Lets an association that was shown go on.
-    ///
-    /// # Errors
-    /// `ENOENT` if it is over.
-    pub fn admit(&mut self, id: u64) -> io::Result<()> {
-        self.ask(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[]).map(drop)
-    }
-
-    /// Ends an association, shown or running.
-    ///
-    /// # Errors
-    /// `ENOENT` if it is over.
-    pub fn refuse(&mut self, id: u64, errno: i32) -> io::Result<()> {
-        let count = errno.unsigned_abs();
-        self.ask(Head { tag: id, count, ..Head::new(Kind::Refuse, 0) }, &[], &[]).map(drop)
-    }
-
-    /// Hands over a list of members (`members.toml`), of which associations with whom it revokes end. `true`
-    /// if it is newer than the one in force.
-    ///
-    /// # Errors
-    /// `EBADMSG` if the trust domain's root did not sign it.
-    pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
-        self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
-    }
-
-    fn placed(&mut self, kind: Kind, socket: BorrowedFd<'_>, body: &[u8]) -> io::Result<(u64, Places)> {
-        let Answer { head, rest, .. } = self.asked(Head::new(kind, 0), body, &[socket])?;
-        let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
-        Ok((head.tag, places))
-    }
-
-    /// Takes the news of protected flows that have arrived; never waits.
-    ///
-    /// # Errors
-    /// `BrokenPipe` if the key daemon has ended.
-    pub fn news(&mut self) -> io::Result<Vec<News>> {
-        let ended = self.drain();
-        if self.news.is_empty() { ended.map(|()| Vec::new()) } else { Ok(std::mem::take(&mut self.news)) }
-    }
-
     /// Lets only `nets` reach `socket`, for good. `tag` comes back in each [`Stranger`].
     ///
     /// # Errors
@@ -406,6 +321,95 @@ impl Keyd {
             last.missed = last.missed.saturating_add(stranger.missed).saturating_add(1);
         }
         Ok(Some(None))
+    }
+}
+
+/// Protected flows.
+#[expect(dead_code, reason = "the broker does not ask for protected flows yet")]
+impl Keyd {
+    /// Whether flows can be protected: the host has keys.
+    #[must_use]
+    pub const fn protects(&self) -> bool {
+        self.abilities & Head::PROTECTS != 0
+    }
+
+    /// Begins a protected flow for a program's socket. `process` is a JSON object with
+    /// [`portcullis_wire::keyd::PROCESS`]. Returns the association's number, and in `inner_remote` what the
+    /// program's connect(2) must use instead.
+    ///
+    /// # Errors
+    /// `EXDEV` for a socket in another network namespace than the key daemon's, `EOPNOTSUPP` for one bound
+    /// to an interface, `EAFNOSUPPORT` for one that is bound to IPv6 alone, or what connect(2) says at once.
+    pub fn open(&mut self, socket: BorrowedFd<'_>, ask: &Open, process: &str) -> io::Result<(u64, Places)> {
+        self.placed(Kind::Open, socket, &[ask.as_bytes(), process.as_bytes()].concat())
+    }
+
+    /// Takes a local address for a program whose flows will be protected. Returns the reservation's number,
+    /// in `inner_local` what the program's bind(2) must use instead, and in `local` what it got.
+    ///
+    /// # Errors
+    /// bind(2)'s; `EXDEV` as for [`Self::open`].
+    pub fn reserve(&mut self, socket: BorrowedFd<'_>, local: Addr) -> io::Result<(u64, Places)> {
+        let ask = Open { local, ..Open::new_zeroed() };
+        self.placed(Kind::Reserve, socket, ask.as_bytes())
+    }
+
+    /// Listens for real at a reservation, for a process as in [`Self::open`].
+    ///
+    /// # Errors
+    /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
+    pub fn serve(&mut self, id: u64, socket: BorrowedFd<'_>, backlog: u32, process: &str) -> io::Result<()> {
+        let head = Head { tag: id, count: backlog, ..Head::new(Kind::Serve, 0) };
+        self.ask(head, process.as_bytes(), &[socket]).map(drop)
+    }
+
+    /// Gives up a reservation; the end of its socket does the same.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and the like.
+    pub fn release(&mut self, id: u64) -> io::Result<()> {
+        self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
+    }
+
+    /// Lets an association that was shown go on.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is over.
+    pub fn admit(&mut self, id: u64) -> io::Result<()> {
+        self.ask(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[]).map(drop)
+    }
+
+    /// Ends an association, shown or running.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is over.
+    pub fn refuse(&mut self, id: u64, errno: i32) -> io::Result<()> {
+        let count = errno.unsigned_abs();
+        self.ask(Head { tag: id, count, ..Head::new(Kind::Refuse, 0) }, &[], &[]).map(drop)
+    }
+
+    /// Hands over a list of members (`members.toml`), of which associations with whom it revokes end. `true`
+    /// if it is newer than the one in force.
+    ///
+    /// # Errors
+    /// `EBADMSG` if the trust domain's root did not sign it.
+    pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
+        self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
+    }
+
+    fn placed(&mut self, kind: Kind, socket: BorrowedFd<'_>, body: &[u8]) -> io::Result<(u64, Places)> {
+        let Answer { head, rest, .. } = self.asked(Head::new(kind, 0), body, &[socket])?;
+        let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
+        Ok((head.tag, places))
+    }
+
+    /// Takes the news of protected flows that have arrived; never waits.
+    ///
+    /// # Errors
+    /// `BrokenPipe` if the key daemon has ended.
+    pub fn news(&mut self) -> io::Result<Vec<News>> {
+        let ended = self.drain();
+        if self.news.is_empty() { ended.map(|()| Vec::new()) } else { Ok(std::mem::take(&mut self.news)) }
     }
 }
 
