@@ -1,7 +1,7 @@
 //! What was judged is granted to the kernel's backstop, and what the backstop says is put on record.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::OwnedFd,
     rc::Rc,
@@ -39,9 +39,33 @@ pub(super) struct Kernel {
     /// Processes that are in a cgroup of ours.
     enclosed: HashSet<ProcessKey>,
     /// Calls that the broker put on record and the kernel will: cookie, address, port.
-    recorded: HashSet<(u64, u128, u16)>,
+    recorded: Recorded,
     /// Name of those cgroups.
     cgroup: String,
+}
+
+/// Calls that are on record already, the latest of them.
+#[derive(Default)]
+struct Recorded {
+    all: HashSet<(u64, u128, u16)>,
+    order: VecDeque<(u64, u128, u16)>,
+}
+
+impl Recorded {
+    fn insert(&mut self, call: (u64, u128, u16)) {
+        if self.all.insert(call) {
+            self.order.push_back(call);
+        }
+        while self.order.len() > MOST_RECORDED {
+            if let Some(oldest) = self.order.pop_front() {
+                self.all.remove(&oldest);
+            }
+        }
+    }
+
+    fn take(&mut self, call: &(u64, u128, u16)) -> bool {
+        self.all.remove(call)
+    }
 }
 
 impl Kernel {
@@ -76,7 +100,7 @@ impl Broker {
                     heard: 0,
                     unrecorded: 0,
                     enclosed: HashSet::new(),
-                    recorded: HashSet::new(),
+                    recorded: Recorded::default(),
                     cgroup: cgroup_name(&self.state),
                 });
                 self.clear_grants();
@@ -115,14 +139,12 @@ impl Broker {
             Op::Accept | Op::Receive => return true,
         };
         let Some(at) = at else { return true };
-        if by_region && op == Op::Connect {
-            // The kernel will record it too, and it is on record already.
-            if let Some(facts) = facts
-                && kernel.recorded.len() < MOST_RECORDED
-            {
-                kernel.recorded.insert((facts.cookie, key(at.ip()), at.port()));
+        if let (Op::Connect, Some(facts)) = (op, facts) {
+            // A region may cover it, and then the kernel records it too; it is on record already.
+            kernel.recorded.insert((facts.cookie, key(at.ip()), at.port()));
+            if by_region {
+                return true;
             }
-            return true;
         }
         // The kernel sees the unspecified address as such, whichever loopback it leads to.
         let once = Once {
@@ -163,7 +185,7 @@ impl Broker {
         self.drain_backstop();
         let generation = self.generation_in_force();
         let Some(kernel) = &mut self.kernel else { return };
-        kernel.recorded.clear();
+        kernel.recorded = Recorded::default();
         let done = match Generation::try_from(generation) {
             Ok(generation) => kernel.backstop.set_generation(generation),
             Err(_) => kernel.backstop.clear(),
@@ -297,8 +319,7 @@ impl Broker {
         let (now, since_boot) = (realtime(), monotonic());
         for event in &events {
             let twice = (event.cookie, event.addr, event.port);
-            if event.cause == Cause::Granted
-                && self.kernel.as_mut().is_some_and(|k| k.recorded.remove(&twice))
+            if event.cause == Cause::Granted && self.kernel.as_mut().is_some_and(|k| k.recorded.take(&twice))
             {
                 continue;
             }
