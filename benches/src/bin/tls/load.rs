@@ -65,6 +65,11 @@ impl Backends {
     }
 }
 
+/// How many descriptors a process may have.
+pub(crate) fn descriptors() -> Outcome<usize> {
+    Ok(usize::try_from(getrlimit(Resource::RLIMIT_NOFILE)?.0)?)
+}
+
 /// Serves every connection from one thread.
 fn echo(listener: &TcpListener) -> Option<()> {
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};

@@ -22,6 +22,10 @@ use systems::{Running, SYSTEMS};
 
 pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 
+/// Connections that are busy at once, beside those that are idle, in `busy`.
+const BUSY: usize = 1000;
+const IDLE: usize = 10_000;
+
 /// One number per system and round.
 #[derive(Default)]
 struct Table(BTreeMap<(&'static str, &'static str), Vec<f64>>);
@@ -116,8 +120,11 @@ fn one(
     }
     if wanted("busy") {
         let pair = Running::start(name, folder, backends.echo)?;
-        let idle = load::idle(pair.entry, if name == "portcullis" { 10_000 } else { 2000 })?;
-        note("busy slowest", load::busy(pair.entry, 1000)?);
+        // Two descriptors each, in every process.
+        let room = load::descriptors()? / 2;
+        let idle = load::idle(pair.entry, room.saturating_sub(BUSY + 100).min(IDLE))?;
+        say(&format!("{name}: {} idle", idle.len()));
+        note("busy slowest", load::busy(pair.entry, BUSY)?);
         drop(idle);
     }
     Ok(())
