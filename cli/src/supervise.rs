@@ -7,6 +7,7 @@
 mod backing;
 mod parts;
 mod shim;
+mod sweep;
 
 use std::{
     ffi::CString,
@@ -165,6 +166,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
         None => own_socket(&place)?,
     };
+    sweep::sign(&place).map_err(failed("sign the runtime folder"))?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         mask.add(signal);
@@ -372,6 +374,8 @@ impl Supervisor {
             return;
         }
         shim::remove(place);
+        sweep::unsign(place);
+        sweep::sweep(place);
         let _not_empty = fs::remove_dir(&place.runtime);
     }
 }

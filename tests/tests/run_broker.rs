@@ -228,3 +228,23 @@ fn a_long_command_line_is_no_obstacle() {
     let long = "x".repeat(120_000);
     assert_eq!(Finished::of(&mut host.run(&["sh", "-c", "echo ${#0}", &long])).success(), "120000\n");
 }
+
+#[test]
+fn what_a_killed_supervisor_left_of_a_folder_that_is_gone_is_swept() {
+    let gone = host();
+    let it = sleeper(&gone);
+    let place = fs::read_to_string(format!("/proc/{}/environ", it.pid())).unwrap();
+    let socket = place.split('\0').find_map(|v| v.strip_prefix("PORTCULLIS_BROKER=")).unwrap();
+    let runtime = std::path::PathBuf::from(socket.rsplit_once(':').unwrap().0).parent().unwrap().to_owned();
+    kill(Pid::from_raw(one(&gone, "supervise")), Signal::SIGKILL).unwrap();
+    nothing_is_left(&gone);
+    fs::remove_dir_all(gone.state()).unwrap();
+    // As long as the program lives, what it execs must find the shim.
+    let other = host();
+    assert_eq!(Finished::of(&mut other.run(&["true"])).code(), 0);
+    nothing_is_left(&other);
+    assert!(runtime.join("libportcullis_preload.so").exists());
+    drop(it);
+    assert_eq!(Finished::of(&mut other.run(&["true"])).code(), 0);
+    eventually("it is swept", || (!runtime.exists()).then_some(()));
+}
