@@ -263,10 +263,16 @@ impl Flow {
 
     /// Moves one batch each way. `most` bounds the batch in records.
     pub(crate) fn turn(&mut self, outer: &TcpStream, scratch: &mut Scratch, most: usize) -> Next {
-        let moved = self.outward(outer, scratch, most).and_then(|out| {
-            let into = self.inward(outer, scratch, most)?;
-            Ok(out | into)
-        });
+        let mut out = self.outward(outer, scratch, most);
+        let mut into = self.inward(outer, scratch, most);
+        // What one end sent before its reset, and there is no more of it, the other may still read.
+        while out == Err(Ending::PeerReset) && into == Ok(true) {
+            into = self.inward(outer, scratch, most);
+        }
+        while into == Err(Ending::ProgramReset) && out == Ok(true) {
+            out = self.outward(outer, scratch, most);
+        }
+        let moved = out.and_then(|out| Ok(out | into?));
         let held = self.inward.held.len() + self.outward.held.len();
         scratch.held = (scratch.held + held).saturating_sub(self.counted);
         self.counted = held;
