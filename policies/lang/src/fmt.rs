@@ -168,12 +168,20 @@ fn is_spaced(before: Kind, kind: Kind, in_braces: bool) -> bool {
 
 fn layout(statements: &[Statement]) -> String {
     let mut out = String::new();
-    for (i, statement) in statements.iter().enumerate() {
-        if statement.blank_before && !out.is_empty() {
-            out.push('\n');
+    // Definitions that follow one another form a group, and their `=` stand under each other.
+    let together = |before: &Statement, next: &Statement| {
+        before.key.is_some() && next.key.is_some() && !next.blank_before
+    };
+    for group in statements.chunk_by(together) {
+        let widest = group.iter().filter_map(|s| Some(key_width(s, s.key?))).max().unwrap_or(0);
+        for statement in group {
+            if statement.blank_before && !out.is_empty() {
+                out.push('\n');
+            }
+            let own = statement.key.map_or(widest, |key| key_width(statement, key));
+            // A very long name does not push the others away.
+            write_statement(&mut out, statement, if widest <= 40 { widest - own } else { 0 });
         }
-        let padding = statement.key.map_or(0, |key| padding(statements, i, key));
-        write_statement(&mut out, statement, padding);
     }
     out
 }
@@ -181,31 +189,6 @@ fn layout(statements: &[Statement]) -> String {
 /// Characters before the `=` of a definition.
 fn key_width(statement: &Statement, key: usize) -> usize {
     statement.words.iter().take(key).map(|(space, w)| usize::from(*space) + w.chars().count()).sum()
-}
-
-/// How far the `=` of a definition moves, to stand under those of its neighbours.
-fn padding(statements: &[Statement], at: usize, key: usize) -> usize {
-    let joined = |n: usize| {
-        // The n-th belongs to the one before it.
-        let (Some(this), Some(before)) =
-            (statements.get(n), n.checked_sub(1).and_then(|m| statements.get(m)))
-        else {
-            return false;
-        };
-        !this.blank_before && this.key.is_some() && before.key.is_some()
-    };
-    let first = (0..=at).rev().take_while(|n| *n == at || joined(n + 1)).last().unwrap_or(at);
-    let last = (at..statements.len()).take_while(|n| *n == at || joined(*n)).last().unwrap_or(at);
-    let widest = statements
-        .get(first..=last)
-        .unwrap_or_default()
-        .iter()
-        .filter_map(|s| s.key.map(|key| key_width(s, key)))
-        .max()
-        .unwrap_or(0);
-    let own = statements.get(at).map_or(0, |s| key_width(s, key));
-    // A very long name does not push the others away.
-    if widest <= 40 { widest - own } else { 0 }
 }
 
 fn write_statement(out: &mut String, statement: &Statement, padding: usize) {

@@ -66,6 +66,8 @@ enum Assume {
     Certificate,
     /// Whatever process of this host suits.
     Local,
+    /// Nothing: what holds now holds whatever certificate and process there may be.
+    Nothing,
 }
 
 /// The addresses from which a remote end fulfils a formula.
@@ -81,6 +83,7 @@ fn addresses(expr: &Expr, negated: bool, assume: Assume) -> Ranges {
                 if negated { ranges.complement() } else { ranges }
             }
             (Atom::Shown | Atom::Version(..) | Atom::Certificate(..), Assume::Certificate) => known(true),
+            (_, Assume::Nothing) => known(false),
             (Atom::Shown | Atom::Version(..) | Atom::Certificate(..), _) => known(negated),
             // A certificate can vouch for a process, and a process of this host can be seen.
             (Atom::Sha256(_) | Atom::Process(..), Assume::Stranger) => known(false),
@@ -117,7 +120,7 @@ pub(crate) fn scope(
         no_process: false,
     };
     let wildcard = view.address == Address::Unknown;
-    let (mut allowed, mut denied) = (Ranges::default(), Ranges::default());
+    let (mut allowed, mut denied, mut barred) = (Ranges::default(), Ranges::default(), Ranges::default());
     let (mut certificate, mut processes) = (false, false);
     for rule in rules {
         if !rule.in_force(now) || !rule.service.contains(protocol, port) {
@@ -131,6 +134,7 @@ pub(crate) fn scope(
                     if wildcard { certain(&rule.to, &view) } else { view.expr(&rule.to, false).denies() };
                 if certain {
                     denied = denied.union(&addresses(&rule.from, false, Assume::Stranger));
+                    barred = barred.union(&addresses(&rule.from, false, Assume::Nothing));
                 }
             }
             Effect::Allow => {
@@ -152,7 +156,7 @@ pub(crate) fn scope(
     if reach.is_all() {
         return ListenerScope::Anyone;
     }
-    if denied.is_all() || (reach.is_empty() && !certificate && !processes) {
+    if barred.is_all() || (reach.is_empty() && !certificate && !processes) {
         return ListenerScope::Nobody;
     }
     ListenerScope::Addresses {

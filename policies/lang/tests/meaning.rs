@@ -206,4 +206,7 @@ fn a_listener_is_open_to_whom_rules_name() {
     assert_eq!(scope("allow http(x509{name=\"*\"}, *);"), some(&[], true, false));
     assert_eq!(scope("allow http(process{user=\"www-data\"}, *);"), some(&[], true, true));
     assert_eq!(scope("allow http(*, *); deny http(*, *);"), ListenerScope::Nobody);
+    // Who is denied for want of a certificate may come with one.
+    let refusing = "allow http(*, *); allow http(x509{name=\"*\"}, *); deny http(!x509{name=\"*\"}, *);";
+    assert_eq!(scope(refusing), some(&[], true, false));
 }

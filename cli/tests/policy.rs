@@ -1,0 +1,162 @@
+//! The language's tools as a contract: exit statuses, and what goes to which stream.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Exit status, standard output, standard error.
+fn policy(arguments: &[&str]) -> (i32, String, String) {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_portcullis")).arg("policy").args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+fn file(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("policies").join(path).display().to_string()
+}
+
+/// A file of this test's own.
+fn written(name: &str, text: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn the_figures_pass_check() {
+    for figure in ["examples/figure-1.pol", "examples/figure-2.pol", "examples/beyond.pol"] {
+        let (status, _, stderr) = policy(&["check", &file(figure)]);
+        assert_eq!((status, stderr.as_str()), (0, ""));
+    }
+}
+
+#[test]
+fn warnings_alone_are_findings_only_when_asked() {
+    let file = file("corpus/accept/warnings.pol");
+    assert_eq!(policy(&["check", &file]).0, 0);
+    assert_eq!(policy(&["check", "--deny-warnings", &file]).0, 1);
+}
+
+#[test]
+fn errors_are_findings_and_what_cannot_be_read_is_not() {
+    let (status, stdout, _) = policy(&["check", &file("corpus/reject/unknown-attribute.pol")]);
+    assert_eq!(status, 1);
+    assert!(stdout.contains("^^^^ did you mean `exe`?"));
+    let (status, stdout, stderr) = policy(&["check", "/nonexistent.pol"]);
+    assert_eq!((status, stdout.as_str()), (2, ""));
+    assert!(stderr.contains("cannot read policy"));
+    let (status, stdout, _) =
+        policy(&["check", "--format", "json", &file("corpus/reject/unknown-attribute.pol")]);
+    assert_eq!(status, 1);
+    assert!(stdout.contains("\"line\":1,\"column\":15") && stdout.contains("did you mean `exe`?"));
+}
+
+#[test]
+fn explain_names_the_rule_and_its_line() {
+    let figure = file("examples/figure-1.pol");
+    let ask = |from: &str, to: &str, service: &str, format: &str| {
+        policy(&["explain", &figure, "--from", from, "--to", to, "--service", service, "--format", format])
+    };
+    let (status, stdout, _) =
+        ask("x509{name=\"a.example.com\", ver=20260101}", "IPv4{10.0.0.1}", "smtp", "text");
+    assert_eq!(status, 0);
+    assert!(
+        stdout.starts_with("permit smtp\n") && stdout.contains("figure-1.pol:8: allow *(inside_net, *);")
+    );
+    let (status, stdout, _) = ask("x509{name=\"evil.org\"}", "x509{name=\"h1.example.com\"}", "smtp", "text");
+    assert_eq!(status, 1);
+    assert!(stdout.starts_with("refuse smtp\n") && stdout.contains("nearest rules that do not match"));
+    assert!(stdout.contains("allow smtp(x509{name=\"evil.org\"}, x509{name=\"h1.example.com\"});"));
+    let (status, stdout, _) = ask("x509{name=\"evil.org\"}", "*", "smtp", "json");
+    assert_eq!(status, 1);
+    assert!(stdout.contains("\"verdict\":\"refuse\"") && stdout.contains("\"rule\":null"));
+    assert_eq!(ask("x509{nam=\"a\"}", "*", "smtp", "text").0, 2);
+    assert_eq!(ask("*", "*", "smpt", "text").0, 2);
+}
+
+#[test]
+fn failing_tests_are_findings() {
+    let (status, stdout, _) = policy(&["test", &file("corpus/reject/failing-test.pol")]);
+    assert_eq!(status, 1);
+    assert!(stdout.contains("test \"mail\" … FAILED") && stdout.contains("0 passed; 1 failed"));
+    assert_eq!(policy(&["test", &file("examples/beyond.pol")]).0, 0);
+    assert_eq!(policy(&["test", &file("corpus/reject/nul.pol")]).0, 2);
+}
+
+#[test]
+fn fmt_checks_writes_and_leaves_alone() {
+    let path = written("untidy.pol", "allow   ssh( *,* ) ;\n");
+    let path = path.to_str().unwrap();
+    assert_eq!(policy(&["fmt", "--check", path]).0, 1);
+    assert_eq!(policy(&["fmt", path]).0, 0);
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "allow ssh(*, *);\n");
+    assert_eq!(policy(&["fmt", "--check", path]).0, 0);
+    assert_eq!(policy(&["fmt", "--check", &file("corpus/reject/one-end.pol")]).0, 2);
+}
+
+#[test]
+fn diff_tells_flows_and_is_silent_about_words() {
+    let old = file("examples/figure-1.pol");
+    let reworded = written(
+        "reworded.pol",
+        "allow tcp/25(*, gw); gw = x509{name=\"mailgw.example.com\"}; in = x509{name=\"*.example.com\"};
+         allow *(in, *); allow smtp(gw, in); allow udp/123(IPv4{10.1.2.3/32}, in);",
+    );
+    let (status, stdout, _) = policy(&["diff", "--no-widening", &old, reworded.to_str().unwrap()]);
+    assert_eq!((status, stdout.as_str()), (0, ""));
+    let wider = written(
+        "wider.pol",
+        &(std::fs::read_to_string(&old).unwrap() + "allow ssh(*, x509{name=\"a.example.com\"});\n"),
+    );
+    let wider = wider.to_str().unwrap();
+    let (status, stdout, _) = policy(&["diff", &old, wider]);
+    assert_eq!(status, 0);
+    assert!(
+        stdout.contains("+ becomes allowed: ssh(")
+            && stdout.contains("before refuse")
+            && stdout.contains("now    permit")
+    );
+    assert_eq!(policy(&["diff", "--no-widening", &old, wider]).0, 1);
+    assert_eq!(policy(&["diff", "--no-widening", wider, &old]).0, 0);
+    assert_eq!(policy(&["diff", &old, "/nonexistent.pol"]).0, 2);
+}
+
+#[test]
+fn replay_counts_recorded_flows_by_process() {
+    let old = written("old.pol", "allow http(process{exe=\"/usr/bin/curl\"}, *);\n");
+    let new = written("new.pol", "allow http(process{exe=\"/usr/bin/wget\"}, *);\n");
+    let audit = written(
+        "audit.jsonl",
+        "{\"op\":\"connect\",\"exe\":\"/usr/bin/curl\",\"user\":\"a\",\"proto\":\"tcp\",\"local\":\"10.0.0.1:4000\",\"remote\":\"192.0.2.1:80\"}\n\
+         {\"op\":\"connect\",\"exe\":\"/usr/bin/curl\",\"user\":\"a\",\"proto\":\"tcp\",\"local\":\"10.0.0.1:4001\",\"remote\":\"192.0.2.2:80\"}\n\
+         {\"op\":\"listen\",\"exe\":\"/usr/bin/nc\"}\nrubbish\n",
+    );
+    let (status, stdout, _) = policy(&[
+        "diff",
+        old.to_str().unwrap(),
+        new.to_str().unwrap(),
+        "--format",
+        "json",
+        "--replay",
+        audit.to_str().unwrap(),
+    ]);
+    assert_eq!(status, 0);
+    assert!(stdout.contains("\"flows\":2,\"passed_over\":2"), "{stdout}");
+    assert!(stdout.contains("\"/usr/bin/curl\":{\"becomes_allowed\":0,\"becomes_refused\":2}"), "{stdout}");
+}
+
+#[test]
+fn query_lists_who_may_reach_what() {
+    let figure = file("examples/figure-1.pol");
+    let (status, stdout, _) =
+        policy(&["query", &figure, "--to", "x509{name=\"h1.example.com\"}", "--service", "smtp"]);
+    assert_eq!(status, 0);
+    assert!(stdout.contains("smtp(x509{name=\"mailgw.example.com\"}, x509{name=\"h1.example.com\"})"));
+    let (status, stdout, _) = policy(&["query", &figure, "--mentions", "10.1.2.3"]);
+    assert_eq!((status, stdout.lines().count()), (0, 1));
+    assert_eq!(policy(&["query", &figure, "--mentions", "nothing"]).0, 1);
+}
