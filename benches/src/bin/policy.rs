@@ -8,6 +8,7 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     collections::HashMap,
+    ffi::{CStr, c_char, c_int, c_void},
     fmt::Write as _,
     hint::black_box,
     net::{IpAddr, Ipv4Addr},
@@ -279,9 +280,10 @@ struct Subject {
     compile_ms: f64,
     peak: usize,
     held: usize,
-    /// Nanoseconds per decision, by batch: flows as they come, and all alike often.
-    usual: Vec<f64>,
-    uniform: Vec<f64>,
+    /// Nanoseconds per decision, by batch: of flows whose like were decided just before, and of flows
+    /// met after everything else on the machine had its turn.
+    warm: Vec<f64>,
+    cold: Vec<f64>,
 }
 
 impl Subject {
@@ -297,18 +299,17 @@ impl Subject {
         let (peak, held) = (PEAK.load(Relaxed) - before, HELD.load(Relaxed) - before);
         let mut dice = Dice(0xf10e5);
         let facts = (0..FLOWS).map(|_| world.facts(&mut dice, &picked)).collect();
-        Some(Self { rules, policy, facts, compile_ms, peak, held, usual: Vec::new(), uniform: Vec::new() })
+        Some(Self { rules, policy, facts, compile_ms, peak, held, warm: Vec::new(), cold: Vec::new() })
     }
 
-    /// One batch of each kind.
+    /// One batch, twice.
     fn turn(&mut self, dice: &mut Dice) {
         // As traffic is (Zipf's law): the n-th most frequent flow comes 1/n as often as the first.
         let usual: Vec<usize> = (0..BATCH).map(|_| zipf(dice)).collect();
         let ns = self.batch(&usual);
-        self.usual.push(ns);
-        let uniform: Vec<usize> = (0..BATCH).map(|_| dice.roll(FLOWS)).collect();
-        let ns = self.batch(&uniform);
-        self.uniform.push(ns);
+        self.cold.push(ns);
+        let ns = self.batch(&usual);
+        self.warm.push(ns);
     }
 
     fn batch(&self, numbers: &[usize]) -> f64 {
@@ -333,6 +334,62 @@ impl Subject {
         });
         let permitted = permitted.count();
         (permitted, CALLS.load(Relaxed) - before)
+    }
+}
+
+/// tcpd's library, if it is installed: `hosts_ctl` on a file of so many lines.
+struct Libwrap {
+    decide: unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, *const c_char) -> c_int,
+    allow: *mut *const c_char,
+    deny: *mut *const c_char,
+}
+
+#[expect(unsafe_code, reason = "a C library, found at run time so that the bench builds without it")]
+impl Libwrap {
+    fn new() -> Option<Self> {
+        // SAFETY: the names are C strings; libwrap's constructors have no preconditions.
+        let library = unsafe { libc::dlopen(c"libwrap.so.0".as_ptr(), libc::RTLD_NOW) };
+        if library.is_null() {
+            return None;
+        }
+        // SAFETY: `library` is open and stays so; the names are C strings.
+        let symbol = |name: &CStr| unsafe { libc::dlsym(library, name.as_ptr()) };
+        let (decide, allow, deny) =
+            (symbol(c"hosts_ctl"), symbol(c"hosts_allow_table"), symbol(c"hosts_deny_table"));
+        if decide.is_null() || allow.is_null() || deny.is_null() {
+            return None;
+        }
+        // SAFETY: this is hosts_ctl's type in tcpd.h: four strings, which it does not change, to an int.
+        let decide = unsafe { std::mem::transmute::<*mut c_void, _>(decide) };
+        Some(Self { decide, allow: allow.cast(), deny: deny.cast() })
+    }
+
+    /// Microseconds for one decision at the end of a file of so many lines.
+    fn run(&self, lines: usize) -> Option<f64> {
+        let mut text = String::new();
+        for n in 0..lines {
+            let _infallible = writeln!(text, "d{}: 10.{}.{}.0/255.255.255.0", n % 97, n / 256 % 256, n % 256);
+        }
+        let path = std::env::temp_dir().join(format!("portcullis-bench-{}.allow", std::process::id()));
+        std::fs::write(&path, text).ok()?;
+        let name = std::ffi::CString::new(path.to_str()?).ok()?;
+        // SAFETY: both are libwrap's own variables, read by `hosts_ctl` on this thread only; the strings
+        // outlive the calls below.
+        unsafe {
+            *self.allow = name.as_ptr();
+            *self.deny = c"/dev/null".as_ptr();
+        }
+        let mut turns = Vec::new();
+        for _ in 0..200 {
+            let begun = Instant::now();
+            // SAFETY: four C strings that outlive the call.
+            black_box(unsafe {
+                (self.decide)(c"none".as_ptr(), c"".as_ptr(), c"192.0.2.1".as_ptr(), c"unknown".as_ptr())
+            });
+            turns.push(begun.elapsed().as_secs_f64() * 1e6);
+        }
+        let _best_effort = std::fs::remove_file(&path);
+        Some(median(turns))
     }
 }
 
@@ -383,17 +440,17 @@ fn main() {
     );
     let mut base = (0.0, 0.0);
     for subject in &subjects {
-        let (ns, uniform) = (median(subject.usual.clone()), median(subject.uniform.clone()));
+        let (ns, cold) = (median(subject.warm.clone()), median(subject.cold.clone()));
         if base.0 == 0.0 {
-            base = (ns, uniform);
+            base = (ns, cold);
         }
         let (permitted, calls) = subject.census();
         let mb = |bytes: usize| bytes as f64 / 1e6;
         row(&format!(
-            "{:<9} {ns:>11.1} {:>8.2} {uniform:>12.1} {:>8.2} {:>10.1}% {calls:>13} {:>12.1} {:>9.1} {:>9.1}",
+            "{:<9} {ns:>11.1} {:>8.2} {cold:>12.1} {:>8.2} {:>10.1}% {calls:>13} {:>12.1} {:>9.1} {:>9.1}",
             subject.rules,
             ns / base.0,
-            uniform / base.1,
+            cold / base.1,
             permitted as f64 * 100.0 / FLOWS as f64,
             subject.compile_ms,
             mb(subject.peak),
@@ -401,6 +458,15 @@ fn main() {
         ));
     }
     row(&format!("bare hash of a name: {:.1} ns", median(hashed)));
+    match Libwrap::new() {
+        Some(libwrap) => {
+            for lines in [100, 1_000, 10_000] {
+                let took = libwrap.run(lines).map_or_else(|| "failed".to_owned(), |us| format!("{us:.1} µs"));
+                row(&format!("libwrap hosts_ctl, {lines} lines: {took}"));
+            }
+        }
+        None => row("libwrap: not installed (libwrap0)"),
+    }
     for share in [100, 1] {
         compare(10_000, share);
     }
