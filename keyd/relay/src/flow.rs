@@ -192,6 +192,8 @@ pub(crate) struct Flow {
     counted: usize,
     /// The key that we seal under must change, because of its age or because the peer asked.
     owes_update: bool,
+    /// A write met a reset. The kernel says that once, and shows an end to whoever reads after it.
+    broken: bool,
     began: Instant,
 }
 
@@ -222,6 +224,7 @@ impl Flow {
             inner_ready: ASSUMED,
             counted: 0,
             owes_update: false,
+            broken: false,
             began,
         })
     }
@@ -266,6 +269,7 @@ impl Flow {
         let mut out = self.outward(outer, scratch, most);
         let mut into = self.inward(outer, scratch, most);
         // What one end sent before its reset, and there is no more of it, the other may still read.
+        self.broken = matches!(out, Err(Ending::PeerReset)) || matches!(into, Err(Ending::ProgramReset));
         while out == Err(Ending::PeerReset) && into == Ok(true) {
             into = self.inward(outer, scratch, most);
         }
@@ -322,6 +326,9 @@ impl Flow {
             }
             Err(_) => return Err(Ending::ProgramReset),
         };
+        if count == 0 && self.broken {
+            return Err(Ending::ProgramReset);
+        }
         if count == 0 {
             self.outward.ended = true;
             if let Some(records) = &mut self.records {
@@ -394,6 +401,7 @@ impl Flow {
         before.copy_from_slice(&self.partial);
         let mut ended = false;
         let count = match outer.read(space) {
+            Ok(0) if self.broken => return Err(Ending::PeerReset),
             Ok(0) => {
                 ended = true;
                 0
