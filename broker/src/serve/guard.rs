@@ -27,7 +27,7 @@ use crate::{
         target,
     },
     process::ProcessKey,
-    sys::{message::Writer, pidfd_getfd, realtime, socket::Facts},
+    sys::{has_ended, message::Writer, pidfd_getfd, realtime, socket::Facts},
 };
 
 /// How many held calls of one tree are answered in a row, so that none starves the others.
@@ -112,7 +112,13 @@ impl Broker {
             return REFUSED; // of a process namespace that this one cannot see
         }
         self.begin_asking(tid);
-        let Some((pid, uid, gid)) = target::process_of(tid) else { return REFUSED };
+        // A process that is known and lives has its number to itself: then the thread is its first.
+        let known = self.by_pid.get(&tid).and_then(|key| self.processes.get(key));
+        let asker = match known {
+            Some(process) if !has_ended(process.pidfd.as_fd()) => Some((tid, process.counted, 0)),
+            _ => target::process_of(tid),
+        };
+        let Some((pid, uid, gid)) = asker else { return REFUSED };
         let what = asked(call);
         match what {
             Asked::Trace { request, pid } => return self.judge_trace(id, call, request, pid),
