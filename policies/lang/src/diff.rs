@@ -103,6 +103,8 @@ struct Candidate {
 pub(crate) struct Atoms {
     numbers: HashMap<Arc<Atom>, u32>,
     pub(crate) all: Vec<Arc<Atom>>,
+    /// The only text that a condition's pattern matches, if there is but one.
+    texts: Vec<Option<String>>,
     /// Steps spent in search of texts.
     work: std::cell::Cell<usize>,
 }
@@ -116,6 +118,11 @@ impl Atoms {
                 let next = to_u32(self.all.len());
                 let number = *self.numbers.entry(Arc::clone(atom)).or_insert(next);
                 if number == next {
+                    let text = match &**atom {
+                        Atom::Certificate(_, pattern) | Atom::Process(_, pattern) => pattern.literal(),
+                        _ => None,
+                    };
+                    self.texts.push(text.and_then(|bytes| String::from_utf8(bytes).ok()));
                     self.all.push(Arc::clone(atom));
                 }
                 Form::Atom(number)
@@ -128,8 +135,8 @@ impl Atoms {
 }
 
 /// Steps for all rules together, and for one rule, before the cutting stops.
-const MOST_STEPS: usize = 10_000_000;
-const MOST_STEPS_EACH: usize = 1_000_000;
+const MOST_STEPS: usize = 8_000_000;
+const MOST_STEPS_EACH: usize = 200_000;
 /// Regions of one rule.
 const MOST_PIECES: usize = 64;
 
@@ -194,8 +201,17 @@ pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Ve
             }
         }
     }
-    let mut search =
-        Search { old, new, now, atoms, candidates, steps: 0, found: Vec::new(), limits: Vec::new() };
+    let mut search = Search {
+        old,
+        new,
+        now,
+        atoms,
+        candidates,
+        meeting: HashMap::new(),
+        steps: 0,
+        found: Vec::new(),
+        limits: Vec::new(),
+    };
     search.run();
     let mut limits = search.limits;
     limits.sort();
@@ -308,6 +324,8 @@ struct Search<'a> {
     now: u64,
     atoms: Atoms,
     candidates: Vec<Candidate>,
+    /// The candidates for some of the same ports, by service.
+    meeting: HashMap<Vec<(u32, u32)>, Vec<usize>>,
     steps: usize,
     found: Vec<Change>,
     limits: Vec<String>,
@@ -319,18 +337,24 @@ impl Search<'_> {
             self.candidates.iter().enumerate().filter(|(_, c)| c.old != c.new).map(|(i, _)| i).collect();
         for (n, seed) in changed.iter().enumerate() {
             // What an earlier changed rule is about was dealt with there.
-            let earlier: Vec<usize> = changed.iter().take(n).copied().collect();
-            self.seed(*seed, &earlier);
+            self.seed(*seed, changed.get(..n).unwrap_or_default());
         }
     }
 
     fn seed(&mut self, seed: usize, earlier: &[usize]) {
         let Some(candidate) = self.candidates.get(seed) else { return };
         let whole = Piece::new(candidate.service.clone());
-        let others: Vec<usize> = (0..self.candidates.len())
-            .filter(|i| self.candidates.get(*i).is_some_and(|c| pieces::meet(&c.service, &whole.service)))
-            .collect();
-        self.steps += self.candidates.len() / 16;
+        let others = match self.meeting.get(&whole.service) {
+            Some(known) => known.clone(),
+            None => {
+                let meets = |i: &usize| {
+                    self.candidates.get(*i).is_some_and(|c| pieces::meet(&c.service, &whole.service))
+                };
+                let found: Vec<usize> = (0..self.candidates.len()).filter(meets).collect();
+                self.meeting.insert(whole.service.clone(), found.clone());
+                found
+            }
+        };
         let budget = (self.steps + MOST_STEPS_EACH).min(MOST_STEPS);
         let mut pieces = 0;
         let mut stack = vec![(whole, others)];

@@ -7,7 +7,7 @@ use crate::{
     check::{Example, and, not},
     display,
     listener::Ranges,
-    model::{Atom, CertificateField, Expr, ProcessField, Step, merge},
+    model::{Atom, Expr, ProcessField, Step, merge},
     source::to_usize,
 };
 
@@ -83,13 +83,15 @@ impl Piece {
         if !meet(service, &self.service) {
             return Some(false);
         }
-        let service = within(&self.service, service).then_some(true);
-        let all = [service, self.from.stands(from, atoms), self.to.stands(to, atoms)];
-        if all.contains(&Some(false)) {
-            Some(false)
-        } else {
-            all.iter().all(|t| *t == Some(true)).then_some(true)
+        let from = self.from.stands(from, atoms);
+        if from == Some(false) {
+            return from;
         }
+        let to = self.to.stands(to, atoms);
+        if to == Some(false) {
+            return to;
+        }
+        (from == Some(true) && to == Some(true) && within(&self.service, service)).then_some(true)
     }
 
     /// The box in two parts, cut where a rule that holds for a part of it begins.
@@ -186,8 +188,7 @@ impl End {
             }
             return (within(v4, &set.v4) && within(v6, &set.v6)).then_some(true);
         }
-        let known =
-            |(n, holds): &(u32, bool)| atoms.all.get(to_usize(*n)).and_then(|a| follows(a, *holds, atom));
+        let known = |(n, holds): &(u32, bool)| follows(atoms, *n, *holds, number);
         self.laid.iter().find_map(known)
     }
 
@@ -256,7 +257,10 @@ fn about_certificate(atom: &Atom) -> bool {
 
 /// What one condition, holding or not, says of another, as far as that is quickly told. What it does
 /// not tell is found when the piece turns out to be empty.
-fn follows(known: &Atom, holds: bool, asked: &Atom) -> Option<bool> {
+fn follows(atoms: &Atoms, known: u32, holds: bool, asked: u32) -> Option<bool> {
+    let text = |n: u32| atoms.texts.get(to_usize(n)).and_then(Option::as_deref);
+    let (known_text, asked_text) = (text(known), text(asked));
+    let (known, asked) = (&**atoms.all.get(to_usize(known))?, &**atoms.all.get(to_usize(asked))?);
     if about_certificate(asked) {
         match (known, holds) {
             (Atom::Shown, false) => return Some(false),
@@ -265,13 +269,13 @@ fn follows(known: &Atom, holds: bool, asked: &Atom) -> Option<bool> {
         }
     }
     let one_value = |many: bool, known: &crate::pattern::Pattern, asked: &crate::pattern::Pattern| {
-        let known_text = known.literal().and_then(|b| String::from_utf8(b).ok());
-        let asked_text = asked.literal().and_then(|b| String::from_utf8(b).ok());
         match (holds, known_text, asked_text) {
-            (true, Some(text), _) if asked.matches(&text) => Some(true),
+            // Of two texts without wildcards it is told without looking for one in the other.
+            (true, Some(text), Some(other)) if many && text != other => None,
+            (true, Some(text), _) if asked.matches(text) => Some(true),
             (true, Some(_), _) if !many => Some(false),
-            (true, None, Some(text)) if !many && !known.matches(&text) => Some(false),
-            (false, _, Some(text)) if known.matches(&text) => Some(false),
+            (true, None, Some(text)) if !many && !known.matches(text) => Some(false),
+            (false, None, Some(text)) if known.matches(text) => Some(false),
             _ => None,
         }
     };
@@ -284,7 +288,7 @@ fn follows(known: &Atom, holds: bool, asked: &Atom) -> Option<bool> {
         },
         (Atom::Sha256(a), Atom::Sha256(b)) if holds => Some(a == b),
         (Atom::Certificate(a, known), Atom::Certificate(b, asked)) if a == b => {
-            one_value(a.is_many() && *a != CertificateField::Org, known, asked)
+            one_value(a.is_many(), known, asked)
         }
         // A user has a number too, so two patterns of which one is a number are left alone.
         (Atom::Process(ProcessField::User, known), Atom::Process(ProcessField::User, asked))
