@@ -21,6 +21,8 @@ use crate::{
 /// How long it is remembered who holds a listening socket, in nanoseconds. Each holder is checked
 /// at each use; only a new one can be missed meanwhile.
 const REMEMBERED: u64 = 1_000_000_000;
+/// How many holders of one socket the log names.
+pub(super) const SHOWN: usize = 4;
 /// Entries after which memory starts anew.
 const MOST: usize = 4096;
 
@@ -55,7 +57,7 @@ impl FarEnd {
         }
         let mut names: Vec<String> = self.known.iter().map(|c| c.principal()).collect();
         names.dedup();
-        names.truncate(4);
+        names.truncate(SHOWN);
         Some(names.join(" | "))
     }
 }
@@ -68,8 +70,6 @@ pub(super) type Held = Vec<(i32, u64)>;
 struct Holder {
     pid: i32,
     fd: i32,
-    /// The shim was in it when this was looked up.
-    wrapped: bool,
 }
 
 /// Who holds which listening socket, and when that was looked up.
@@ -77,8 +77,8 @@ struct Holder {
 pub(super) struct Holders(HashMap<u64, (u64, Vec<Holder>)>);
 
 impl Broker {
-    /// The listener (or datagram socket) that a flow to `to` arrives at.
-    pub(super) fn far_listener(&mut self, protocol: Protocol, to: SocketAddr) -> FarEnd {
+    /// The listener (or datagram socket) that a flow to `to` arrives at, and `most` of those who hold it.
+    pub(super) fn far_listener(&mut self, protocol: Protocol, to: SocketAddr, most: usize) -> FarEnd {
         let to = loopback_for(to);
         let nobody: IpAddr = match to.ip() {
             IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -87,7 +87,7 @@ impl Broker {
         let Some(found) = self.diag.find(protocol, to, SocketAddr::new(nobody, 0)) else {
             return FarEnd::default();
         };
-        let known = self.holders_of(found.inode);
+        let known = self.holders_of(found.inode, most);
         self.far_end(found, known)
     }
 
@@ -112,7 +112,7 @@ impl Broker {
                 self.processes.get(&key).map(|p| Rc::clone(&p.context)).into_iter().collect()
             }
             None if protocol == Protocol::TCP => Vec::new(),
-            Some(_) | None => self.holders_of(found.inode),
+            Some(_) | None => self.holders_of(found.inode, usize::MAX),
         };
         self.far_end(found, known)
     }
@@ -126,35 +126,38 @@ impl Broker {
         ProcDir::open(pid).and_then(|at| at.sockets()).is_ok_and(|all| all.iter().any(|(_, i)| *i == inode))
     }
 
-    /// The wrapped processes that hold a socket now.
-    fn holders_of(&mut self, inode: u64) -> Vec<Rc<Context>> {
+    /// The wrapped processes that hold a socket now, `most` of them.
+    fn holders_of(&mut self, inode: u64, most: usize) -> Vec<Rc<Context>> {
         if inode == 0 {
             return Vec::new();
         }
         let now = monotonic();
-        let fresh = self.holders.0.get(&inode).filter(|(at, held)| {
-            now.saturating_sub(*at) < REMEMBERED
-                && held.iter().all(|h| ProcDir::open(h.pid).is_ok_and(|at| at.holds(h.fd, inode)))
-        });
-        let held = match fresh {
-            Some((_, held)) => held.clone(),
-            None => {
-                let held: Vec<Holder> = scan(inode)
-                    .into_iter()
-                    .map(|(pid, fd)| Holder { pid, fd, wrapped: is_wrapped(pid) })
-                    .collect();
-                if self.holders.0.len() >= MOST {
-                    self.holders.0.clear();
-                }
-                self.holders.0.insert(inode, (now, held.clone()));
-                held
+        let remembered = self.holders.0.get(&inode).filter(|(at, _)| now.saturating_sub(*at) < REMEMBERED);
+        if let Some((_, held)) = remembered {
+            let held = held.clone();
+            let known = self.known_holders(&held, inode, most);
+            if !known.is_empty() {
+                return known;
             }
-        };
-        held.into_iter()
-            .filter(|h| h.wrapped || self.by_pid.contains_key(&h.pid))
-            .collect::<Vec<_>>()
-            .into_iter()
-            .filter_map(|h| self.known_holder(h.pid, inode))
+        }
+        let held = scan(inode);
+        let known = self.known_holders(&held, inode, most);
+        if self.holders.0.len() >= MOST {
+            self.holders.0.clear();
+        }
+        self.holders.0.insert(inode, (now, held));
+        known
+    }
+
+    /// What is known of those that hold a socket still and are wrapped, `most` of them.
+    fn known_holders(&mut self, held: &[Holder], inode: u64, most: usize) -> Vec<Rc<Context>> {
+        held.iter()
+            .filter(|h| ProcDir::open(h.pid).is_ok_and(|at| at.holds(h.fd, inode)))
+            .filter_map(|h| {
+                let wrapped = self.by_pid.contains_key(&h.pid) || is_wrapped(h.pid);
+                wrapped.then(|| self.known_holder(h.pid, inode))?
+            })
+            .take(most)
             .collect()
     }
 
@@ -201,12 +204,12 @@ fn is_wrapped(pid: i32) -> bool {
 }
 
 /// All processes that hold a socket, with their descriptor.
-fn scan(inode: u64) -> Vec<(i32, i32)> {
+fn scan(inode: u64) -> Vec<Holder> {
     let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = all.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     pids.filter_map(|pid| {
         let held = ProcDir::open(pid).ok()?.sockets().ok()?;
-        held.into_iter().find(|(_, i)| *i == inode).map(|(fd, _)| (pid, fd))
+        held.into_iter().find(|(_, i)| *i == inode).map(|(fd, _)| Holder { pid, fd })
     })
     .collect()
 }

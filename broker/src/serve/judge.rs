@@ -11,7 +11,7 @@ use portcullis_wire::{Flags, Reply, Request};
 
 use super::{
     Broker,
-    far::{FarEnd, loopback_for},
+    far::{FarEnd, SHOWN, loopback_for},
     flows::Flow,
     listeners::Scope,
     now_seconds,
@@ -246,7 +246,11 @@ impl Broker {
                 ..Judgement::refusal(String::new())
             });
         }
-        let far = self.far_end_of(call, remote, outbound);
+        // Where the far process makes no difference, a few of them are looked up, for the log.
+        let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
+        let indifferent = nobody.permitted && nobody.observed.is_none();
+        let most = if indifferent { SHOWN } else { usize::MAX };
+        let far = self.far_end_of(call, remote, outbound, most);
         let mut judgement = self.ask(policy, context, call, outbound, far.as_ref());
         let is_datagram = call.protocol != Protocol::TCP;
         if !judgement.permitted
@@ -288,8 +292,8 @@ impl Broker {
         finding
     }
 
-    /// The far end, if it is on this host.
-    fn far_end_of(&mut self, call: &Call, remote: SocketAddr, outbound: bool) -> Option<FarEnd> {
+    /// The far end, if it is on this host, with `most` of the processes that hold it.
+    fn far_end_of(&mut self, call: &Call, remote: SocketAddr, outbound: bool, most: usize) -> Option<FarEnd> {
         let here = call.facts().is_none_or(|f| f.namespace == self.namespace || f.namespace == 0);
         if !here {
             // Another network namespace: its loopback is another one, of which nothing is known here.
@@ -299,7 +303,7 @@ impl Broker {
             return None;
         }
         Some(match (outbound, call.local) {
-            (true, _) | (false, None) => self.far_listener(call.protocol, remote),
+            (true, _) | (false, None) => self.far_listener(call.protocol, remote, most),
             (false, Some(local)) => self.far_client(call.protocol, local, remote),
         })
     }
