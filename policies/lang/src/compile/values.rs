@@ -93,12 +93,13 @@ pub(super) const ALL: [Lead; LEADS] = [
 /// The hashes of what is known of a party, by kind.
 pub(super) struct Values {
     hashes: ArrayVec<u64, MOST>,
-    ends: [u8; LEADS + 1],
+    /// By kind: where its hashes begin and end.
+    ranges: [(u8, u8); LEADS],
 }
 
 impl Values {
     pub(super) const fn new() -> Self {
-        Self { hashes: ArrayVec::new_const(), ends: [0; LEADS + 1] }
+        Self { hashes: ArrayVec::new_const(), ranges: [(0, 0); LEADS] }
     }
 
     fn push(&mut self, hash: u64) -> Result<(), TooMany> {
@@ -111,9 +112,8 @@ impl Values {
 
     #[inline]
     pub(super) fn of(&self, lead: Lead) -> &[u64] {
-        let at = lead as usize;
-        let (start, end) = (self.ends.get(at).copied(), self.ends.get(at + 1).copied());
-        let range = usize::from(start.unwrap_or(0))..usize::from(end.unwrap_or(0));
+        let (start, end) = self.ranges.get(lead as usize).copied().unwrap_or_default();
+        let range = usize::from(start)..usize::from(end);
         self.hashes.get(range).unwrap_or_default()
     }
 }
@@ -199,7 +199,7 @@ fn cut(address: u128, width: u8, length: u8) -> u128 {
 #[derive(Debug, Default)]
 pub(super) struct Depths {
     /// Facts that lead somewhere, alone or with another.
-    used: u32,
+    leads: Vec<Lead>,
     labels: u64,
     slashes: u64,
     v4: Vec<u8>,
@@ -208,7 +208,8 @@ pub(super) struct Depths {
 
 impl Depths {
     pub(super) fn new(used: u32, atoms: impl Iterator<Item = Arc<Atom>>) -> Self {
-        let mut depths = Self { used, ..Self::default() };
+        let leads = ALL.into_iter().filter(|lead| used & lead.bit() != 0).collect();
+        let mut depths = Self { leads, ..Self::default() };
         let mut lengths = BTreeSet::new();
         for atom in atoms {
             depths.add(&atom, &mut lengths);
@@ -239,11 +240,7 @@ impl Depths {
     }
 
     pub(super) const fn nothing(&self) -> bool {
-        self.used == 0
-    }
-
-    const fn uses(&self, lead: Lead) -> bool {
-        self.used & lead.bit() != 0
+        self.leads.is_empty()
     }
 
     /// The hashes of what is known of a party, as far as they may lead somewhere.
@@ -256,26 +253,25 @@ impl Depths {
         // What a certificate says of its process counts where nothing nearer does.
         let remote = view.far && !view.no_process && matches!(view.process, ProcessFact::Unknown);
         let attested = certificate.filter(|_| remote);
-        for (lead, end) in ALL.into_iter().zip(1..) {
-            if self.uses(lead) {
-                match lead {
-                    Lead::Prefix => self.address(view, values)?,
-                    Lead::Exe | Lead::Folder | Lead::Sha256 => {
-                        self.executable(lead, view, attested, values)?
-                    }
-                    Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
-                        process(lead, view, attested, values)?;
-                    }
-                    lead => {
-                        if let Some(facts) = certificate {
-                            self.certificate(lead, facts, values)?;
-                        }
+        // At most 128, so they fit.
+        let count = |values: &Values| u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
+        for lead in &self.leads {
+            let start = count(values);
+            match lead {
+                Lead::Prefix => self.address(view, values)?,
+                Lead::Exe | Lead::Folder | Lead::Sha256 => self.executable(*lead, view, attested, values)?,
+                Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
+                    process(*lead, view, attested, values)?;
+                }
+                lead => {
+                    if let Some(facts) = certificate {
+                        self.certificate(*lead, facts, values)?;
                     }
                 }
             }
-            if let Some(slot) = values.ends.get_mut(end) {
-                // At most 128.
-                *slot = u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
+            let end = count(values);
+            if let Some(slot) = values.ranges.get_mut(*lead as usize) {
+                *slot = (start, end);
             }
         }
         Ok(())
@@ -324,10 +320,9 @@ impl Depths {
 
     fn name_ends(&self, name: &[u8], values: &mut Values) -> Result<(), TooMany> {
         let (mut dots, most) = (0, 64 - self.labels.leading_zeros());
-        for (at, byte) in name.iter().enumerate().rev() {
-            if *byte != b'.' {
-                continue;
-            }
+        let mut rest = name;
+        while let Some(at) = rest.iter().rposition(|byte| *byte == b'.') {
+            rest = rest.get(..at).unwrap_or_default();
             // What lies behind this dot has `dots` dots in it; very many share the last bit.
             if self.labels >> dots.min(63) & 1 == 1 {
                 values
