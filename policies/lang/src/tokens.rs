@@ -77,7 +77,7 @@ pub(crate) struct Token {
 
 /// Splits a text. Comments are kept; `End` comes last. What cannot be a token is reported and left out.
 pub(crate) fn tokens(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Token> {
-    let mut lexer = Lexer { file, text, at: 0, errors, out: Vec::with_capacity(text.len() / 4) };
+    let mut lexer = Lexer { file, text, at: 0, errors, out: Vec::with_capacity(text.len() / 3) };
     while lexer.next() {}
     let end = to_u32(text.len());
     lexer.out.push(Token { kind: Kind::End, span: Span { file, start: end, end } });

@@ -75,6 +75,9 @@ pub(super) fn same<const FOLD: bool>(found: &[u8], wanted: &[u8]) -> bool {
 /// further than in the tags, which are small enough to stay in a near cache.
 #[derive(Debug)]
 pub(super) struct Table<E> {
+    /// One bit for each key, of eight times as many as there are places. Most keys that are not there
+    /// end here, by a branch that goes the same way nearly always.
+    filter: Box<[u64]>,
     tags: Box<[u8]>,
     entries: Box<[E]>,
     mask: usize,
@@ -84,9 +87,17 @@ impl<E: Clone> Table<E> {
     /// A table for `count` entries with distinct keys, given with their hashes.
     pub(super) fn new(count: usize, items: impl Iterator<Item = (u64, E)>, empty: E) -> Self {
         let size = (count + count / 3 + 1).next_power_of_two().max(2);
-        let mut table =
-            Self { tags: vec![0; size].into(), entries: vec![empty; size].into(), mask: size - 1 };
+        let mut table = Self {
+            filter: vec![0; size.div_ceil(8)].into(),
+            tags: vec![0; size].into(),
+            entries: vec![empty; size].into(),
+            mask: size - 1,
+        };
         for (hash, entry) in items {
+            let (word, bit) = table.place(hash);
+            if let Some(word) = table.filter.get_mut(word) {
+                *word |= bit;
+            }
             let mut at = position(hash) & table.mask;
             while table.tags.get(at).is_some_and(|tag| *tag != 0) {
                 at = (at + 1) & table.mask;
@@ -98,9 +109,21 @@ impl<E: Clone> Table<E> {
         table
     }
 
+    /// The word and bit of the filter for a hash.
+    #[inline]
+    const fn place(&self, hash: u64) -> (usize, u64) {
+        let bits = self.mask << 3 | 7;
+        let at = position(hash >> 24) & bits;
+        (at / 64, 1 << (at % 64))
+    }
+
     /// The entry with this hash for which `is_it` holds.
     #[inline]
     pub(super) fn get(&self, hash: u64, is_it: impl Fn(&E) -> bool) -> Option<&E> {
+        let (word, bit) = self.place(hash);
+        if self.filter.get(word)? & bit == 0 {
+            return None;
+        }
         let mut at = position(hash) & self.mask;
         let wanted = tag(hash);
         loop {
