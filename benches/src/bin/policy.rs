@@ -337,9 +337,12 @@ impl Subject {
     }
 }
 
+/// `hosts_ctl(daemon, name, address, user)`, tcpd.h.
+type HostsCtl = unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, *const c_char) -> c_int;
+
 /// tcpd's library, if it is installed: `hosts_ctl` on a file of so many lines.
 struct Libwrap {
-    decide: unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, *const c_char) -> c_int,
+    decide: HostsCtl,
     allow: *mut *const c_char,
     deny: *mut *const c_char,
 }
@@ -360,7 +363,7 @@ impl Libwrap {
             return None;
         }
         // SAFETY: this is hosts_ctl's type in tcpd.h: four strings, which it does not change, to an int.
-        let decide = unsafe { std::mem::transmute::<*mut c_void, _>(decide) };
+        let decide = unsafe { std::mem::transmute::<*mut c_void, HostsCtl>(decide) };
         Some(Self { decide, allow: allow.cast(), deny: deny.cast() })
     }
 
