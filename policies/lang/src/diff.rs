@@ -136,9 +136,9 @@ impl Atoms {
 
 /// Steps for all rules together, and for one rule, before the cutting stops.
 const MOST_STEPS: usize = 8_000_000;
-const MOST_STEPS_EACH: usize = 200_000;
+const MOST_STEPS_EACH: usize = 1_000_000;
 /// Regions of one rule.
-const MOST_PIECES: usize = 64;
+const MOST_PIECES: usize = 256;
 
 /// Compares two policies as they stand at a time.
 #[must_use]

@@ -153,7 +153,8 @@ fn in_end(
 fn a_diff_holds_all_flows_that_change_and_no_other() {
     let mut dice = Dice::new(generate::seed("diff against exhaustive evaluation"));
     let (mut inexact, mut changed, mut total) = (0, 0, 0);
-    for _ in 0..pairs() / 4000 {
+    // Enough of them that chance does not decide about the share of inexact ones, below.
+    for _ in 0..pairs() / 1000 {
         let old_text = generate::policy(&mut dice);
         // The new policy is the old one, with some rules left out and some put in.
         let mut lines: Vec<String> = old_text.lines().map(|l| format!("{l}\n")).collect();
@@ -170,7 +171,7 @@ fn a_diff_holds_all_flows_that_change_and_no_other() {
         let (diff, atoms) = crate::diff::diff_with_atoms(&old, &new, 0);
         total += 1;
         inexact += usize::from(!diff.exact);
-        for _ in 0..200 {
+        for _ in 0..50 {
             let (from, to) = (generate::example(&mut dice), generate::example(&mut dice));
             let (protocol, port) = generate::port(&mut dice);
             let before = old.decide_example(&from, &to, protocol, port, 0).permits();
