@@ -1,4 +1,4 @@
-//! dial-signal ADDRESS:PORT [COUNT]: connects in a loop, and in the handler of a timer's signal besides.
+//! dial-signal ADDRESS:PORT [COUNT]: connects in a loop, and in the handler of a signal that arrives meanwhile.
 #![expect(unsafe_code, reason = "a signal handler")]
 
 use std::{
@@ -32,18 +32,17 @@ fn main() -> ExitCode {
         let action = SigAction::new(SigHandler::Handler(on_alarm), SaFlags::SA_RESTART, SigSet::empty());
         // SAFETY: the handler does what a handler may, see there.
         unsafe { sigaction(Signal::SIGALRM, &action) }?;
-        let every = libc::timeval { tv_sec: 0, tv_usec: 500 };
-        let timer = libc::itimerval { it_interval: every, it_value: every };
-        // SAFETY: setitimer(2) with a readable timer.
-        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
         let mut answers = 0;
-        for n in 0..arguments.count() {
+        for (n, delay) in (0..arguments.count()).zip([20, 60, 150, 400, 900].into_iter().cycle()) {
+            // One signal for each round, at ever another moment of it: a timer that went on by itself
+            // could leave no time for anything but its handler.
+            let none = libc::timeval { tv_sec: 0, tv_usec: 0 };
+            let soon = libc::timeval { tv_sec: 0, tv_usec: delay };
+            let timer = libc::itimerval { it_interval: none, it_value: soon };
+            // SAFETY: setitimer(2) with a readable timer.
+            unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
             answers += usize::from(ask(TcpStream::connect(to)?, n)? == format!("pong {n}"));
         }
-        let none = libc::timeval { tv_sec: 0, tv_usec: 0 };
-        let stop = libc::itimerval { it_interval: none, it_value: none };
-        // SAFETY: as above.
-        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const stop, std::ptr::null_mut()) };
         let (done, failed) = (DONE.load(Ordering::Relaxed), FAILED.load(Ordering::Relaxed));
         say(&format!("answers={answers} in-handler={} failed={failed}", done > 0));
         Ok(())
