@@ -246,11 +246,7 @@ impl Broker {
                 ..Judgement::refusal(String::new())
             });
         }
-        // Where the far process makes no difference, a few of them are looked up, for the log.
-        let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
-        let indifferent = nobody.permitted && nobody.observed.is_none();
-        let most = if indifferent { SHOWN } else { usize::MAX };
-        let far = self.far_end_of(call, remote, outbound, most);
+        let far = self.far_end_of(policy, context, call, remote, outbound);
         let mut judgement = self.ask(policy, context, call, outbound, far.as_ref());
         let is_datagram = call.protocol != Protocol::TCP;
         if !judgement.permitted
@@ -292,8 +288,15 @@ impl Broker {
         finding
     }
 
-    /// The far end, if it is on this host, with `most` of the processes that hold it.
-    fn far_end_of(&mut self, call: &Call, remote: SocketAddr, outbound: bool, most: usize) -> Option<FarEnd> {
+    /// The far end, if it is on this host.
+    fn far_end_of(
+        &mut self,
+        policy: &Policy,
+        context: &Context,
+        call: &Call,
+        remote: SocketAddr,
+        outbound: bool,
+    ) -> Option<FarEnd> {
         let here = call.facts().is_none_or(|f| f.namespace == self.namespace || f.namespace == 0);
         if !here {
             // Another network namespace: its loopback is another one, of which nothing is known here.
@@ -303,7 +306,13 @@ impl Broker {
             return None;
         }
         Some(match (outbound, call.local) {
-            (true, _) | (false, None) => self.far_listener(call.protocol, remote, most),
+            (true, _) | (false, None) => {
+                // Where it makes no difference who listens, a few of them are looked up, for the log.
+                let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
+                let indifferent = nobody.permitted && nobody.observed.is_none();
+                let most = if indifferent { SHOWN } else { usize::MAX };
+                self.far_listener(call.protocol, remote, most)
+            }
             (false, Some(local)) => self.far_client(call.protocol, local, remote),
         })
     }
