@@ -419,38 +419,34 @@ pub(crate) fn not(expr: Expr) -> Expr {
 
 /// `&`, flat, sorted, without repetition.
 pub(crate) fn and(list: Vec<Expr>) -> Expr {
-    let mut flat = Vec::with_capacity(list.len());
-    for expr in list {
-        match expr {
-            Expr::Any => {}
-            Expr::Nothing => return Expr::Nothing,
-            Expr::And(inner) => flat.extend(inner.iter().cloned()),
-            other => flat.push(other),
-        }
-    }
-    if flat.len() > 1 {
-        flat.sort();
-        flat.dedup();
-    }
-    match (flat.len(), flat.pop()) {
-        (1, Some(only)) => only,
-        (_, None) => Expr::Any,
-        (_, Some(last)) => {
-            flat.push(last);
-            Expr::And(flat.into())
-        }
-    }
+    let inner = |expr: &Expr| if let Expr::And(inner) = expr { Some(Arc::clone(inner)) } else { None };
+    join(list, &Expr::Any, &Expr::Nothing, inner, Expr::And)
 }
 
 /// `|`, flat, sorted, without repetition.
 pub(crate) fn or(list: Vec<Expr>) -> Expr {
+    let inner = |expr: &Expr| if let Expr::Or(inner) = expr { Some(Arc::clone(inner)) } else { None };
+    join(list, &Expr::Nothing, &Expr::Any, inner, Expr::Or)
+}
+
+/// What `&` and `|` have in common: `neutral` drops out, `decisive` is the whole, and operands of the same
+/// kind are taken apart (`inner`) before the rest is put together again (`whole`).
+fn join(
+    list: Vec<Expr>,
+    neutral: &Expr,
+    decisive: &Expr,
+    inner: impl Fn(&Expr) -> Option<Arc<[Expr]>>,
+    whole: impl FnOnce(Arc<[Expr]>) -> Expr,
+) -> Expr {
     let mut flat = Vec::with_capacity(list.len());
     for expr in list {
-        match expr {
-            Expr::Nothing => {}
-            Expr::Any => return Expr::Any,
-            Expr::Or(inner) => flat.extend(inner.iter().cloned()),
-            other => flat.push(other),
+        if expr == *decisive {
+            return expr;
+        }
+        match inner(&expr) {
+            Some(operands) => flat.extend(operands.iter().cloned()),
+            None if expr == *neutral => {}
+            None => flat.push(expr),
         }
     }
     if flat.len() > 1 {
@@ -459,10 +455,10 @@ pub(crate) fn or(list: Vec<Expr>) -> Expr {
     }
     match (flat.len(), flat.pop()) {
         (1, Some(only)) => only,
-        (_, None) => Expr::Nothing,
+        (_, None) => neutral.clone(),
         (_, Some(last)) => {
             flat.push(last);
-            Expr::Or(flat.into())
+            whole(flat.into())
         }
     }
 }
