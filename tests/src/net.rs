@@ -27,6 +27,19 @@ pub struct Net {
 }
 
 impl Net {
+    /// A client and a server, both under `policy`, and a stranger without one.
+    ///
+    /// # Panics
+    /// As [`Net::new`].
+    #[must_use]
+    pub fn client_server_stranger(policy: &str) -> Self {
+        let net = Self::new(&["client", "server", "stranger"]);
+        let [client, server, _] = net.hosts();
+        client.policy(policy);
+        server.policy(policy);
+        net
+    }
+
     /// Makes namespaces, one per name, joined by a bridge in another. Needs root.
     ///
     /// # Panics

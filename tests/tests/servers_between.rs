@@ -21,14 +21,6 @@ allow queue(clients, servers);
 allow echo(clients, servers);
 ";
 
-fn net() -> Net {
-    let net = Net::new(&["client", "server", "stranger"]);
-    let [client, server, _] = net.hosts();
-    client.policy(POLICY);
-    server.policy(POLICY);
-    net
-}
-
 fn curl(from: &Host) -> Finished {
     Finished::of(&mut from.plain(&["curl", "-sS", "--max-time", "1", "http://10.77.0.2/"]))
 }
@@ -53,7 +45,7 @@ fn pid_of(host: &Host) -> Option<i32> {
 
 #[test]
 fn nginx_daemonises_reloads_and_serves_its_clients_only() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let config = nginx(server, "listen 80 reuseport;", "one\n");
     // It daemonises: `run` returns, and the broker stays.
@@ -83,7 +75,7 @@ fn nginx_daemonises_reloads_and_serves_its_clients_only() {
 
 #[test]
 fn nginx_upgrades_its_binary_while_it_serves() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, _] = net.hosts();
     let config = nginx(server, "listen 80;", "page\n");
     assert_eq!(Finished::of(&mut server.run(&["/usr/sbin/nginx", "-c", &config])).code(), 0);
@@ -102,7 +94,7 @@ fn nginx_upgrades_its_binary_while_it_serves() {
 
 #[test]
 fn redis_replicates_from_host_to_host() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let start = |host: &Host, more: &[&str]| {
         let folder = host.path("").display().to_string();
@@ -128,7 +120,7 @@ fn redis_replicates_from_host_to_host() {
 
 #[test]
 fn memcached_serves_over_tcp() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, _] = net.hosts();
     let _cache = server.start(&["memcached", "-u", "nobody", "-U", "0", "-l", "10.77.0.2"]);
     server.wait_for_port(11211);
@@ -142,7 +134,7 @@ fn memcached_serves_over_tcp() {
 
 #[test]
 fn mosquitto_passes_messages_on() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, _] = net.hosts();
     let config = server.write("mosquitto.conf", "listener 1883 0.0.0.0\nallow_anonymous true\nuser nobody\n");
     let _queue = server.start(&["mosquitto", "-c", config.to_str().unwrap()]);
@@ -157,7 +149,7 @@ fn mosquitto_passes_messages_on() {
 
 #[test]
 fn a_connection_that_inetd_hands_over_is_judged_when_the_program_starts() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     // tcpsvd is not wrapped: it takes every connection, and starts a wrapped program for each.
     let run = server.run(&["cat"]);

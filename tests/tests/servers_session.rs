@@ -17,14 +17,6 @@ allow mailbox(clients, servers);
 allow database(clients, servers);
 ";
 
-fn net() -> Net {
-    let net = Net::new(&["client", "server", "stranger"]);
-    let [client, server, _] = net.hosts();
-    client.policy(POLICY);
-    server.policy(POLICY);
-    net
-}
-
 /// Every TCP call on the host was permitted (names are looked up without a rule for it), and the stranger, who comes last, was not.
 fn only_the_stranger_is_refused(server: &Host, stranger: &Host, port: u16) {
     let is_tcp = |r: &serde_json::Value| r["verdict"] == "refuse" && r["proto"] == "tcp";
@@ -48,7 +40,7 @@ fn postgresql() -> PathBuf {
 
 #[test]
 fn postgresql_answers_queries() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let bin = postgresql();
     let data = server.path("pg");
@@ -74,7 +66,7 @@ fn postgresql_answers_queries() {
 
 #[test]
 fn sshd_gives_a_session_and_forwards_what_the_policy_allows() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let folder = server.path("ssh");
     fs::create_dir(&folder).unwrap();
@@ -123,7 +115,7 @@ fn sshd_gives_a_session_and_forwards_what_the_policy_allows() {
 
 #[test]
 fn dovecot_passes_the_login_on() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let folder = server.path("dovecot");
     fs::create_dir_all(folder.join("mail")).unwrap();
@@ -148,7 +140,7 @@ fn dovecot_passes_the_login_on() {
 
 #[test]
 fn exim_takes_a_message() {
-    let net = net();
+    let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
     let spool = server.path("spool");
     fs::create_dir(&spool).unwrap();
