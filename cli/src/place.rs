@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use nix::unistd::{AccessFlags, Uid, access, geteuid};
@@ -50,7 +51,7 @@ pub enum PlaceError {
 pub struct Place {
     /// State folder, absolute, without symbolic links.
     pub state: PathBuf,
-    /// Folder of the sockets and of the shim's copy; named after the state folder's device and inode,
+    /// Folder of the sockets and of the shim's copy; named after the state folder's device, inode and birth,
     /// so that however the state folder is spelt, its broker is found.
     pub runtime: PathBuf,
 }
@@ -73,7 +74,7 @@ impl Place {
         if !meta.is_dir() {
             return Err(state(io::Error::from(io::ErrorKind::NotADirectory)));
         }
-        let runtime = runtime_base(geteuid()).join(format!("{:x}-{:x}", meta.dev(), meta.ino()));
+        let runtime = runtime_base(geteuid()).join(runtime_name(&meta));
         Ok(Self { state: path, runtime })
     }
 
@@ -96,9 +97,18 @@ impl Place {
         if owner != me.as_raw() {
             return Err(PlaceError::Owner { path: named, owner, me: me.as_raw() });
         }
-        make_runtime(&place.runtime, me)
-            .map_err(|source| PlaceError::Runtime { path: place.runtime.clone(), source })?;
+        place.make_runtime()?;
         Ok(place)
+    }
+
+    /// Makes the runtime folder, which a supervisor that ends takes away with it: whoever starts one calls
+    /// this with the lock held.
+    ///
+    /// # Errors
+    /// [`PlaceError::Runtime`].
+    pub fn make_runtime(&self) -> Result<(), PlaceError> {
+        make_runtime(&self.runtime, geteuid())
+            .map_err(|source| PlaceError::Runtime { path: self.runtime.clone(), source })
     }
 
     /// Where programs find the broker.
@@ -145,13 +155,21 @@ pub fn name_state(option: Option<&Path>) -> Result<PathBuf, PlaceError> {
         .ok_or(PlaceError::Nowhere)
 }
 
+/// Name of the runtime folder of the state folder that `meta` describes. The time of birth tells it from an
+/// earlier folder that had the same inode, whose supervisor may still be ending; ext4 gives a freed inode to
+/// the next folder that is made.
+pub fn runtime_name(meta: &fs::Metadata) -> String {
+    let born = meta.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    format!("{:x}-{:x}-{:x}", meta.dev(), meta.ino(), born.map_or(0, |at| at.as_nanos()))
+}
+
 fn runtime_base(me: Uid) -> PathBuf {
     if me.is_root() && access("/run", AccessFlags::W_OK).is_ok() {
         return PathBuf::from("/run/portcullis");
     }
     let fits = |p: &Path| {
-        // dev and inode are at most 16 hexadecimal digits each
-        let longest = p.as_os_str().len() + "/portcullis/".len() + 33 + LONGEST_NAME;
+        // device, inode and nanoseconds are at most 16 hexadecimal digits each
+        let longest = p.as_os_str().len() + "/portcullis/".len() + 50 + LONGEST_NAME;
         // LD_PRELOAD has no way to quote the characters that separate its entries (ld.so(8)).
         let plain = !p.as_os_str().as_encoded_bytes().iter().any(|b| b" :\n\t".contains(b));
         longest < SUN_PATH

@@ -260,6 +260,7 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         Err(LoadError::Policy(text)) => return Err(RunError::BadPolicy(text.to_string())),
         Err(error) => return Err(RunError::BadPolicy(format!("portcullis: error: {error}\n"))),
     }
+    place.make_runtime()?;
     let shim = supervise::place_shim(place)?;
     let socket =
         link::bind_private(&place.supervisor_socket()).map_err(failed("bind the supervisor's socket"))?;

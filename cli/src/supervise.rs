@@ -162,6 +162,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
         None => lock(&place).map_err(failed("lock the state folder, which another supervisor serves"))?,
     };
+    place.make_runtime()?;
     let socket = match args.socket_fd {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
         None => own_socket(&place)?,

@@ -2,12 +2,15 @@
 
 use std::{
     fs, io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
 use super::shim;
-use crate::{link, place::Place};
+use crate::{
+    link,
+    place::{self, Place},
+};
 
 /// File that says which state folder a runtime folder belongs to.
 const OWNER: &str = "state";
@@ -53,7 +56,7 @@ fn owner(runtime: &Path) -> Option<PathBuf> {
 fn is_over(left: &Place) -> bool {
     let named = left.runtime.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let gone = match fs::metadata(&left.state) {
-        Ok(meta) => format!("{:x}-{:x}", meta.dev(), meta.ino()) != named,
+        Ok(meta) => place::runtime_name(&meta) != named,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     };
     gone && link::connect(&left.supervisor_socket()).is_err()
