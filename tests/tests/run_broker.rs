@@ -1,6 +1,6 @@
 //! One broker for each state folder: started by the first run, shared by all, gone with the last process.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use nix::{
     sys::signal::{Signal, kill},
@@ -32,16 +32,21 @@ fn sleeper(host: &Host) -> Running {
     it
 }
 
+/// What a wrapped program's environment has after `name`, which ends in `=`.
+fn variable(of: &Running, name: &str) -> String {
+    let environment = fs::read_to_string(format!("/proc/{}/environ", of.pid())).unwrap();
+    environment.split('\0').find_map(|v| v.strip_prefix(name)).unwrap().to_owned()
+}
+
+fn broker_socket(of: &Running) -> PathBuf {
+    PathBuf::from(variable(of, "PORTCULLIS_BROKER=").rsplit_once(':').unwrap().0)
+}
+
 #[test]
 fn it_ends_with_the_last_process_and_leaves_nothing() {
     let host = host();
     let it = sleeper(&host);
-    let place = fs::read_to_string(format!("/proc/{}/environ", it.pid())).unwrap();
-    let value = |name| place.split('\0').find_map(|v| v.strip_prefix(name)).unwrap();
-    // A copy in the runtime folder, or, built where everybody can read it, the one that was built.
-    let shim = std::path::PathBuf::from(value("LD_PRELOAD="));
-    let socket = value("PORTCULLIS_BROKER=");
-    let socket = std::path::PathBuf::from(socket.rsplit_once(':').unwrap().0);
+    let socket = broker_socket(&it);
     assert!(socket.exists());
     drop(it);
     nothing_is_left(&host);
@@ -236,12 +241,9 @@ fn a_long_command_line_is_no_obstacle() {
 fn what_a_killed_supervisor_left_of_a_folder_that_is_gone_is_swept() {
     let gone = host();
     let it = sleeper(&gone);
-    let place = fs::read_to_string(format!("/proc/{}/environ", it.pid())).unwrap();
-    let value = |name| place.split('\0').find_map(|v| v.strip_prefix(name)).unwrap();
     // A copy in the runtime folder, or, built where everybody can read it, the one that was built.
-    let shim = std::path::PathBuf::from(value("LD_PRELOAD="));
-    let socket = value("PORTCULLIS_BROKER=");
-    let runtime = std::path::PathBuf::from(socket.rsplit_once(':').unwrap().0).parent().unwrap().to_owned();
+    let shim = PathBuf::from(variable(&it, "LD_PRELOAD="));
+    let runtime = broker_socket(&it).parent().unwrap().to_owned();
     kill(Pid::from_raw(one(&gone, "supervise")), Signal::SIGKILL).unwrap();
     nothing_is_left(&gone);
     fs::remove_dir_all(gone.state()).unwrap();
