@@ -111,6 +111,38 @@ pub struct Keepsake(Vec<OwnedFd>);
 #[derive(Debug)]
 pub struct Filter(OwnedFd);
 
+impl Keepsake {
+    /// For the supervisor to keep.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn copy(&self) -> io::Result<Vec<OwnedFd>> {
+        self.0.iter().map(OwnedFd::try_clone).collect()
+    }
+}
+
+impl From<Vec<OwnedFd>> for Keepsake {
+    fn from(kept: Vec<OwnedFd>) -> Self {
+        Self(kept)
+    }
+}
+
+impl Filter {
+    /// For the supervisor to keep.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn copy(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+}
+
+impl From<OwnedFd> for Filter {
+    fn from(kept: OwnedFd) -> Self {
+        Self(kept)
+    }
+}
+
 impl Keyd {
     /// Says hello. `keepsake` is what an earlier key daemon left, or empty; it is replaced.
     ///

@@ -11,6 +11,7 @@ mod far;
 mod flows;
 mod follow;
 mod guard;
+mod handed;
 mod judge;
 mod listeners;
 mod reload;
@@ -43,6 +44,7 @@ use portcullis_wire::shared::StatePage;
 use crate::{
     BrokerError, Mode,
     audit::{Line, Log, More},
+    guard::link::Link,
     keyd::{Keepsake, Keyd},
     process::{Context, Inspector, ProcessKey},
     settings::{Settings, WhenUnwritable},
@@ -200,8 +202,10 @@ pub(crate) struct Broker {
     holders: far::Holders,
     keyd: Option<Keyd>,
     keepsake: Keepsake,
-    /// The supervisor's end of what it hands over.
-    handed: Option<OwnedFd>,
+    /// To the supervisor, which hands over what outlives a broker.
+    handed: Option<Link>,
+    /// Filters of the broker before, by their listener's cookie.
+    inherited: HashMap<u64, OwnedFd>,
     guards: HashMap<u64, guard::Guard>,
     kernel: Option<backstop::Kernel>,
     /// Processes that asked through the shim.
@@ -231,6 +235,7 @@ impl Broker {
             self.tend_endings();
             self.look_at_backstop();
             self.tend_expiry();
+            self.flush_handed();
             self.flush_log();
         }
         self.end();

@@ -51,7 +51,7 @@ pub enum Say {
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Answer {
-    /// To `Hello`: the broker is ready.
+    /// To `Hello`: the broker is ready. The program's end of its door is attached.
     Welcome {
         /// Where it listens.
         broker: PathBuf,

@@ -161,7 +161,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     }
     let place = Place::make(args.state.state.as_deref())?;
     let (link, welcome) = reach(&place, &hello, args)?;
-    let door = open_door(&welcome)?;
+    let door = place_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
     let held = enclose(&link, &pidfd)?;
     let guard = guard::install(held).map_err(failed("install the guard's filter"))?;
@@ -201,6 +201,7 @@ struct Welcome {
     broker: PathBuf,
     uid: u32,
     shim: PathBuf,
+    door: OwnedFd,
 }
 
 /// Reaches the folder's supervisor, starting one if there is none.
@@ -237,7 +238,10 @@ fn greet(link: &Link, hello: &Say) -> Result<Option<Welcome>, RunError> {
         |e: &io::Error| matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
     let exchange = link.send(hello, &[]).and_then(|()| link.receive::<Answer>());
     match exchange {
-        Ok(Some((Answer::Welcome { broker, uid, shim }, _))) => Ok(Some(Welcome { broker, uid, shim })),
+        Ok(Some((Answer::Welcome { broker, uid, shim }, fds))) => {
+            let door = fds.into_iter().next().ok_or_else(|| RunError::NoBroker("it gives no door".into()))?;
+            Ok(Some(Welcome { broker, uid, shim, door }))
+        }
         Ok(Some((Answer::Conflict(why), _))) => Err(RunError::Conflict(why)),
         Ok(Some((Answer::Failed(why), _))) => Err(RunError::NoBroker(why)),
         Ok(None | Some((Answer::Watched | Answer::Enclosed(_), _))) => Ok(None),
@@ -358,12 +362,10 @@ fn join(broker: &Path, hello: &Say, asks: bool) -> Result<Vec<CString>, RunError
     Ok(std::env::vars_os().filter_map(|(name, value)| variable(&name, &value)).collect())
 }
 
-/// Connects the program's door to the broker, and makes sure who answers there.
-fn open_door(welcome: &Welcome) -> Result<RawFd, RunError> {
+/// Makes sure who is behind the program's door, and puts it where the program will not look.
+fn place_door(welcome: &Welcome) -> Result<RawFd, RunError> {
     use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-    let fd = link::connect(&welcome.broker)
-        .map_err(|e| RunError::NoBroker(format!("`{}`: {e}", welcome.broker.display())))?;
-    let found = getsockopt(&fd, PeerCredentials).map_err(failed("ask who the broker is"))?.uid();
+    let found = getsockopt(&welcome.door, PeerCredentials).map_err(failed("ask who the broker is"))?.uid();
     if found != welcome.uid {
         return Err(RunError::Impostor { path: welcome.broker.clone(), expected: welcome.uid, found });
     }
@@ -372,7 +374,7 @@ fn open_door(welcome: &Welcome) -> Result<RawFd, RunError> {
         resource::getrlimit(resource::Resource::RLIMIT_NOFILE).map_err(failed("ask for a limit"))?;
     let highest = c_int::try_from(soft).unwrap_or(c_int::MAX);
     let lowest = LOWEST_FD.min(highest.saturating_sub(8)).max(3);
-    fcntl(&fd, FcntlArg::F_DUPFD(lowest)).map_err(failed("place the door's descriptor"))
+    fcntl(&welcome.door, FcntlArg::F_DUPFD(lowest)).map_err(failed("place the door's descriptor"))
 }
 
 fn variable(name: &OsStr, value: &OsStr) -> Option<CString> {

@@ -5,6 +5,7 @@
 //! kernel says when no task of the tree is left.
 
 mod backing;
+mod handover;
 mod parts;
 mod shim;
 mod sweep;
@@ -23,6 +24,7 @@ use std::{
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
+        resource::{Resource, getrlimit, setrlimit},
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
@@ -162,6 +164,10 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
         None => lock(&place).map_err(failed("lock the state folder, which another supervisor serves"))?,
     };
+    // One for each tree, one for each door, and what brokers leave here.
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
     place.make_runtime()?;
     let socket = match args.socket_fd {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
@@ -241,6 +247,9 @@ impl Supervisor {
             let events = if t.guarded { PollFlags::empty() } else { PollFlags::POLLIN };
             PollFd::new(t.watched.as_fd(), events)
         }));
+        let handover: Vec<_> = self.parts.handover.watched().collect();
+        let handovers = handover.len();
+        fds.extend(handover);
         fds.extend(self.parts.pipes().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
         match poll(&mut fds, timeout) {
             Ok(0) | Err(nix::errno::Errno::EINTR) => return Ok(()),
@@ -254,10 +263,15 @@ impl Supervisor {
         let spoke: Vec<bool> = fired.by_ref().take(self.visitors.len()).collect();
         let ended: Vec<bool> = fired.by_ref().take(self.trees.len()).collect();
         let mut ended = ended.into_iter();
+        let handed = fired.by_ref().take(handovers).fold(false, |any, one| any | one);
         let before = self.trees.len();
         self.trees.retain(|_| !ended.next().unwrap_or(false));
         if self.trees.len() != before {
             self.parts.backing.tidy();
+        }
+        if handed {
+            self.parts.handover.hear();
+            self.parts.handover.tidy();
         }
         self.hear(&spoke);
         if arrived && let Ok(link) = Link::accept(&self.socket) {
@@ -321,7 +335,7 @@ impl Supervisor {
     /// Takes the guard's listener out of a process that sends nothing any more, and lets the broker serve it.
     fn take_listener(&mut self, visitor: &Visitor, number: i32) -> Option<OwnedFd> {
         let listener = sys::pidfd_getfd(visitor.enclosed.as_ref()?, number).ok()?;
-        self.parts.backing.serve(&listener).ok()?;
+        self.parts.handover.add_tree(&listener).ok()?;
         Some(listener)
     }
 
@@ -333,20 +347,29 @@ impl Supervisor {
             if visitor.welcomed {
                 continue;
             }
+            let mut door = None;
             let answer = match (conflict(&self.args, policy.as_deref(), *mode), &health) {
                 (Some(why), _) => Answer::Conflict(why),
                 (None, Health::Starting) => continue,
                 (None, Health::Failed(why)) => Answer::Failed(why.clone()),
-                (None, Health::Serving) => Answer::Welcome {
-                    broker: self.place.broker_socket(),
-                    // The supervisor has called listen(2), and keeps the socket over the broker's restarts.
-                    uid: geteuid().as_raw(),
-                    shim: self.shim.clone(),
+                (None, Health::Serving) => match self.parts.handover.add_door() {
+                    Ok(end) => {
+                        door = Some(end);
+                        Answer::Welcome {
+                            broker: self.place.broker_socket(),
+                            // The supervisor has called listen(2), and keeps the socket over the broker's
+                            // restarts.
+                            uid: geteuid().as_raw(),
+                            shim: self.shim.clone(),
+                        }
+                    }
+                    Err(error) => Answer::Failed(format!("no door: {error}")),
                 },
             };
+            let attached: Vec<i32> = door.iter().map(AsRawFd::as_raw_fd).collect();
             visitor.welcomed = true;
             // A visitor that has gone is noticed at the next turn.
-            let _gone = visitor.link.send(&answer, &[]);
+            let _gone = visitor.link.send(&answer, &attached);
         }
     }
 

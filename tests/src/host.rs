@@ -201,7 +201,7 @@ impl Host {
         i32::try_from(status["pid"].as_i64().unwrap_or_else(|| panic!("no broker: {status}"))).unwrap()
     }
 
-    /// Processes that have this host's state folder on their command line: supervisor and broker.
+    /// Processes that have this host's state folder on their command line: supervisor, broker and key daemon.
     #[must_use]
     pub fn daemons(&self) -> Vec<(i32, String)> {
         let state = self.state();
@@ -212,7 +212,7 @@ impl Host {
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
             if words.contains(&needle)
-                && words.get(1).is_some_and(|w| [b"supervise".as_slice(), b"broker"].contains(w))
+                && words.get(1).is_some_and(|w| [b"supervise".as_slice(), b"broker", b"keyd"].contains(w))
             {
                 found.push((pid, String::from_utf8_lossy(words[1]).into_owned()));
             }

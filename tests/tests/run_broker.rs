@@ -63,7 +63,7 @@ fn it_outlives_the_run_as_long_as_a_daemon_of_its_tree_lives() {
         os.wait()";
     let daemon: i32 =
         Finished::of(&mut host.run(&["python3", "-c", script])).success().trim().parse().unwrap();
-    assert_eq!(host.daemons().len(), 2, "supervisor and broker");
+    assert_eq!(host.daemons().len(), 3, "supervisor, broker and key daemon");
     kill(Pid::from_raw(daemon), Signal::SIGKILL).unwrap();
     nothing_is_left(&host);
 }
@@ -74,7 +74,7 @@ fn runs_on_one_folder_share_it() {
     let _first = sleeper(&host);
     let broker = one(&host, "broker");
     let _second = sleeper(&host);
-    assert_eq!(host.daemons().len(), 2);
+    assert_eq!(host.daemons().len(), 3);
     assert_eq!(one(&host, "broker"), broker);
 }
 
@@ -83,7 +83,7 @@ fn runs_that_start_at_once_share_it() {
     let host = host();
     let all: Vec<Running> = (0..12).map(|_| host.start(&["sh", "-c", "echo up; exec sleep 1000"])).collect();
     all.iter().for_each(|it| drop(it.line("up")));
-    assert_eq!(host.daemons().len(), 2);
+    assert_eq!(host.daemons().len(), 3);
 }
 
 #[test]

@@ -92,14 +92,7 @@ fn a_killed_key_daemon_is_back_too() {
     let net = Net::new(&["host"]);
     let [host] = net.hosts();
     let mut scene = scene(host);
-    let supervisor = part(host, "supervise");
-    let children = format!("/proc/{supervisor}/task/{supervisor}/children");
-    let first = std::fs::read_to_string(children).unwrap();
-    let keyd = first.split_whitespace().find(|pid| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| line.split(|b| *b == 0).any(|w| w == b"keyd"))
-    });
-    kill(Pid::from_raw(keyd.unwrap().parse().unwrap()), Signal::SIGKILL).unwrap();
+    kill(part(host, "keyd"), Signal::SIGKILL).unwrap();
     scene.is_served();
 }
 

@@ -28,7 +28,7 @@ fn it_stays_without_runs_serves_them_and_ends_when_told() {
         assert_eq!(Finished::of(&mut host.plain(&line)).success(), "ran\n");
     }
     assert!(!service.has_ended());
-    assert_eq!(host.daemons().len(), 2, "one supervisor, one broker");
+    assert_eq!(host.daemons().len(), 3, "one supervisor, one broker, one key daemon");
     service.signal(Signal::SIGTERM);
     assert_eq!(service.wait(), 0);
     assert!(host.daemons().is_empty());

@@ -1,14 +1,20 @@
-//! How the supervisor hands the kernel's ends over to a broker: a `SOCK_SEQPACKET` pair, on which each
-//! message is one letter and descriptors.
+//! What outlives a broker: the supervisor hands it to each one that is started, over a `SOCK_SEQPACKET` pair on
+//! which each message is one letter, numbers, and descriptors. The same way the broker leaves with it what
+//! the next one will need.
 //!
-//! | letter | descriptors |
-//! |---|---|
-//! | `B` | the backstop, as `portcullis_backstop::load_for_another` gives it |
-//! | `T` | the guard's listener of one tree |
+//! | letter | numbers | descriptors | from |
+//! |---|---|---|---|
+//! | `B` | | the backstop, as `portcullis_backstop::load_for_another` gives it | supervisor |
+//! | `T` | | guards' listeners, one of each tree | supervisor |
+//! | `D` | | the broker's ends of doors | supervisor |
+//! | `F` | tags, eight bytes each | what exchanges the lists of these listeners' filters | both |
+//! | `X` | a tag | none: that filter is no more | broker |
+//! | `W` | | what filters report to | both |
 
 use std::{
+    collections::VecDeque,
     io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use nix::{
@@ -19,61 +25,137 @@ use nix::{
     },
 };
 
+/// Most descriptors in one message; the kernel takes 253 (`SCM_MAX_FD`).
+pub const MOST: usize = 128;
+
 /// One message.
 #[derive(Debug)]
 pub enum Handed {
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
     Backstop(Vec<OwnedFd>),
-    /// The guard's listener of one tree.
-    Tree(OwnedFd),
+    /// Guards' listeners.
+    Trees(Vec<OwnedFd>),
+    /// Ends of doors: connected for as long as the supervisor lives, whatever becomes of a broker.
+    Doors(Vec<OwnedFd>),
+    /// By a listener's tag: what exchanges the list of its locked filter.
+    Filters(Vec<(u64, OwnedFd)>),
+    /// The listener with this tag is no more.
+    Forget(u64),
+    /// What filters report to.
+    Watch(Vec<OwnedFd>),
 }
 
-/// The supervisor's end and the broker's.
-///
-/// # Errors
-/// As socketpair(2).
-pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+/// One end. Nothing waits here: what the other end does not take yet is sent later.
+#[derive(Debug)]
+pub struct Link {
+    socket: OwnedFd,
+    unsent: VecDeque<Handed>,
 }
 
-/// Hands one thing over.
-///
-/// # Errors
-/// As sendmsg(2).
-pub fn send(link: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
-    let (letter, fds): (&[u8], Vec<RawFd>) = match handed {
-        Handed::Backstop(fds) => (b"B", fds.iter().map(AsRawFd::as_raw_fd).collect()),
-        Handed::Tree(fd) => (b"T", vec![fd.as_raw_fd()]),
+impl From<OwnedFd> for Link {
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket, unsent: VecDeque::new() }
+    }
+}
+
+impl AsFd for Link {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Link {
+    /// The supervisor's end, and the broker's.
+    ///
+    /// # Errors
+    /// As socketpair(2).
+    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        Ok((ours.into(), theirs))
+    }
+
+    /// Hands something over, at most [`MOST`] descriptors at once.
+    pub fn send(&mut self, handed: Handed) {
+        self.unsent.push_back(handed);
+        self.flush();
+    }
+
+    /// Whether something waits for the other end to take what came before; then [`Self::flush`].
+    #[must_use]
+    pub fn is_behind(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+
+    /// Sends what waits.
+    pub fn flush(&mut self) {
+        while let Some(next) = self.unsent.front() {
+            match transmit(self.socket.as_fd(), next) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Or the other end is closed, which reading tells.
+                _ => drop(self.unsent.pop_front()),
+            }
+        }
+    }
+
+    /// Takes the next. `None`: the other end is closed.
+    ///
+    /// # Errors
+    /// `WouldBlock`: there is none. `InvalidData`: not one of ours.
+    pub fn receive(&self) -> io::Result<Option<Handed>> {
+        let mut text = [0; 1 + 8 * MOST];
+        let mut space = cmsg_space!([RawFd; MOST]);
+        let mut parts = [IoSliceMut::new(&mut text)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let got = recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
+        let (length, whole) = (got.bytes, !got.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC));
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        for message in got.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = message {
+                fds.extend(raw.into_iter().map(own));
+            }
+        }
+        match text.get(..length).filter(|_| whole) {
+            None => Err(io::ErrorKind::InvalidData.into()),
+            Some([]) => Ok(None),
+            Some([letter, tags @ ..]) => read(*letter, tags, fds).map(Some),
+        }
+    }
+}
+
+fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
+    let raw = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let (letter, tags, fds): (u8, Vec<u64>, Vec<RawFd>) = match handed {
+        Handed::Backstop(fds) => (b'B', Vec::new(), raw(fds)),
+        Handed::Trees(fds) => (b'T', Vec::new(), raw(fds)),
+        Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
+        Handed::Filters(all) => {
+            (b'F', all.iter().map(|f| f.0).collect(), all.iter().map(|f| f.1.as_raw_fd()).collect())
+        }
+        Handed::Forget(tag) => (b'X', vec![*tag], Vec::new()),
+        Handed::Watch(fds) => (b'W', Vec::new(), raw(fds)),
     };
+    let text: Vec<u8> = std::iter::once(letter).chain(tags.iter().flat_map(|t| t.to_ne_bytes())).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
-    sendmsg::<()>(link.as_raw_fd(), &[IoSlice::new(letter)], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    let control: &[_] = if fds.is_empty() { &[] } else { &rights };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&text)], control, flags, None)?;
     Ok(())
 }
 
-/// Takes the next, without waiting. `None`: the other end is closed.
-///
-/// # Errors
-/// `WouldBlock`: there is none. `InvalidData`: not one of ours.
-pub fn receive(link: BorrowedFd<'_>) -> io::Result<Option<Handed>> {
-    let mut letter = [0];
-    let mut space = cmsg_space!([RawFd; 32]);
-    let mut parts = [IoSliceMut::new(&mut letter)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-    let got = recvmsg::<()>(link.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
-    let mut fds: Vec<OwnedFd> = Vec::new();
-    for message in got.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            fds.extend(raw.into_iter().map(own));
-        }
-    }
-    if got.bytes == 0 {
-        return Ok(None);
-    }
-    match (&letter, fds.len()) {
-        (b"B", _) => Ok(Some(Handed::Backstop(fds))),
-        (b"T", 1) => Ok(fds.pop().map(Handed::Tree)),
-        _ => Err(io::ErrorKind::InvalidData.into()),
-    }
+fn read(letter: u8, tags: &[u8], fds: Vec<OwnedFd>) -> io::Result<Handed> {
+    let (tags, rest) = tags.as_chunks::<8>();
+    let mut tags = tags.iter().map(|t| u64::from_ne_bytes(*t));
+    Ok(match letter {
+        b'B' => Handed::Backstop(fds),
+        b'T' => Handed::Trees(fds),
+        b'D' => Handed::Doors(fds),
+        b'W' => Handed::Watch(fds),
+        b'F' if tags.len() == fds.len() && rest.is_empty() => Handed::Filters(tags.zip(fds).collect()),
+        b'X' if fds.is_empty() => Handed::Forget(tags.next().ok_or(io::ErrorKind::InvalidData)?),
+        _ => return Err(io::ErrorKind::InvalidData.into()),
+    })
 }
 
 #[expect(unsafe_code, reason = "nix hands out received descriptors as numbers")]
@@ -84,20 +166,41 @@ fn own(number: RawFd) -> OwnedFd {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
 
     #[test]
     fn what_is_handed_over_arrives() {
-        let (ours, theirs) = pair().unwrap();
+        let (mut ours, theirs) = Link::pair().unwrap();
+        let theirs = Link::from(theirs);
         let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
-        send(ours.as_fd(), &Handed::Backstop(vec![fd(), fd(), fd()])).unwrap();
-        send(ours.as_fd(), &Handed::Tree(fd())).unwrap();
-        assert!(matches!(receive(theirs.as_fd()), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
-        assert!(matches!(receive(theirs.as_fd()), Ok(Some(Handed::Tree(_)))));
-        assert_eq!(receive(theirs.as_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        ours.send(Handed::Backstop(vec![fd(), fd(), fd()]));
+        ours.send(Handed::Filters((0..MOST as u64).map(|tag| (tag, fd())).collect()));
+        ours.send(Handed::Forget(7));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Filters(all))) if all.len() == MOST));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
+        assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567"] {
+            nix::sys::socket::send(ours.socket.as_raw_fd(), nonsense, MsgFlags::empty()).unwrap();
+            assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::InvalidData);
+        }
         drop(ours);
-        assert!(receive(theirs.as_fd()).unwrap().is_none());
+        assert!(theirs.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_is_not_taken_yet_waits_and_keeps_its_order() {
+        let (mut ours, theirs) = Link::pair().unwrap();
+        let theirs = Link::from(theirs);
+        let mut sent = 0;
+        while !ours.is_behind() {
+            ours.send(Handed::Forget(sent));
+            sent += 1;
+        }
+        for tag in 0..sent {
+            ours.flush();
+            assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(t))) if t == tag));
+        }
+        assert!(!ours.is_behind());
     }
 }

@@ -5,7 +5,7 @@ use std::{
     rc::Rc,
 };
 
-use nix::sys::socket::{SockFlag, accept4, getsockopt, sockopt};
+use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
 use portcullis_wire::{Flags, OpCode, Reply, Request};
 use zerocopy::IntoBytes;
 
@@ -79,10 +79,11 @@ impl Broker {
         }
     }
 
-    fn add_channel(&mut self, socket: OwnedFd, is_door: bool, uid: u32) -> Option<u64> {
+    pub(super) fn add_channel(&mut self, socket: OwnedFd, is_door: bool, uid: u32) -> Option<u64> {
         let most = self.settings.limits.channels_per_user;
         let share = self.users.entry(uid).or_default();
-        if share.channels >= most {
+        // The supervisor's doors are one for each run.
+        if share.channels >= most && !(is_door && uid == self.owner) {
             share.turned_away += 1;
             // One record per power of two, so that a flood does not fill the log.
             if share.turned_away.is_power_of_two() {
@@ -254,6 +255,10 @@ impl Broker {
             reason: Some(reason),
             ..Line::bare(realtime(), "protocol", "shim")
         });
+        // The supervisor holds this end of a door too: its programs must learn that nobody reads there.
+        if let Some(door) = self.channels.get(&id).filter(|c| c.is_door) {
+            let _ = shutdown(std::os::fd::AsRawFd::as_raw_fd(&door.socket), Shutdown::Both);
+        }
         self.close_channel(id);
     }
 

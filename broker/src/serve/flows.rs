@@ -185,7 +185,10 @@ impl Broker {
             }
             None => self.flows.keep_late(ended),
         }
-        if self.listeners.remove(&cookie).is_some() {
+        if let Some(listener) = self.listeners.remove(&cookie) {
+            if listener.is_filtered() {
+                self.forget_filter(cookie);
+            }
             self.forget_listener_grant(cookie);
         }
         self.session_ended(cookie);

@@ -7,7 +7,6 @@
 //! are lent, and no call blocks here.
 
 use std::{
-    io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
 };
@@ -23,7 +22,6 @@ use crate::{
     audit::Line,
     guard::{
         calls::{self, Asked, Named, Span, asked},
-        link::{self, Handed},
         target,
     },
     process::ProcessKey,
@@ -43,24 +41,7 @@ pub(super) struct Guard {
 }
 
 impl Broker {
-    /// Takes what the supervisor hands over.
-    pub(super) fn take_handed(&mut self) {
-        loop {
-            let Some(from) = &self.handed else { return };
-            match link::receive(from.as_fd()) {
-                Ok(Some(Handed::Backstop(descriptors))) => self.take_backstop(descriptors),
-                Ok(Some(Handed::Tree(listener))) => self.add_guard(listener),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(None) | Err(_) => {
-                    self.watch.forget(|s| matches!(s, Source::Handed));
-                    self.handed = None;
-                }
-            }
-        }
-    }
-
-    fn add_guard(&mut self, listener: OwnedFd) {
+    pub(super) fn add_guard(&mut self, listener: OwnedFd) {
         let _ = listener::wake_synchronously(listener.as_fd());
         let id = self.watch.id();
         match self.watch.add(&listener, Source::Guard(id)) {

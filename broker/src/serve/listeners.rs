@@ -12,10 +12,11 @@ use portcullis_wire::keyd::{Net, Stranger};
 
 use super::{Broker, now_seconds};
 use crate::{
+    Mode,
     audit::{Line, More},
     keyd::Filter,
     process::{Context, ProcessKey},
-    sys::{pidfd_getfd, proc::ProcDir, realtime, socket::Facts},
+    sys::{diag::Found, pidfd_getfd, pidfd_open, proc::ProcDir, realtime, socket::Facts},
 };
 
 /// Who may come.
@@ -50,6 +51,10 @@ pub(super) struct Listener {
 }
 
 impl Listener {
+    pub(super) const fn is_filtered(&self) -> bool {
+        self.filter.is_some()
+    }
+
     pub(super) const fn held_by(&self) -> &'static str {
         match (&self.filter, &self.scope) {
             (Some(_), _) => "kernel-filter",
@@ -178,6 +183,27 @@ impl Broker {
         filtered
     }
 
+    /// After a restart: takes on a listener of a wrapped process, with the filter that it has.
+    pub(super) fn adopt_listener(&mut self, context: &Rc<Context>, number: i32, found: &Found) {
+        if self.mode == Mode::Audit || self.listeners.contains_key(&found.cookie) {
+            return;
+        }
+        let listening = self.scope_for(context, Protocol::TCP, found.local);
+        let mut listener = Listener {
+            maker: context.key,
+            number,
+            inode: found.inode,
+            local: found.local,
+            scope: listening.scope,
+            context: Rc::clone(context),
+            filter: self.inherited.remove(&found.cookie).map(Filter::from),
+            stuck: false,
+            generation: self.generation_in_force(),
+        };
+        self.fit(found.cookie, &mut listener, None);
+        self.listeners.insert(found.cookie, listener);
+    }
+
     /// Puts the listener's scope into the kernel, as far as this host can.
     fn fit(&mut self, cookie: u64, listener: &mut Listener, socket: Option<BorrowedFd<'_>>) {
         let nets = self.nets_of(&listener.scope);
@@ -193,12 +219,15 @@ impl Broker {
         }
         let found: Option<OwnedFd> = match socket {
             Some(_) => None,
-            None => self.processes.get(&listener.maker).and_then(|p| fetch(p, cookie, listener)),
+            None => fetch(cookie, listener),
         };
         let Some(socket) = socket.or_else(|| found.as_ref().map(AsFd::as_fd)) else { return };
         let Some(keyd) = self.keyd.as_mut() else { return };
         match keyd.filter(socket, cookie, &nets) {
-            Ok(filter) => listener.filter = Some(filter),
+            Ok(filter) => {
+                self.leave_filter(cookie, &filter);
+                listener.filter = Some(filter);
+            }
             Err(error) => {
                 listener.stuck = error.raw_os_error() == Some(libc::EALREADY);
                 self.note("broker", &format!("a listener could not be filtered: {error}"), &[]);
@@ -312,12 +341,14 @@ impl Broker {
 }
 
 /// Takes a listener's socket out of the process that made it, or out of a descendant's hands.
-fn fetch(process: &super::Process, cookie: u64, listener: &Listener) -> Option<OwnedFd> {
+fn fetch(cookie: u64, listener: &Listener) -> Option<OwnedFd> {
     let is_it = |socket: &OwnedFd| Facts::of(socket.as_fd()).is_ok_and(|f| f.cookie == cookie);
-    let direct = pidfd_getfd(process.pidfd.as_fd(), listener.number).ok().filter(&is_it);
+    // Whoever has the number by now: it is the socket that counts.
+    let pidfd = pidfd_open(listener.maker.pid).ok()?;
+    let direct = pidfd_getfd(pidfd.as_fd(), listener.number).ok().filter(&is_it);
     direct.or_else(|| {
         let at = ProcDir::open(listener.maker.pid).ok()?;
         let (number, _) = at.sockets().ok()?.into_iter().find(|(_, i)| *i == listener.inode)?;
-        pidfd_getfd(process.pidfd.as_fd(), number).ok().filter(&is_it)
+        pidfd_getfd(pidfd.as_fd(), number).ok().filter(&is_it)
     })
 }

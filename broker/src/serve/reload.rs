@@ -329,17 +329,24 @@ impl Broker {
         if by_inode.is_empty() {
             return;
         }
+        let mut listeners = Vec::new();
         for (context, held) in self.wrapped_processes() {
             for (number, inode) in held {
                 let Some(found) = by_inode.get(&inode) else { continue };
-                if found.state == state::LISTEN || self.flows.get(found.cookie).is_some() {
-                    continue;
+                if found.state == state::LISTEN {
+                    listeners.push((Rc::clone(&context), number, *found));
+                } else if self.flows.get(found.cookie).is_none() {
+                    let flow = adopted(Rc::clone(&context), found, &listening);
+                    self.adopt_control(&flow, found, number);
+                    self.flows.open(found.cookie, flow);
                 }
-                let flow = adopted(Rc::clone(&context), found, &listening);
-                self.adopt_control(&flow, found, number);
-                self.flows.open(found.cookie, flow);
             }
         }
+        // Now that it is known which sessions live.
+        for (context, number, found) in listeners {
+            self.adopt_listener(&context, number, &found);
+        }
+        self.forget_inherited();
     }
 
     fn adopt_control(&mut self, flow: &Flow, found: &Found, number: i32) {

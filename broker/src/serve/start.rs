@@ -113,7 +113,8 @@ impl Broker {
             holders: far::Holders::default(),
             keyd: None,
             keepsake: Keepsake::default(),
-            handed: config.handed,
+            handed: config.handed.map(Into::into),
+            inherited: HashMap::new(),
             guards: HashMap::new(),
             kernel: None,
             shimmed: HashSet::new(),
@@ -130,10 +131,10 @@ impl Broker {
             let source = io::Error::other(broker.log.error().unwrap_or("unknown").to_owned());
             return Err(BrokerError::AuditLog { path: audit, source });
         }
+        broker.take_handed();
         if let Some(socket) = config.keyd {
             broker.greet(socket);
         }
-        broker.take_handed();
         broker.load_first();
         broker.adopt();
         broker.flush_log();
@@ -170,7 +171,10 @@ impl Broker {
             Ok(keyd)
         });
         match met {
-            Ok(keyd) => self.keyd = Some(keyd),
+            Ok(keyd) => {
+                self.keyd = Some(keyd);
+                self.leave_keepsake();
+            }
             Err(error) => self.note("broker", &format!("the key daemon does not answer: {error}"), &[]),
         }
     }

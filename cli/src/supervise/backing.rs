@@ -1,17 +1,14 @@
 //! What the kernel does for the broker, as far as root must set it up: the backstop's programs on the cgroups of
-//! wrapped trees, and the guard's listeners, handed over to each broker that is started.
+//! wrapped trees.
 
 use std::{
-    io,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use portcullis_backstop::{
     Attacher, BackstopError, Cgroup, cgroup_name, keep_listeners, listeners_of, load_for_another,
 };
-use portcullis_broker::guard::link::{self, Handed};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -22,9 +19,6 @@ pub struct Backing {
     /// Map of the listeners that the last broker granted.
     listeners: Option<OwnedFd>,
     cgroups: Vec<Cgroup>,
-    link: Option<OwnedFd>,
-    /// Guards' listeners.
-    trees: Vec<OwnedFd>,
 }
 
 impl Backing {
@@ -33,16 +27,16 @@ impl Backing {
         Self { state, wanted, ..Self::default() }
     }
 
-    /// Sets everything up for a broker that is about to start; the result is its end. The earlier broker's
+    /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
     /// grants end here, but for its listeners.
     ///
     /// # Errors
     /// What failed; the broker may be started without.
-    pub fn begin(&mut self) -> Result<Option<OwnedFd>, BackstopError> {
-        self.link = None;
+    pub fn begin(&mut self) -> Result<Option<Vec<OwnedFd>>, BackstopError> {
         if !self.wanted {
             return Ok(None);
         }
+        self.attacher = None;
         let (descriptors, attacher) = load_for_another()?;
         if let Some(fresh) = listeners_of(&descriptors) {
             if let Some(old) = &self.listeners {
@@ -55,16 +49,7 @@ impl Backing {
             attacher.attach(cgroup)?;
         }
         self.attacher = Some(attacher);
-        let handed = (|| {
-            let (ours, theirs) = link::pair()?;
-            link::send(ours.as_fd(), &Handed::Backstop(descriptors))?;
-            for tree in &self.trees {
-                link::send(ours.as_fd(), &Handed::Tree(tree.try_clone()?))?;
-            }
-            self.link = Some(ours);
-            Ok(theirs)
-        })();
-        handed.map(Some).map_err(BackstopError::Identify)
+        Ok(Some(descriptors))
     }
 
     /// Puts a process under the backstop, in a child of its own cgroup. `false`: there is none here.
@@ -72,7 +57,7 @@ impl Backing {
     /// # Errors
     /// The process is where it was.
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
-        let Some(attacher) = self.attacher.as_ref().filter(|_| self.link.is_some()) else { return Ok(false) };
+        let Some(attacher) = &self.attacher else { return Ok(false) };
         let cgroup = match Cgroup::below(pid, &cgroup_name(&self.state)) {
             // No cgroup v2 in this container: `ps` shows that the backstop does not hold it.
             Err(BackstopError::NoHierarchy | BackstopError::NoCgroup(_)) => return Ok(false),
@@ -90,17 +75,6 @@ impl Backing {
         Ok(true)
     }
 
-    /// Lets the broker serve a tree.
-    ///
-    /// # Errors
-    /// As sendmsg(2).
-    pub fn serve(&mut self, listener: &OwnedFd) -> io::Result<()> {
-        let Some(link) = &self.link else { return Err(io::ErrorKind::NotConnected.into()) };
-        link::send(link.as_fd(), &Handed::Tree(listener.try_clone()?))?;
-        self.trees.push(listener.try_clone()?);
-        Ok(())
-    }
-
     /// The last [`Self::tidy`]: a process that has just ended leaves its cgroup a moment later.
     pub fn end(&mut self) {
         for _ in 0..100 {
@@ -112,12 +86,8 @@ impl Backing {
         }
     }
 
-    /// Forgets trees that have ended, and removes their cgroups.
+    /// Removes the cgroups of trees that have ended.
     pub fn tidy(&mut self) {
-        self.trees.retain(|tree| {
-            let mut one = [PollFd::new(tree.as_fd(), PollFlags::empty())];
-            !matches!(poll(&mut one, PollTimeout::ZERO), Ok(n) if n > 0)
-        });
         self.cgroups.retain(|cgroup| !cgroup.remove_if_empty().unwrap_or(false));
     }
 }

@@ -20,7 +20,7 @@ use nix::{
     unistd::{Pid, geteuid, pipe2},
 };
 
-use super::{Args, backing::Backing};
+use super::{Args, backing::Backing, handover::Handover};
 use crate::{
     link,
     place::Place,
@@ -74,6 +74,8 @@ pub struct Parts {
     broker: Option<Part>,
     /// What the kernel does for them.
     pub backing: Backing,
+    /// What outlives a broker.
+    pub handover: Handover,
     health: Health,
     delay: Duration,
     /// When to start again.
@@ -100,6 +102,7 @@ impl Parts {
             keyd: None,
             broker: None,
             backing: Backing::new(args.state.clone(), geteuid().is_root() && !args.no_backstop),
+            handover: Handover::default(),
             health: Health::Starting,
             delay: FIRST_DELAY,
             next: Some(Instant::now()),
@@ -160,18 +163,14 @@ impl Parts {
             }
             None => None,
         };
-        let handed = self.backing.begin().unwrap_or_else(|error| {
+        let backstop = self.backing.begin().unwrap_or_else(|error| {
             let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
             log(&format!("no backstop: {error}{source}"));
             None
         });
-        let _handed = match &handed {
-            Some(end) => {
-                command.args(["--handed-fd", &end.as_raw_fd().to_string()]);
-                Some(Pass::on(end)?)
-            }
-            None => None,
-        };
+        let handed = self.handover.begin(backstop)?;
+        command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
+        let _handed = Pass::on(&handed)?;
         let (ended, life) = pipe2(OFlag::O_CLOEXEC)?;
         command.args(["--life-fd", &ended.as_raw_fd().to_string()]);
         let _ended = Pass::on(&ended)?;
@@ -230,6 +229,7 @@ impl Parts {
     /// One of the two is gone. They begin together, so the other ends too; programs ask anew.
     fn fell(&mut self, why: &str) {
         log(why);
+        self.handover.end();
         for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
             part.end(FAREWELL);
         }

@@ -1,0 +1,131 @@
+//! What outlives a broker and is handed to each one that is started: the guards' listeners, the ends of doors,
+//! and what brokers have left here for the next.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
+};
+use portcullis_broker::guard::link::{Handed, Link, MOST};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Handover {
+    /// To the broker that runs.
+    link: Option<Link>,
+    trees: Vec<OwnedFd>,
+    doors: Vec<OwnedFd>,
+    /// By a listener's tag.
+    filters: HashMap<u64, OwnedFd>,
+    watch: Vec<OwnedFd>,
+}
+
+impl Handover {
+    /// Lets go of the broker that was.
+    pub fn end(&mut self) {
+        self.hear();
+        self.link = None;
+    }
+
+    /// Prepares all for a broker that is about to start; the result is its end.
+    ///
+    /// # Errors
+    /// As socketpair(2) and sendmsg(2).
+    pub fn begin(&mut self, backstop: Option<Vec<OwnedFd>>) -> io::Result<OwnedFd> {
+        self.end();
+        self.tidy();
+        let (mut ours, theirs) = Link::pair()?;
+        let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
+        if let Some(descriptors) = backstop {
+            ours.send(Handed::Backstop(descriptors));
+        }
+        for some in self.trees.chunks(MOST) {
+            ours.send(Handed::Trees(again(some)?));
+        }
+        for some in self.doors.chunks(MOST) {
+            ours.send(Handed::Doors(again(some)?));
+        }
+        if !self.watch.is_empty() {
+            ours.send(Handed::Watch(again(&self.watch)?));
+        }
+        let filters: Vec<(u64, &OwnedFd)> = self.filters.iter().map(|(tag, fd)| (*tag, fd)).collect();
+        for some in filters.chunks(MOST) {
+            let some = some.iter().map(|(tag, fd)| Ok((*tag, fd.try_clone()?))).collect::<io::Result<_>>()?;
+            ours.send(Handed::Filters(some));
+        }
+        self.link = Some(ours);
+        Ok(theirs)
+    }
+
+    /// Lets the broker serve a tree; one that is just being restarted gets it when it begins.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn add_tree(&mut self, listener: &OwnedFd) -> io::Result<()> {
+        let copy = listener.try_clone()?;
+        self.trees.push(listener.try_clone()?);
+        self.tell(Handed::Trees(vec![copy]));
+        Ok(())
+    }
+
+    /// Makes a door; the result is the programs' end. Its other end stays here over the broker's restarts, so
+    /// that a program needs no path to the broker: it may be in a chroot by then.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn add_door(&mut self) -> io::Result<OwnedFd> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let copy = ours.try_clone()?;
+        self.doors.push(ours);
+        self.tell(Handed::Doors(vec![copy]));
+        Ok(theirs)
+    }
+
+    fn tell(&mut self, handed: Handed) {
+        if let Some(link) = &mut self.link {
+            link.send(handed);
+        }
+    }
+
+    /// What to wait for: word of the broker, and the end of a door's last user.
+    pub fn watched(&self) -> impl Iterator<Item = PollFd<'_>> {
+        let link = self.link.iter().map(|link| {
+            let room = if link.is_behind() { PollFlags::POLLOUT } else { PollFlags::empty() };
+            PollFd::new(link.as_fd(), PollFlags::POLLIN | room)
+        });
+        link.chain(self.doors.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::empty())))
+    }
+
+    /// Takes what the broker leaves here, and sends what it had no room for.
+    pub fn hear(&mut self) {
+        while let Some(link) = &mut self.link {
+            link.flush();
+            match link.receive() {
+                Ok(Some(Handed::Filters(some))) => self.filters.extend(some),
+                Ok(Some(Handed::Forget(tag))) => drop(self.filters.remove(&tag)),
+                Ok(Some(Handed::Watch(fds))) => self.watch = fds,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // It has ended.
+                Ok(_) | Err(_) => self.link = None,
+            }
+        }
+    }
+
+    /// Forgets trees that have ended, and doors that nobody has any more.
+    pub fn tidy(&mut self) {
+        self.trees.retain(|fd| !is_over(fd.as_fd()));
+        self.doors.retain(|fd| !is_over(fd.as_fd()));
+    }
+}
+
+/// Whether nobody is at the other end.
+fn is_over(fd: BorrowedFd<'_>) -> bool {
+    let mut one = [PollFd::new(fd, PollFlags::empty())];
+    matches!(poll(&mut one, PollTimeout::ZERO), Ok(n) if n > 0)
+}

@@ -1,0 +1,149 @@
+//! What goes on over the death of a broker or a key daemon.
+
+use std::fs;
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use portcullis_tests::{
+    Host, Net, Running, eventually,
+    ftp::{self, Daemon},
+};
+
+const SIZE: usize = 300_000;
+
+/// A session that fetches the file once for each line, in the way that the line says.
+const SESSION: &str = "import ftplib, sys\n\
+    f = ftplib.FTP('10.77.0.2', timeout=20)\n\
+    f.login()\n\
+    print('ready', flush=True)\n\
+    for line in sys.stdin:\n    \
+        f.set_pasv(line.strip() == 'passive')\n    \
+        try:\n        \
+            f.retrbinary('RETR report.bin', open(sys.argv[1], 'wb').write)\n        \
+            print('fetched', flush=True)\n    \
+        except Exception as e:\n        \
+            print('failed', e, flush=True)\n";
+
+/// Kills one of a host's daemons and waits until all of them are there again.
+fn kill_and_wait(host: &Host, name: &str) {
+    let all = || {
+        let mut found: Vec<(i32, String)> = host.daemons();
+        found.sort();
+        (found.len() == 3).then_some(found)
+    };
+    let before = eventually("supervisor, broker and key daemon", all);
+    let (victim, _) = before.iter().find(|(_, n)| n == name).unwrap();
+    kill(Pid::from_raw(*victim), Signal::SIGKILL).unwrap();
+    eventually(&format!("there is another {name}"), || {
+        let now = all()?;
+        // Both are started anew, and the broker answers.
+        let fresh = now.iter().filter(|one| before.contains(one)).count() == 1;
+        (fresh && host.portcullis(&["status"]).stdout.contains("broker       process")).then_some(())
+    });
+}
+
+fn fetch(running: &mut Running, client: &Host, way: &str) {
+    running.say(&format!("{way}\n"));
+    let said = running.line("f");
+    assert_eq!(said, "fetched", "{way}");
+    assert!(fs::read(client.path("got")).unwrap() == ftp::content(SIZE), "{way}: the content differs");
+}
+
+/// The numbers of a log, which has no gap; and how many data connections are on record.
+fn data_connections(host: &Host) -> usize {
+    let records = host.records();
+    let numbers: Vec<u64> = records.iter().map(|r| r["seq"].as_u64().unwrap()).collect();
+    assert!(numbers.windows(2).all(|w| w[1] == w[0] + 1), "a gap in {numbers:?}");
+    let of_data = |r: &&serde_json::Value| {
+        r["verdict"] == "permit" && r["session"].is_string() && (r["op"] == "accept" || r["op"] == "connect")
+    };
+    records.iter().filter(of_data).count()
+}
+
+fn session_goes_on(daemon: Daemon) {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    client.policy(ftp::POLICY);
+    server.policy(ftp::POLICY);
+    let _daemon = server.start(&daemon.command(server, SIZE));
+    server.wait_for_port(21);
+    let to = client.path("got").display().to_string();
+    let mut running = client.start(&["/usr/bin/python3", "-c", SESSION, &to]);
+    running.line("ready");
+    let mut transfers = 0;
+    let mut both_ways = |running: &mut Running| {
+        for way in ["passive", "active"] {
+            fetch(running, client, way);
+            transfers += 1;
+            for host in [client, server] {
+                eventually(&format!("{transfers} data connections on record on {}", host.name), || {
+                    (data_connections(host) == transfers).then_some(())
+                });
+            }
+        }
+    };
+    both_ways(&mut running);
+    for (host, name) in [(server, "broker"), (server, "keyd"), (client, "broker"), (client, "keyd")] {
+        kill_and_wait(host, name);
+        both_ways(&mut running);
+    }
+}
+
+#[test]
+fn a_session_of_a_daemon_in_a_chroot_goes_on() {
+    session_goes_on(Daemon::Vsftpd);
+}
+
+#[test]
+fn a_session_of_a_privilege_separated_daemon_goes_on() {
+    session_goes_on(Daemon::PureFtpd);
+}
+
+/// Accepts on port 8003 and says hello.
+const GREETER: &str = "import socket\n\
+    s = socket.create_server(('', 8003))\n\
+    print('up', flush=True)\n\
+    while True:\n    \
+        c, a = s.accept()\n    \
+        c.sendall(b'hello')\n    \
+        c.close()";
+
+/// Says how a call to port 8003 goes.
+fn call(from: &Host) -> String {
+    let script = "import socket\n\
+        try: print(socket.create_connection(('10.77.0.1', 8003), 1).recv(9).decode())\n\
+        except OSError as e: print(e)";
+    portcullis_tests::Finished::of(&mut from.plain(&["/usr/bin/python3", "-c", script])).stdout
+}
+
+#[test]
+fn a_locked_filter_follows_the_policy_of_every_broker_and_goes_on_reporting() {
+    let net = Net::new(&["server", "one", "two"]);
+    let [server, one, two] = net.hosts();
+    server.policy("allow tcp/8003(IPv4{10.77.0.2}, *);");
+    let running = server.start(&["/usr/bin/python3", "-c", GREETER]);
+    running.line("up");
+    assert_eq!((call(one).trim(), call(two).trim()), ("hello", "timed out"));
+    for name in ["broker", "keyd"] {
+        kill_and_wait(server, name);
+        assert_eq!((call(one).trim(), call(two).trim()), ("hello", "timed out"), "{name} killed");
+        let before = server.records().len();
+        server.policy("allow tcp/8003(IPv4{10.77.0.3}, *);");
+        eventually("the other list is in force", || (call(two).trim() == "hello").then_some(()));
+        assert_eq!(call(one).trim(), "timed out", "{name} killed");
+        eventually("the stranger is on record", || {
+            let found = server.records().into_iter().skip(before).any(|r| {
+                r["via"] == "filter"
+                    && r["remote"].as_str().is_some_and(|a| a.starts_with("10.77.0.2:"))
+                    && r["exe"].is_string()
+            });
+            found.then_some(())
+        });
+        server.policy("allow tcp/8003(IPv4{10.77.0.2}, *);");
+        eventually("the first list is in force again", || (call(one).trim() == "hello").then_some(()));
+    }
+    let shown = server.portcullis(&["ps"]).success();
+    assert!(shown.contains("8003 for addresses, by kernel-filter"), "{shown}");
+}
