@@ -18,7 +18,9 @@ use nix::{
 };
 use portcullis_wire::{
     Addr,
-    keyd::{CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Stranger},
+    keyd::{
+        CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Speech, Stranger,
+    },
 };
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -53,8 +55,18 @@ pub enum News {
         /// Its addresses, as far as they are known.
         places: Places,
         /// Whom the certificate names: a JSON object with `id names addresses process ver groups exe
-        /// sha256 user unit serial issuer_serial fingerprint until cipher kex`.
+        /// sha256 user unit serial issuer_serial fingerprint until cipher kex`. Empty for one that speaks plain,
+        /// as it may at a mixed listener.
         peer: String,
+    },
+    /// Somebody came to a listener that serves plain peers as well; [`Keyd::speak`] is next.
+    Arrived {
+        /// Number of the association.
+        id: u64,
+        /// Low 32 bits of the reservation's number.
+        reservation: u32,
+        /// Its addresses.
+        places: Places,
     },
     /// It carries data.
     Associated {
@@ -84,6 +96,10 @@ impl News {
                 let (places, peer) = Places::read_from_prefix(rest).ok()?;
                 let reservation = (head.count == 1).then_some(head.flags);
                 Some(Self::Shown { id, reservation, places, peer: String::from_utf8(peer.to_vec()).ok()? })
+            }
+            Kind::Arrived => {
+                let (reservation, places) = (head.flags, Places::read_from_bytes(rest).ok()?);
+                Some(Self::Arrived { id, reservation, places })
             }
             Kind::Associated => Some(Self::Associated { id, places: Places::read_from_bytes(rest).ok()? }),
             Kind::Over => {
@@ -340,7 +356,7 @@ impl Keyd {
         };
         match kind {
             Kind::Stranger => {}
-            Kind::Shown | Kind::Associated | Kind::Over => {
+            Kind::Shown | Kind::Arrived | Kind::Associated | Kind::Over => {
                 self.news.push(News::read(kind, &head, rest).ok_or(io::ErrorKind::InvalidData)?);
                 return Ok(Some(None));
             }
@@ -370,8 +386,8 @@ impl Keyd {
     /// program's connect(2) must use instead.
     ///
     /// # Errors
-    /// `EXDEV` for a socket in another network namespace than the key daemon's, `EOPNOTSUPP` for one bound
-    /// to an interface, `EAFNOSUPPORT` for one that is bound to IPv6 alone, or what connect(2) says at once.
+    /// `EXDEV` for a socket in another network namespace than the key daemon's, `EPROTONOSUPPORT` for one that
+    /// is not TCP (MPTCP is not), or what connect(2) says at once.
     pub fn open(&mut self, socket: BorrowedFd<'_>, ask: &Open, process: &str) -> io::Result<(u64, Places)> {
         self.placed(Kind::Open, socket, &[ask.as_bytes(), process.as_bytes()].concat())
     }
@@ -384,6 +400,34 @@ impl Keyd {
     pub fn reserve(&mut self, socket: BorrowedFd<'_>, local: Addr) -> io::Result<(u64, Places)> {
         let ask = Open { local, ..Open::new_zeroed() };
         self.placed(Kind::Reserve, socket, ask.as_bytes())
+    }
+
+    /// Takes the place of a listener that a program was started with, for a process as in [`Self::open`]. Returns
+    /// what [`Self::reserve`] does, and the listener that the program must use instead.
+    ///
+    /// # Errors
+    /// `EINVAL` if it does not listen; else as for [`Self::open`].
+    pub fn adopt(
+        &mut self,
+        listener: BorrowedFd<'_>,
+        process: &str,
+        mixed: bool,
+    ) -> io::Result<(u64, Places, OwnedFd)> {
+        let flags = if mixed { Head::MIXED } else { 0 };
+        let head = Head { flags, ..Head::new(Kind::Adopt, 0) };
+        let Answer { head, rest, mut descriptors } = self.asked(head, process.as_bytes(), &[listener])?;
+        let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
+        let new = descriptors.pop().ok_or(io::ErrorKind::InvalidData)?;
+        Ok((head.tag, places, new))
+    }
+
+    /// Says what a peer that has arrived may speak.
+    ///
+    /// # Errors
+    /// `ENOENT` if it is over, or speaks already.
+    pub fn speak(&mut self, id: u64, speech: Speech) -> io::Result<()> {
+        let count = speech as u32;
+        self.ask(Head { tag: id, count, ..Head::new(Kind::Speak, 0) }, &[], &[]).map(drop)
     }
 
     /// Listens for real at a reservation, for a process as in [`Self::open`].

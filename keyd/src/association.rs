@@ -12,7 +12,7 @@ mod outbound;
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -33,13 +33,15 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::{
     diag::{Deaths, Diag},
     identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity, Verifier},
-    token::{Raw, Syn, Tokens},
+    packet::Syn,
+    sock,
+    token::{Raw, Token, Tokens},
 };
 use inbound::Reservation;
 
 /// Threads of the relay.
 const THREADS: usize = 2;
-/// Most associations that are not running yet; more peers wait in the kernel's backlog.
+/// Most associations that peers have opened and that are not running yet; more wait in the kernel's backlog.
 const MOST_PENDING: usize = 1024;
 /// Most identities that are kept for further flows of the same process.
 const MOST_MINTED: usize = 1024;
@@ -82,8 +84,16 @@ struct Told<'a> {
 }
 
 enum Direction {
-    Outbound { token: Ipv4Addr, cookie: u64, syn: Option<Syn> },
-    Inbound { reservation: u64 },
+    Outbound {
+        token: Token,
+        cookie: u64,
+        syn: Option<Syn>,
+    },
+    Inbound {
+        reservation: u64,
+        /// The peer's socket, until the broker says what may be spoken there.
+        arrived: Option<OwnedFd>,
+    },
 }
 
 /// The last step: a connection on loopback that is not up yet.
@@ -97,6 +107,8 @@ struct Association {
     direction: Direction,
     places: Places,
     seen: Seen,
+    /// The peer speaks plain, as it may here.
+    plain: bool,
     admitted: bool,
     joining: Option<Joining>,
     running: bool,
@@ -105,10 +117,26 @@ struct Association {
 }
 
 impl Association {
+    fn new(flow: Id, direction: Direction, places: Places, seen: Seen, patience: Duration) -> Self {
+        let until = Instant::now() + patience + LAST_STEP;
+        let (plain, admitted, joining, running) = (false, false, None, false);
+        Self { flow, direction, places, seen, plain, admitted, joining, running, until }
+    }
+
+    const fn reservation(&self) -> Option<u64> {
+        match self.direction {
+            Direction::Inbound { reservation, .. } => Some(reservation),
+            Direction::Outbound { .. } => None,
+        }
+    }
+
     fn deadline(&self) -> Instant {
         self.joining.as_ref().map_or(self.until, |joining| joining.until)
     }
 }
+
+/// The number of an association or a reservation, and its addresses.
+pub type Placed = (u64, Places);
 
 /// A report to the broker: its beginning, and what follows.
 pub type Report = (Head, Vec<u8>);
@@ -125,9 +153,11 @@ pub struct Associations {
     all: HashMap<u64, Association>,
     /// Those that are not running yet. There may be many thousands that run, and no step looks at them all.
     pending: HashSet<u64>,
+    /// How many of them peers have opened.
+    arriving: usize,
     /// Those of them that wait until the program's accept(2) makes room.
     queued: HashSet<u64>,
-    by_token: HashMap<Ipv4Addr, u64>,
+    by_token: HashMap<SocketAddr, u64>,
     reservations: HashMap<u64, Reservation>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
     reports: Vec<Report>,
@@ -139,13 +169,27 @@ fn now() -> i64 {
     i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
 
-fn v4(addr: SocketAddrV4) -> Addr {
-    Addr::v4(*addr.ip(), addr.port())
+/// A token as an address that a socket of this domain can use.
+fn as_domain(addr: SocketAddr, is_v6: bool) -> Addr {
+    match addr {
+        SocketAddr::V4(four) if is_v6 => Addr::v6(four.ip().to_ipv6_mapped(), four.port(), 0),
+        other => Addr::from(other),
+    }
 }
 
-/// A token as an address that a socket of this domain can use.
-fn as_domain(addr: SocketAddrV4, is_v6: bool) -> Addr {
-    if is_v6 { Addr::v6(addr.ip().to_ipv6_mapped(), addr.port(), 0) } else { v4(addr) }
+/// Whether a program's socket can be on a token.
+///
+/// # Errors
+/// `EXDEV` for a socket in another network namespace, `EPROTONOSUPPORT` for one that is not TCP. MPTCP is not:
+/// the kernel names its subflows, not the program's socket.
+fn fits(program: BorrowedFd<'_>, diag: &Diag) -> io::Result<()> {
+    if !diag.is_here(program) {
+        return Err(Errno::EXDEV.into());
+    }
+    if sock::protocol(program)? != libc::IPPROTO_TCP {
+        return Err(Errno::EPROTONOSUPPORT.into());
+    }
+    Ok(())
 }
 
 impl Associations {
@@ -170,6 +214,7 @@ impl Associations {
             last: 0,
             all: HashMap::new(),
             pending: HashSet::new(),
+            arriving: 0,
             queued: HashSet::new(),
             by_token: HashMap::new(),
             reservations: HashMap::new(),
@@ -182,11 +227,11 @@ impl Associations {
     pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
         let mut read = |fd: BorrowedFd<'a>| fds.push(PollFd::new(fd, PollFlags::POLLIN));
         read(self.engine.as_fd());
-        read(self.tokens.as_fd());
+        self.tokens.as_fds().for_each(&mut read);
         if let Some(deaths) = &self.deaths {
             read(deaths.as_fd());
         }
-        if self.pending.len() < MOST_PENDING {
+        if self.arriving < MOST_PENDING {
             self.reservations.values().filter(|one| one.serving()).for_each(|one| read(one.as_fd()));
         }
         let joining = self.waiting().filter_map(|(_, one)| one.joining.as_ref());
@@ -205,7 +250,16 @@ impl Associations {
 
     fn insert(&mut self, id: u64, one: Association) {
         self.pending.insert(id);
+        self.arriving += usize::from(one.reservation().is_some());
         self.all.insert(id, one);
+    }
+
+    /// It runs, or is over.
+    fn settle(&mut self, id: u64, reservation: Option<u64>) {
+        if self.pending.remove(&id) && reservation.is_some() {
+            self.arriving = self.arriving.saturating_sub(1);
+        }
+        self.queued.remove(&id);
     }
 
     /// When [`Self::turn`] is due even if nothing happens.
@@ -229,8 +283,7 @@ impl Associations {
         self.accept(diag);
         let queued: Vec<_> = self.queued.iter().copied().collect();
         for id in queued {
-            if let Some(Direction::Inbound { reservation }) = self.all.get(&id).map(|one| &one.direction) {
-                let reservation = *reservation;
+            if let Some(reservation) = self.all.get(&id).and_then(Association::reservation) {
                 self.deliver(id, reservation, diag);
             }
         }
@@ -272,6 +325,13 @@ impl Associations {
         match event {
             Event::Ready { id, tls } => self.shown(id.get(), tls.as_ref()),
             Event::Failed { id, failure, .. } => {
+                if let Failure::Connect(libc::ETIMEDOUT) = failure
+                    && let Some(Association { direction: Direction::Outbound { syn, .. }, .. }) =
+                        self.all.get_mut(&id.get())
+                {
+                    // Its own SYN, unanswered for as long, ends by itself, and no packet could say it.
+                    *syn = None;
+                }
                 let errno = match &failure {
                     Failure::Connect(errno) | Failure::Inner(errno) => *errno,
                     Failure::TooSlow | Failure::NoVerdict => libc::ETIMEDOUT,
@@ -298,7 +358,12 @@ impl Associations {
 
     /// Tells the broker who is there, and waits for its word.
     fn shown(&mut self, id: u64, tls: Option<&Established>) {
-        let Some(one) = self.all.get(&id) else { return };
+        let Some(one) = self.all.get_mut(&id) else { return };
+        one.plain = tls.is_none();
+        if one.plain {
+            // The engine takes no plain peer but where one may come.
+            return self.tell(id, Kind::Shown, b"{}");
+        }
         let (Some(Ok(peer)), Some(Established { cipher, kex, .. })) = (one.seen.verdict(), tls) else {
             return self.stop(id, libc::EACCES, "the peer showed no certificate");
         };
@@ -319,29 +384,34 @@ impl Associations {
             cipher,
             kex,
         };
-        let mut head = Head { tag: id, ..Head::new(Kind::Shown, 0) };
-        if let Direction::Inbound { reservation } = one.direction {
+        let told = serde_json::to_vec(&told).unwrap_or_default();
+        self.tell(id, Kind::Shown, &told);
+    }
+
+    /// Reports an association to the broker: its addresses, and what follows them.
+    fn tell(&mut self, id: u64, kind: Kind, what: &[u8]) {
+        let Some(one) = self.all.get(&id) else { return };
+        let mut head = Head { tag: id, ..Head::new(kind, 0) };
+        if let Some(reservation) = one.reservation().filter(|_| kind != Kind::Associated) {
             head.count = 1;
             head.flags = u32::try_from(reservation & u64::from(u32::MAX)).unwrap_or(0);
         }
-        let mut body = one.places.as_bytes().to_vec();
-        body.extend(serde_json::to_vec(&told).unwrap_or_default());
-        self.reports.push((head, body));
+        self.reports.push((head, [one.places.as_bytes(), what].concat()));
     }
 
     /// The broker's word: it may go on.
     pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<()> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
-        if !matches!(one.seen.verdict(), Some(Ok(_))) {
+        if !one.plain && !matches!(one.seen.verdict(), Some(Ok(_))) {
             return Err(Errno::EINVAL.into()); // nobody was shown
         }
         if one.admitted {
             return Err(Errno::EALREADY.into());
         }
         one.admitted = true;
-        match one.direction {
-            Direction::Outbound { .. } => self.open_held(id),
-            Direction::Inbound { reservation } => self.deliver(id, reservation, diag),
+        match one.reservation() {
+            None => self.open_held(id),
+            Some(reservation) => self.deliver(id, reservation, diag),
         }
         Ok(())
     }
@@ -381,17 +451,16 @@ impl Associations {
             // It is over when the engine says so, with what it carried.
             return self.engine.cut(one.flow, How::Reset);
         }
-        self.engine.refuse(one.flow, How::Denied);
+        self.engine.refuse(one.flow, if one.plain { How::Reset } else { How::Denied });
         self.over(id, errno, why, (0, 0));
     }
 
     /// Forgets an association, answers its program if that still waits, and tells the broker.
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
-        self.pending.remove(&id);
-        self.queued.remove(&id);
+        self.settle(id, one.reservation());
         if let Direction::Outbound { token, syn, .. } = &one.direction {
-            self.by_token.remove(token);
+            self.by_token.remove(&token.at);
             if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
                 // If it cannot be sent, the program's own patience ends it.
                 let _ = self.tokens.fail(syn, errno);
@@ -423,7 +492,7 @@ impl Associations {
         let Some(one) = self.all.get(&id) else { return false };
         let (cookie, local, remote) = match &one.direction {
             Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
-            Direction::Inbound { reservation } => {
+            Direction::Inbound { reservation, .. } => {
                 return self.reservations.get(reservation).is_some_and(|place| place.room(diag).is_some());
             }
         };
@@ -437,13 +506,13 @@ impl Associations {
     fn start(&mut self, id: u64, socket: OwnedFd) {
         let Some(one) = self.all.get_mut(&id) else { return };
         one.running = true;
-        self.pending.remove(&id);
-        let places = one.places;
-        if let Direction::Outbound { token, .. } = one.direction {
-            self.by_token.remove(&token);
+        if let Direction::Outbound { token, .. } = &one.direction {
+            self.by_token.remove(&token.at);
         }
         self.engine.splice(one.flow, socket);
-        self.reports.push((Head { tag: id, ..Head::new(Kind::Associated, 0) }, places.as_bytes().to_vec()));
+        let reservation = one.reservation();
+        self.settle(id, reservation);
+        self.tell(id, Kind::Associated, &[]);
     }
 
     fn expire(&mut self) {
@@ -485,7 +554,7 @@ impl Associations {
 /// Whether a connection that was begun is up.
 fn up(socket: &OwnedFd) -> Result<bool, Errno> {
     match getsockopt(socket, sockopt::SocketError)? {
-        0 => match nix::sys::socket::getpeername::<nix::sys::socket::SockaddrIn>(
+        0 => match nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(
             std::os::fd::AsRawFd::as_raw_fd(socket),
         ) {
             Ok(_) => Ok(true),

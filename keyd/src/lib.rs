@@ -2,14 +2,15 @@
 //!
 //! [`run`] is the whole daemon. It takes orders from the broker alone; `portcullis_wire::keyd` says what may
 //! be asked, and when. It runs as its own user with CAP_BPF (filters: longest-prefix maps ask for it),
-//! CAP_NET_ADMIN (filters on TCP sockets, cuts, the mark that tokens demand) and CAP_NET_BIND_SERVICE (it
-//! binds for programs; whether they may, the broker has asked). No file is within its reach once it serves,
-//! and only the system calls that `sandbox` lists.
+//! CAP_NET_ADMIN (filters on TCP sockets, cuts, the mark that tokens demand), CAP_NET_BIND_SERVICE (it
+//! binds for programs; whether they may, the broker has asked) and CAP_NET_RAW (it moves a program's binding to
+//! an interface to its own socket; raw sockets it cannot make any more). No file is within its reach once it
+//! serves, and only the system calls that `sandbox` lists.
 //!
 //! - `filter`, `program`, `asm`, `bpf`: who reaches a socket (docs/adr/0007-kernel-filters.md).
 //! - `cut`, `diag`: ending flows.
 //! - [`identity`]: the trust domain, process certificates, who is believed.
-//! - `association`, `token`: protected flows, whose bytes `portcullis_relay` carries.
+//! - `association`, `token`, `packet`: protected flows, whose bytes `portcullis_relay` carries.
 
 mod asm;
 mod association;
@@ -19,6 +20,7 @@ mod diag;
 mod error;
 mod filter;
 pub mod identity;
+mod packet;
 mod privileges;
 mod program;
 mod sandbox;

@@ -15,9 +15,10 @@ const UID: u32 = 61991;
 // linux/capability.h
 const CAP_NET_BIND_SERVICE: u32 = 10;
 const CAP_NET_ADMIN: u32 = 12;
+const CAP_NET_RAW: u32 = 13;
 const CAP_BPF: u32 = 39;
 /// What stays.
-const KEPT: [u32; 3] = [CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_BPF];
+const KEPT: [u32; 4] = [CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_BPF];
 
 fn step(step: &'static str, result: io::Result<()>) -> Result<(), KeydError> {
     result.map_err(|source| KeydError::Privileges { step, source })
@@ -29,7 +30,7 @@ fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Becomes the daemon's own user if root, keeps two capabilities at most, and lets nobody who is not
+/// Becomes the daemon's own user if root, keeps [`KEPT`] at most, and lets nobody who is not
 /// root trace it or read its memory (also not by a core file).
 pub fn drop() -> Result<(), KeydError> {
     if geteuid().is_root() {

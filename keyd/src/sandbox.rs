@@ -95,13 +95,11 @@ fn no_files() -> Result<(), landlock::RulesetError> {
 
 fn calls() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    let families = [libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(i32::cast_unsigned);
     let commands = bpf::COMMANDS.map(i32::cast_unsigned);
     let non_blocking = u32::try_from(libc::FIONBIO).unwrap_or(0);
     // Calls that are good with some values of one argument only.
-    let narrow: [(i64, u8, &[u32]); 4] = [
+    let narrow: [(i64, u8, &[u32]); 3] = [
         (libc::SYS_bpf, 0, &commands),
-        (libc::SYS_socket, 0, &families),
         (libc::SYS_prctl, 0, &[libc::PR_SET_NAME.cast_unsigned()]),
         (libc::SYS_ioctl, 1, &[non_blocking]),
     ];
@@ -112,7 +110,23 @@ fn calls() -> Result<BpfProgram, seccompiler::BackendError> {
         };
         rules.insert(call, values.iter().map(one).collect::<Result<_, _>>()?);
     }
+    rules.insert(libc::SYS_socket, sockets()?);
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
     let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, std::env::consts::ARCH.try_into()?)?;
     filter.try_into()
+}
+
+/// Streams, and netlink; no raw sockets of the Internet's families.
+fn sockets() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    const TYPE: u64 = 0xf; // net.h, SOCK_TYPE_MASK
+    let (width, stream) = (SeccompCmpArgLen::Dword, u64::from(libc::SOCK_STREAM.cast_unsigned()));
+    let family = |family: i32| {
+        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, u64::from(family.cast_unsigned()))
+    };
+    let streams = |of| {
+        let kind = SeccompCondition::new(1, width.clone(), SeccompCmpOp::MaskedEq(TYPE), stream)?;
+        SeccompRule::new(vec![family(of)?, kind])
+    };
+    let netlink = SeccompRule::new(vec![family(libc::AF_NETLINK)?])?;
+    Ok(vec![streams(libc::AF_INET)?, streams(libc::AF_INET6)?, netlink])
 }

@@ -21,7 +21,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use portcullis_wire::keyd::{
-    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Places, Stage, Stranger, permitted,
+    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Places, Speech, Stage, Stranger, permitted,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -239,10 +239,14 @@ impl Server<'_> {
             | Kind::Release
             | Kind::Admit
             | Kind::Refuse
-            | Kind::Members => {
+            | Kind::Members
+            | Kind::Adopt
+            | Kind::Speak => {
                 return self.associate(kind, head, rest, attached.next(), misfit);
             }
-            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over => return Err(misfit),
+            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over | Kind::Arrived => {
+                return Err(misfit);
+            }
         };
         Ok(answer)
     }
@@ -272,9 +276,17 @@ impl Server<'_> {
                 Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EBADMSG)),
             });
         }
-        let program = program.as_ref().map(AsFd::as_fd);
+        let mixed = head.flags & Head::MIXED != 0;
         let placed = |(tag, places)| Answer { tag: Some(tag), places: Some(places), ..Answer::default() };
         let plain = |()| Answer::default();
+        if kind == Kind::Adopt {
+            let adopted = all.adopt(program.ok_or(misfit)?, rest, mixed, diag);
+            return Ok(adopted.map_or_else(
+                |e| Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
+                |(it, listener)| Answer { descriptor: Some(listener), ..placed(it) },
+            ));
+        }
+        let program = program.as_ref().map(AsFd::as_fd);
         let done = match (kind, program) {
             (Kind::Open, Some(program)) => {
                 let (ask, json) = Open::read_from_prefix(rest).map_err(|_| misfit)?;
@@ -284,10 +296,14 @@ impl Server<'_> {
                 let ask = Open::read_from_bytes(rest).map_err(|_| misfit)?;
                 all.reserve(program, &ask, diag).map(placed)
             }
-            (Kind::Serve, Some(program)) => all.serve(head.tag, program, head.count, rest).map(plain),
+            (Kind::Serve, Some(program)) => all.serve(head.tag, program, head.count, rest, mixed).map(plain),
             (Kind::Release, None) => {
                 all.release(head.tag);
                 Ok(Answer::default())
+            }
+            (Kind::Speak, None) => {
+                let speech = Speech::try_from(head.count).map_err(|_| misfit)?;
+                all.speak(head.tag, speech).map(plain)
             }
             (Kind::Admit, None) => all.admit(head.tag, diag).map(plain),
             (Kind::Refuse, None) => {

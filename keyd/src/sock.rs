@@ -14,23 +14,22 @@ use crate::filter::FilterError;
 
 /// Reads an option whose value is a `T`, of which any bits are a value.
 fn get<T: Default>(socket: BorrowedFd<'_>, name: libc::c_int) -> io::Result<T> {
+    get_at(socket, libc::SOL_SOCKET, name)
+}
+
+fn get_at<T: Default>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
     let mut value = T::default();
     let mut length = libc::socklen_t::try_from(size_of::<T>()).unwrap_or(0);
     // SAFETY: getsockopt(2) writes at most `length` bytes to `value`, which has that many; T is only
     // ever an integer (private function, calls below), so all bytes are good.
     let done = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut length)
+        libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut length)
     };
     if done == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 
 fn set(socket: BorrowedFd<'_>, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    let length = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    // SAFETY: setsockopt(2) reads `length` bytes from `value`, which has that many.
-    let done = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), length)
-    };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    set_any(socket, libc::SOL_SOCKET, name, &value)
 }
 
 /// IANA protocol number of a socket.
@@ -64,10 +63,62 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     get(socket, SO_NETNS_COOKIE)
 }
 
+const SO_BINDTOIFINDEX: libc::c_int = 62; // asm-generic/socket.h
+
 /// Interface that the socket is bound to; 0 if none.
 pub fn bound_interface(socket: BorrowedFd<'_>) -> io::Result<u32> {
-    const SO_BINDTOIFINDEX: libc::c_int = 62; // asm-generic/socket.h
     get::<i32>(socket, SO_BINDTOIFINDEX).map(i32::cast_unsigned)
+}
+
+/// Binds to an interface; 0 is none. A socket that is bound to one leaves it only with CAP_NET_RAW.
+pub fn bind_interface(socket: BorrowedFd<'_>, interface: u32) -> io::Result<()> {
+    set(socket, SO_BINDTOIFINDEX, interface.cast_signed())
+}
+
+/// Whether it listens.
+pub fn listens(socket: BorrowedFd<'_>) -> bool {
+    get::<i32>(socket, libc::SO_ACCEPTCONN).is_ok_and(|it| it != 0)
+}
+
+/// Gives a socket of ours, which will be on the wire, what a program has asked of its own: how it is sent, and
+/// how patiently. What the two families do not share, or the kernel does not know, stays as it is.
+pub fn take_after(wire: BorrowedFd<'_>, program: BorrowedFd<'_>) {
+    const SO_BUF_LOCK: libc::c_int = 72; // asm-generic/socket.h; Linux 5.14
+    const COPIED: [(libc::c_int, libc::c_int); 11] = [
+        (libc::SOL_SOCKET, libc::SO_MARK),
+        (libc::SOL_SOCKET, libc::SO_PRIORITY),
+        (libc::IPPROTO_IP, libc::IP_TOS),
+        (libc::IPPROTO_IP, libc::IP_TTL),
+        (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+        (libc::IPPROTO_TCP, libc::TCP_SYNCNT),
+        (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL),
+        (libc::IPPROTO_TCP, libc::TCP_KEEPCNT),
+    ];
+    for (level, name) in COPIED {
+        if let (Ok(wanted), Ok(there)) =
+            (get_at::<i32>(program, level, name), get_at::<i32>(wire, level, name))
+            && wanted != there
+        {
+            let _stays = set_any(wire, level, name, &wanted);
+        }
+    }
+    // A size that the program has chosen ends the kernel's own choice, so it is copied only then. The kernel
+    // doubles what it is given (socket(7)).
+    let chosen = get::<i32>(program, SO_BUF_LOCK).unwrap_or(0);
+    for (bit, size, force) in
+        [(1, libc::SO_SNDBUF, libc::SO_SNDBUFFORCE), (2, libc::SO_RCVBUF, libc::SO_RCVBUFFORCE)]
+    {
+        if chosen & bit != 0
+            && let Ok(size) = get::<i32>(program, size)
+        {
+            let _stays = set(wire, force, size / 2);
+        }
+    }
+    // Whether the program asks for this later cannot be seen, and what it would ask is answered on loopback.
+    let _stays = set(wire, libc::SO_KEEPALIVE, 1);
 }
 
 fn set_any<T>(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: &T) -> io::Result<()> {

@@ -98,7 +98,7 @@ fn whoever_waits_hears_that_it_is_ready() {
 }
 
 #[test]
-fn the_daemon_is_its_own_user_with_three_capabilities_in_a_sandbox() {
+fn the_daemon_is_its_own_user_with_four_capabilities_in_a_sandbox() {
     own_network(&[]);
     let keyd = Daemon::start();
     let status = std::fs::read_to_string(format!("/proc/{}/status", keyd.pid)).unwrap();
@@ -109,7 +109,7 @@ fn the_daemon_is_its_own_user_with_three_capabilities_in_a_sandbox() {
     let uid = field("Uid");
     assert!(uid.iter().all(|one| *one == uid[0] && one != "0"), "{uid:?}");
     assert!(field("Groups").is_empty());
-    let kept = format!("{:016x}", 1_u64 << 10 | 1 << 12 | 1 << 39);
+    let kept = format!("{:016x}", 1_u64 << 10 | 1 << 12 | 1 << 13 | 1 << 39);
     assert_eq!(field("CapEff"), std::slice::from_ref(&kept));
     assert_eq!(field("CapPrm"), [kept]);
     for none in ["CapInh", "CapBnd", "CapAmb"] {

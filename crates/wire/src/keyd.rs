@@ -45,15 +45,17 @@ pub enum Kind {
     Cut = 4,
     /// Protect a flow that a program is about to open: [`Open`] and a JSON object ([`PROCESS`]) follow.
     /// Attached: its TCP socket. Answer: `tag` is the association's number; [`Places`] follows, whose
-    /// `inner_remote` (a token) is what the program's connect(2) must use instead.
+    /// `inner_remote` (a token) is what the program's connect(2) must use instead. `EXDEV` for a socket in
+    /// another network namespace than the key daemon's, `EPROTONOSUPPORT` for one that is not TCP (MPTCP);
+    /// else what connect(2) says at once.
     Open = 5,
     /// Take a local address for a program whose flows will be protected: [`Open`] follows, of which only
     /// `local` counts. Attached: the program's TCP socket, unbound. Answer: `tag` is the reservation's
     /// number; [`Places`] follows, whose `inner_local` (a token) is what the program's bind(2) must use
-    /// instead, and whose `local` is what it got. Errors are bind(2)'s.
+    /// instead, and whose `local` is what it got. Errors are bind(2)'s, and those of `Open`.
     Reserve = 6,
     /// Listen for real at a reservation (`tag`), `count` is the backlog. A JSON object ([`PROCESS`])
-    /// follows. Attached: the program's socket, bound to its token.
+    /// follows. Attached: the program's socket, bound to its token. Repeated, it changes backlog and process.
     Serve = 7,
     /// Give up a reservation (`tag`). It is given up by itself when the program's socket is gone.
     Release = 8,
@@ -64,16 +66,47 @@ pub enum Kind {
     /// Here is a list of members (`members.toml`), attached as a file; associations with whom it revokes
     /// end. Answer: `count` is 1 if it is newer than the one in force, else 0. `EBADMSG`: not signed.
     Members = 11,
+    /// Take the place of a listener that a program was started with (socket activation). A JSON object
+    /// ([`PROCESS`]) follows. Attached: the listening TCP socket. Answer: `tag` is the reservation's number;
+    /// [`Places`] follows; one descriptor, a listener on a token, which the program must use instead: the key
+    /// daemon accepts from the old one as long as the new one lives. `EINVAL` if the socket does not listen.
+    Adopt = 12,
+    /// Say what a peer that has `Arrived` (`tag`) may speak: `count` is a [`Speech`].
+    Speak = 13,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
     /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
-    /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the reservation.
+    /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the reservation. A peer that
+    /// may speak plain, and does, has proved nothing: then the object is empty.
     Shown = 65,
     /// Report: an admitted association (`tag`) carries data; [`Places`] follows.
     Associated = 66,
     /// Report: an association (`tag`) is over, or came to nothing: `errno` is then not 0. [`Over`]
     /// follows, and a text that says how.
     Over = 67,
+    /// Report: somebody came to a listener that serves plain peers as well ([`Head::MIXED`]), and waits until
+    /// [`Kind::Speak`] says what it may speak; [`Places`] follows. `flags` as in `Shown`.
+    Arrived = 68,
+}
+
+/// What a peer may speak at a listener that serves plain peers as well. A member of the trust domain speaks
+/// TLS, whatever the broker says.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u32)]
+pub enum Speech {
+    /// TLS, and nothing else.
+    Tls = 0,
+    /// Plain, at once.
+    Plain = 1,
+    /// TLS if it begins a ClientHello within 200 ms, else plain.
+    Either = 2,
+}
+
+impl TryFrom<u32> for Speech {
+    type Error = u32;
+    fn try_from(raw: u32) -> Result<Self, u32> {
+        [Self::Tls, Self::Plain, Self::Either].into_iter().find(|one| *one as u32 == raw).ok_or(raw)
+    }
 }
 
 /// Keys of the JSON object that names a process: `name` (given by the policy), `exe`, `sha256`, `user`
@@ -82,7 +115,7 @@ pub const PROCESS: [&str; 5] = ["name", "exe", "sha256", "user", "unit"];
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
@@ -94,10 +127,13 @@ impl Kind {
         Self::Admit,
         Self::Refuse,
         Self::Members,
+        Self::Adopt,
+        Self::Speak,
         Self::Stranger,
         Self::Shown,
         Self::Associated,
         Self::Over,
+        Self::Arrived,
     ];
 }
 
@@ -127,7 +163,7 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
         (Stage::Hello, Kind::Hello)
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
             | (Stage::Protecting, Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release)
-            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members)
+            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::Adopt | Kind::Speak)
     )
 }
 
@@ -156,6 +192,8 @@ pub struct Head {
 impl Head {
     /// The list of [`Net`] is not in the frame but in a file (memfd) that is attached last.
     pub const LIST_ATTACHED: u32 = 1 << 0;
+    /// `Serve`, `Adopt`: peers may be plain; each is reported when it has `Arrived`.
+    pub const MIXED: u32 = 1 << 1;
     /// Answer to `Hello`: `Filter` works here.
     pub const FILTERS: u32 = 1 << 8;
     /// Answer to `Hello`: `Cut` can use the kernel's SOCK_DESTROY here.
@@ -384,7 +422,7 @@ mod tests {
             (Stage::Serving, &[Filter, Refill, Cut]),
             (
                 Stage::Protecting,
-                &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse, Members],
+                &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse, Members, Adopt, Speak],
             ),
         ];
         for (stage, listed) in on_one_screen {

@@ -124,9 +124,19 @@ impl Engine {
 
     /// Takes a TCP socket and begins; `Ready` or `Failed` follows.
     pub fn handshake(&self, outer: OwnedFd, role: Role) -> Id {
-        let id = Id(self.next.fetch_add(1, Ordering::Relaxed));
-        self.tell(id, Command::Handshake { id, outer, role });
+        let id = self.name();
+        self.begin(id, outer, role);
         id
+    }
+
+    /// Names an association that is to begin later, or never.
+    pub fn name(&self) -> Id {
+        Id(self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// As [`Self::handshake`], under a name that was given by [`Self::name`] and not used yet.
+    pub fn begin(&self, id: Id, outer: OwnedFd, role: Role) {
+        self.tell(id, Command::Handshake { id, outer, role });
     }
 
     /// Joins the program's socket to an association that is `Ready`; `Closed` follows.

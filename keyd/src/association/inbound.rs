@@ -2,14 +2,15 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::SocketAddrV4,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::Arc,
-    time::Instant,
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     sys::socket::{
         AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrStorage, accept4, bind,
         getpeername, getsockname, getsockopt, listen, setsockopt, socket, sockopt,
@@ -18,15 +19,15 @@ use nix::{
 use portcullis_relay::{Role, ServerSide};
 use portcullis_wire::{
     Addr,
-    keyd::{Flow, Open, Places},
+    keyd::{Flow, Kind, Open, Places, Speech},
 };
 use rustls::sign::SingleCertAndKey;
 use zerocopy::FromZeros;
 
 use super::{
-    Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, as_domain, v4,
+    Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, Placed, as_domain, fits,
 };
-use crate::{cut::addr, diag::Diag, sock, token::NEAR_PORT};
+use crate::{cut::addr, diag::Diag, sock};
 
 /// Most connections taken from one listener before others have their turn.
 const TURN: usize = 64;
@@ -34,18 +35,25 @@ const TURN: usize = 64;
 /// Most peers of one address that are not running yet, so that one host cannot take all the places.
 const MOST_OF_ONE: usize = 128;
 
+/// How long a peer that may speak plain has to begin a ClientHello.
+const SNIFF: Duration = Duration::from_millis(200);
+
 /// A local address that is held for a program, whose own socket is on a token.
 pub(super) struct Reservation {
     /// The real address.
     socket: OwnedFd,
-    token: Ipv4Addr,
+    token: SocketAddrV4,
     is_v6: bool,
     /// Of the program's socket.
     cookie: u64,
     /// Who serves there, once somebody does.
     process: Option<Vec<u8>>,
+    /// Whether plain peers may come.
+    mixed: bool,
     /// Whether the program was seen to listen: it does so a moment after it was let.
     listened: bool,
+    /// The flags that the real socket had when others made it.
+    found: Option<OFlag>,
 }
 
 impl Reservation {
@@ -59,14 +67,11 @@ impl Reservation {
 
     /// Whether the program still listens, and then whether one more may wait for its accept(2).
     pub(super) fn room(&self, diag: &mut Diag) -> Option<bool> {
-        let (local, remote) = (self.token_addr(), Addr::v4(Ipv4Addr::UNSPECIFIED, 0));
+        let remote = Addr::v4(std::net::Ipv4Addr::UNSPECIFIED, 0);
+        let local = Addr::v4(*self.token.ip(), self.token.port());
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
         let found = diag.look(&flow).ok().flatten().filter(|found| found.cookie == self.cookie)?;
         Some(found.waiting <= found.backlog)
-    }
-
-    const fn token_addr(&self) -> Addr {
-        Addr::v4(self.token, NEAR_PORT)
     }
 }
 
@@ -76,47 +81,123 @@ impl AsFd for Reservation {
     }
 }
 
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(flags) = self.found {
+            // Whoever made it goes on with it.
+            let _gone = fcntl(&self.socket, FcntlArg::F_SETFL(flags));
+        }
+    }
+}
+
+fn named(found: nix::Result<SockaddrStorage>) -> Option<Addr> {
+    found.ok().and_then(|name| addr(&name))
+}
+
 impl Associations {
     /// Binds for a program, and locks its socket to the key daemon. Returns the reservation's number, the
     /// token that the program must bind instead, and the address it has got.
     ///
     /// # Errors
-    /// bind(2)'s; `EXDEV` for a socket in another network namespace.
-    pub fn reserve(&mut self, program: BorrowedFd<'_>, ask: &Open, diag: &Diag) -> io::Result<(u64, Places)> {
-        if !diag.is_here(program) {
-            return Err(Errno::EXDEV.into());
-        }
+    /// bind(2)'s, and those of [`fits`].
+    pub fn reserve(&mut self, program: BorrowedFd<'_>, ask: &Open, diag: &Diag) -> io::Result<Placed> {
+        fits(program, diag)?;
         let is_v6 = sock::domain(program)? == libc::AF_INET6;
         let wanted = sock::as_given(&ask.local).ok_or(Errno::EINVAL)?;
-        let family = if is_v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let real = socket(family, SockType::Stream, flags, SockProtocol::Tcp)?;
+        let real = stream(is_v6)?;
         setsockopt(&real, sockopt::ReuseAddr, &getsockopt(&program, sockopt::ReuseAddr)?)?;
         setsockopt(&real, sockopt::ReusePort, &getsockopt(&program, sockopt::ReusePort)?)?;
         if is_v6 {
             setsockopt(&real, sockopt::Ipv6V6Only, &getsockopt(&program, sockopt::Ipv6V6Only)?)?;
         }
+        // Accepted sockets have what their listener has.
+        sock::take_after(real.as_fd(), program);
+        sock::bind_interface(real.as_fd(), sock::bound_interface(program)?)?;
         bind(real.as_raw_fd(), &wanted)?;
-        self.hear_of_deaths()?;
-        // From here on it is the program's socket that changes. Nobody may share its token.
+        // From here on it is the program's socket that changes. Nobody may share its token, and that is not
+        // reached through an interface.
         setsockopt(&program, sockopt::ReusePort, &false)?;
+        sock::bind_interface(program, 0)?;
         if is_v6 {
             sock::dual_stack(program)?;
         }
+        self.place(real, program, None)
+    }
+
+    /// Takes the place of a listener that the program was started with. Returns what [`Self::reserve`] does,
+    /// and a listener on a token, which the program must use instead.
+    ///
+    /// # Errors
+    /// Those of [`fits`]; `EINVAL` for a socket that does not listen.
+    pub fn adopt(
+        &mut self,
+        old: OwnedFd,
+        json: &[u8],
+        mixed: bool,
+        diag: &mut Diag,
+    ) -> io::Result<(Placed, OwnedFd)> {
+        fits(old.as_fd(), diag)?;
+        if !sock::listens(old.as_fd()) {
+            return Err(Errno::EINVAL.into());
+        }
+        self.identity(json)?;
+        let is_v6 = sock::domain(old.as_fd())? == libc::AF_INET6;
+        let flags = OFlag::from_bits_retain(fcntl(&old, FcntlArg::F_GETFL)?);
+        let new = stream(is_v6)?;
+        if is_v6 {
+            sock::dual_stack(new.as_fd())?;
+        }
+        let backlog = named(getsockname(old.as_raw_fd())).and_then(|local| {
+            let remote = Addr { port: 0, ..unspecified(&local) };
+            let flow = Flow {
+                protocol: 6,
+                cookie: sock::cookie(old.as_fd()).ok()?,
+                local,
+                remote,
+                ..Flow::new_zeroed()
+            };
+            diag.look(&flow).ok().flatten().map(|found| found.backlog)
+        });
+        let ((id, places), token) = {
+            let placed = self.place(old, new.as_fd(), Some(flags))?;
+            let token = self.reservations.get(&placed.0).map(|one| one.token).ok_or(Errno::ENOENT)?;
+            (placed, token)
+        };
+        let ready =
+            bind(new.as_raw_fd(), &sock::as_given(&as_domain(token.into(), is_v6)).ok_or(Errno::EINVAL)?)
+                .and_then(|()| listen(&new, backlog_of(backlog.unwrap_or(u32::MAX))));
+        // The real one must not make us wait when somebody else takes what was there.
+        let ready = ready.and_then(|()| match self.reservations.get(&id) {
+            Some(one) => fcntl(one, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop),
+            None => Err(Errno::ENOENT),
+        });
+        let ready = ready.and_then(|()| fcntl(&new, FcntlArg::F_SETFL(flags)).map(drop));
+        if let Err(e) = ready {
+            self.release(id);
+            return Err(e.into());
+        }
+        if let Some(one) = self.reservations.get_mut(&id) {
+            (one.process, one.mixed, one.listened) = (Some(json.to_vec()), mixed, true);
+        }
+        Ok(((id, places), new))
+    }
+
+    /// Puts a program's socket on a token, of which `real` is the address.
+    fn place(&mut self, real: OwnedFd, program: BorrowedFd<'_>, found: Option<OFlag>) -> io::Result<Placed> {
+        self.hear_of_deaths()?;
         self.tokens.lock(program)?;
-        let token = self.tokens.new_token()?;
+        let (token, is_v6) = (self.tokens.near()?, sock::domain(program)? == libc::AF_INET6);
         let cookie = sock::cookie(program)?;
-        let local = getsockname::<SockaddrStorage>(real.as_raw_fd()).ok().and_then(|name| addr(&name));
-        let inner_local = as_domain(SocketAddrV4::new(token, NEAR_PORT), is_v6);
         let places = Places {
-            local: local.unwrap_or_default(),
-            inner_local,
+            local: named(getsockname(real.as_raw_fd())).unwrap_or_default(),
+            inner_local: as_domain(token.into(), is_v6),
             remote: Addr::NONE,
             inner_remote: Addr::NONE,
         };
         let id = self.next_id();
-        self.reservations
-            .insert(id, Reservation { socket: real, token, is_v6, cookie, process: None, listened: false });
+        let (process, mixed, listened) = (None, false, false);
+        let one = Reservation { socket: real, token, is_v6, cookie, process, mixed, listened, found };
+        self.reservations.insert(id, one);
         Ok((id, places))
     }
 
@@ -124,24 +205,28 @@ impl Associations {
     ///
     /// # Errors
     /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
-    pub fn serve(&mut self, id: u64, program: BorrowedFd<'_>, backlog: u32, json: &[u8]) -> io::Result<()> {
+    pub fn serve(
+        &mut self,
+        id: u64,
+        program: BorrowedFd<'_>,
+        backlog: u32,
+        json: &[u8],
+        mixed: bool,
+    ) -> io::Result<()> {
         self.identity(json)?;
         let one = self.reservations.get_mut(&id).ok_or(Errno::ENOENT)?;
         if sock::cookie(program)? != one.cookie {
             return Err(Errno::EINVAL.into());
         }
-        let backlog = i32::try_from(backlog).ok().and_then(|most| Backlog::new(most).ok());
-        listen(&one.socket, backlog.unwrap_or(Backlog::MAXCONN))?;
-        one.process = Some(json.to_vec());
+        listen(&one.socket, backlog_of(backlog))?;
+        (one.process, one.mixed) = (Some(json.to_vec()), mixed);
         Ok(())
     }
 
     /// Gives up a reservation; associations that run go on.
     pub fn release(&mut self, id: u64) {
         self.reservations.remove(&id);
-        let orphans = self.waiting_if(
-            |one| matches!(one.direction, Direction::Inbound { reservation } if reservation == id),
-        );
+        let orphans = self.waiting_if(|one| one.reservation() == Some(id));
         for orphan in orphans {
             self.stop(orphan, libc::ECONNRESET, "the listener has gone");
         }
@@ -151,19 +236,18 @@ impl Associations {
     pub(super) fn accept(&mut self, diag: &mut Diag) {
         let serving: Vec<_> =
             self.reservations.iter().filter(|(_, one)| one.serving()).map(|(id, _)| *id).collect();
-        let mut room = MOST_PENDING.saturating_sub(self.pending.len());
         for reservation in serving {
             for _ in 0..TURN {
-                if room == 0 {
+                if self.arriving >= MOST_PENDING {
                     return;
                 }
                 let Some(one) = self.reservations.get_mut(&reservation) else { break };
                 let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
                 let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
-                room -= 1;
-                let wire = adopt(number);
+                let wire = took(number);
+                // What is refused, also by an error, is reset; the engine sets this anew.
+                sock::reset_on_close(wire.as_fd());
                 if one.room(diag).is_none() {
-                    sock::reset_on_close(wire.as_fd());
                     drop(wire);
                     if one.listened {
                         self.release(reservation); // its end was not heard of yet
@@ -171,51 +255,79 @@ impl Associations {
                     break;
                 }
                 one.listened = true;
-                if let Err(reason) = self.take_peer(reservation, &wire) {
-                    let _ = reason; // it has gone already, has too many, or no certificate can be made: reset
-                    sock::reset_on_close(wire.as_fd());
-                }
+                // An error: it has gone already, or has too many, or no certificate can be made.
+                let _reset = self.take_peer(reservation, wire);
             }
         }
     }
 
-    fn take_peer(&mut self, reservation: u64, wire: &OwnedFd) -> io::Result<()> {
+    fn take_peer(&mut self, reservation: u64, wire: OwnedFd) -> io::Result<()> {
         let one = self.reservations.get(&reservation).ok_or(Errno::ENOENT)?;
-        let json = one.process.clone().ok_or(Errno::ENOENT)?;
-        let inner_remote = as_domain(SocketAddrV4::new(one.token, NEAR_PORT), one.is_v6);
-        let name = |found: nix::Result<SockaddrStorage>| found.ok().and_then(|name| addr(&name));
-        let remote = name(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
-        let local = name(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
-        if self.waiting().filter(|(_, other)| other.places.remote.ip() == remote.ip()).count() >= MOST_OF_ONE
-        {
+        let inner_local = as_domain(one.token.into(), one.is_v6);
+        let remote = named(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
+        let local = named(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
+        let of_one = self.waiting().filter(|(_, other)| other.places.remote.ip() == remote.ip());
+        if of_one.count() >= MOST_OF_ONE {
             return Err(Errno::EAGAIN.into());
         }
-        setsockopt(wire, sockopt::TcpNoDelay, &true)?;
-        let identity = self.identity(&json)?;
+        // A member that arrives in plain is refused, whatever the policy says of its address.
+        let is_member = remote.ip().is_some_and(|ip| self.host.members().owner(ip).is_some());
+        let asks = one.mixed && !is_member;
+        setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
+        let places = Places { local, remote, inner_local, inner_remote: Addr::NONE };
+        let flow = self.engine.name();
+        let direction = Direction::Inbound { reservation, arrived: Some(wire) };
+        self.insert(flow.get(), Association::new(flow, direction, places, super::Seen::default(), PATIENCE));
+        if asks {
+            self.tell(flow.get(), Kind::Arrived, &[]);
+            return Ok(());
+        }
+        self.speak(flow.get(), Speech::Tls)
+    }
+
+    /// Begins to talk to a peer that has arrived.
+    ///
+    /// # Errors
+    /// `ENOENT` if nobody waits for this. When no certificate can be made, the peer is sent away.
+    pub fn speak(&mut self, id: u64, speech: Speech) -> io::Result<()> {
+        let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
+        let Direction::Inbound { reservation, arrived } = &mut one.direction else {
+            return Err(Errno::ENOENT.into());
+        };
+        let (wire, reservation) = (arrived.take().ok_or(Errno::ENOENT)?, *reservation);
+        let (flow, remote) = (one.flow, one.places.remote);
+        if speech == Speech::Plain {
+            self.engine.begin(flow, wire, Role::Plain);
+            return Ok(());
+        }
+        let side = self.side_for(reservation, &remote).map(|(side, seen)| {
+            if let Some(one) = self.all.get_mut(&id) {
+                one.seen = seen;
+            }
+            side
+        });
+        match side {
+            Ok(side) => {
+                let mixed = (speech == Speech::Either).then_some(SNIFF);
+                self.engine.begin(flow, wire, Role::Server { side, mixed });
+                Ok(())
+            }
+            Err(e) => {
+                self.over(id, e.raw_os_error().unwrap_or(libc::EIO), "no certificate can be made", (0, 0));
+                Err(e)
+            }
+        }
+    }
+
+    /// What is shown to a peer, and who judges what it shows.
+    fn side_for(&mut self, reservation: u64, remote: &Addr) -> io::Result<(ServerSide, super::Seen)> {
+        let json = self.reservations.get(&reservation).and_then(|one| one.process.clone());
+        let identity = self.identity(&json.ok_or(Errno::ENOENT)?)?;
         let owner =
             remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
         let (verifier, seen) = self.verifier.for_one(owner);
         let identity = Arc::new(SingleCertAndKey::from(identity.shown));
-        let side = ServerSide::new(Arc::new(verifier), identity).map_err(io::Error::other)?;
-        let (wire, places) = (
-            wire.try_clone()?,
-            Places { local, remote, inner_local: inner_remote, inner_remote: Addr::NONE },
-        );
-        let flow = self.engine.handshake(wire, Role::Server { side, mixed: None });
-        let direction = Direction::Inbound { reservation };
-        let until = Instant::now() + PATIENCE + LAST_STEP;
-        let one = Association {
-            flow,
-            direction,
-            places,
-            seen,
-            admitted: false,
-            joining: None,
-            running: false,
-            until,
-        };
-        self.insert(flow.get(), one);
-        Ok(())
+        Ok((ServerSide::new(Arc::new(verifier), identity).map_err(io::Error::other)?, seen))
     }
 
     /// Connects to the program's listener for an admitted peer, or has it wait: beyond the backlog the kernel
@@ -234,8 +346,8 @@ impl Associations {
         match self.tokens.deliver(place.token) {
             Ok((socket, from)) => {
                 if let Some(one) = self.all.get_mut(&id) {
-                    one.places.inner_remote = if is_v6 { as_domain(from, true) } else { v4(from) };
-                    one.joining = Some(Joining { socket, until: Instant::now() + LAST_STEP });
+                    one.places.inner_remote = as_domain(from.into(), is_v6);
+                    one.joining = Some(Joining { socket, until: std::time::Instant::now() + LAST_STEP });
                 }
             }
             Err(e) => {
@@ -246,8 +358,23 @@ impl Associations {
     }
 }
 
+fn stream(is_v6: bool) -> nix::Result<OwnedFd> {
+    let family = if is_v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(family, SockType::Stream, flags, SockProtocol::Tcp)
+}
+
+fn backlog_of(most: u32) -> Backlog {
+    i32::try_from(most).ok().and_then(|most| Backlog::new(most).ok()).unwrap_or(Backlog::MAXCONN)
+}
+
+/// The unspecified address of the same family.
+fn unspecified(of: &Addr) -> Addr {
+    Addr { family: of.family, ..Addr::NONE }
+}
+
 #[expect(unsafe_code, reason = "nix returns an accepted descriptor as a number")]
-fn adopt(number: i32) -> OwnedFd {
+fn took(number: i32) -> OwnedFd {
     // SAFETY: accept4(2) has just returned this descriptor, so it is open and nobody else's.
     unsafe { OwnedFd::from_raw_fd(number) }
 }

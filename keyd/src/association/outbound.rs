@@ -2,8 +2,8 @@
 
 use std::{
     io,
-    net::{SocketAddr, SocketAddrV4},
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    net::SocketAddr,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,38 +23,33 @@ use portcullis_wire::{
 use rustls::{pki_types::ServerName, sign::SingleCertAndKey};
 use zerocopy::FromZeros;
 
-use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, as_domain, v4};
-use crate::{
-    cut::addr,
-    diag::Diag,
-    sock,
-    token::{FAR_PORT, Syn},
-};
+use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, Placed, as_domain, fits};
+use crate::{cut::addr, diag::Diag, packet::Syn, sock};
+
+/// How long the kernel may try to connect: tcp_syn_retries (tcp(7)) take some two minutes.
+const CONNECTING: Duration = Duration::from_secs(150);
 
 impl Associations {
     /// Begins a protected flow for a program's socket. Returns its number, and where the program must connect.
     ///
     /// # Errors
-    /// `EXDEV` for a socket in another network namespace, `EOPNOTSUPP` for one bound to an interface,
-    /// `EAFNOSUPPORT` for one that cannot reach a token, or what bind(2) and connect(2) say at once.
+    /// Those of [`fits`], `EAFNOSUPPORT` for one that cannot reach a token, or what bind(2) and connect(2) say at
+    /// once.
     pub fn open(
         &mut self,
         program: BorrowedFd<'_>,
         ask: &Open,
         json: &[u8],
         diag: &Diag,
-    ) -> io::Result<(u64, Places)> {
-        if !diag.is_here(program) {
-            return Err(Errno::EXDEV.into());
-        }
-        if sock::bound_interface(program)? != 0 {
-            return Err(Errno::EOPNOTSUPP.into());
-        }
+    ) -> io::Result<Placed> {
+        fits(program, diag)?;
         let remote = ask.remote.socket_addr().ok_or(Errno::EINVAL)?;
         let is_v6 = sock::domain(program)? == libc::AF_INET6;
-        if is_v6 && sock::dual_stack(program).is_err() {
-            return Err(Errno::EAFNOSUPPORT.into()); // bound, and to v6 only
-        }
+        // One that is bound to IPv6, or to IPv6 alone, cannot reach a token of IPv4.
+        let own = getsockname::<SockaddrStorage>(program.as_raw_fd()).ok();
+        let own = own.as_ref().and_then(SockaddrStorage::as_sockaddr_in6).map(|own| own.ip());
+        let bound_to_six = own.is_some_and(|ip| !ip.is_unspecified() && ip.to_ipv4_mapped().is_none());
+        let six = is_v6 && (bound_to_six || sock::dual_stack(program).is_err());
         let identity = self.identity(json)?;
         let owner = self.host.members().owner(remote.ip()).map(|member| member.name.clone());
         let is_member = owner.is_some();
@@ -65,30 +60,26 @@ impl Associations {
 
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
-        let token = self.tokens.new_token()?;
-        let patience = if ask.patience == 0 { PATIENCE } else { Duration::from_millis(ask.patience.into()) };
+        let token = self.tokens.far(six, |at| self.by_token.contains_key(at))?;
+        let patience = if ask.patience == 0 {
+            CONNECTING + PATIENCE
+        } else {
+            Duration::from_millis(ask.patience.into())
+        };
         let local = getsockname::<SockaddrStorage>(wire.as_raw_fd()).ok().and_then(|name| addr(&name));
-        let inner_remote = as_domain(SocketAddrV4::new(token, FAR_PORT), is_v6);
+        let (at, inner_remote) = (token.at, as_domain(token.at, is_v6));
         let local = local.unwrap_or_default();
         let places = Places { local, remote: ask.remote, inner_local: Addr::NONE, inner_remote };
         let direction = Direction::Outbound { token, cookie: sock::cookie(program)?, syn: None };
-        let until = Instant::now() + patience + LAST_STEP;
+        // A token is not reached through an interface.
+        sock::bind_interface(program, 0)?;
         // Names are the verifier's business, and none is sent.
         let name = ServerName::IpAddress(remote.ip().into());
         let flow = self.engine.handshake(wire, Role::Client { side, name });
         let id = flow.get();
-        let one = Association {
-            flow,
-            direction,
-            places,
-            seen,
-            admitted: false,
-            joining: None,
-            running: false,
-            until,
-        };
+        let one = Association::new(flow, direction, places, seen, patience);
         self.insert(id, one);
-        self.by_token.insert(token, id);
+        self.by_token.insert(at, id);
         Ok((id, places))
     }
 
@@ -104,7 +95,7 @@ impl Associations {
         if syn.is_some() {
             return; // sent again
         }
-        let (local, remote) = (v4(arrived.from), Addr::v4(arrived.token, FAR_PORT));
+        let (local, remote) = (Addr::from(arrived.from), Addr::from(arrived.token));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
         if diag.look(&flow).ok().flatten().is_none_or(|found| found.cookie != *cookie) {
             let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
@@ -139,6 +130,8 @@ fn far_socket(program: BorrowedFd<'_>, remote: SocketAddr, local: &Addr) -> io::
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let wire = socket(family, SockType::Stream, flags, SockProtocol::Tcp)?;
     setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
+    sock::take_after(wire.as_fd(), program);
+    sock::bind_interface(wire.as_fd(), sock::bound_interface(program)?)?;
     if let Some(local) = local.socket_addr().filter(|it| !it.ip().is_unspecified() || it.port() != 0) {
         // The program holds this port too: both must say that they share it.
         setsockopt(&program, sockopt::ReuseAddr, &true)?;

@@ -2,6 +2,8 @@
 #![expect(unsafe_code, reason = "fork(2), and descriptors from SCM_RIGHTS")]
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod world;
+
 use std::{
     collections::VecDeque,
     io::{IoSlice, IoSliceMut, Write},

@@ -1,0 +1,272 @@
+//! Packets to and from tokens: which SYNs are seen, and the answers that end them. Pure.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use libc::sock_filter;
+
+/// Tokens of IPv4 are in 127.64.0.0/10.
+pub const NET: u32 = 0x7f40_0000;
+/// Its mask.
+pub const MASK: u32 = 0xffc0_0000;
+/// Port of IPv4 tokens that stand for a far side. Above the ephemeral ports (ip(7), ip_local_port_range).
+pub const FAR_PORT: u16 = 61000;
+/// Port of tokens that stand for a listener's own address.
+pub const NEAR_PORT: u16 = 61001;
+/// IPv6 has one loopback address, so its tokens differ by port: this one and those above.
+pub const FIRST_SIX: u16 = 61002;
+
+/// A held SYN.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Syn {
+    /// The program's own address.
+    pub from: SocketAddr,
+    /// The token.
+    pub token: SocketAddr,
+    /// Its sequence number.
+    sequence: u32,
+    /// IP header and the first 8 bytes of TCP, which ICMP repeats.
+    head: Vec<u8>,
+}
+
+const TCP: u8 = 6;
+
+const fn op(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
+    sock_filter { code, jt, jf, k }
+}
+
+/// Classic BPF: SYNs without ACK, over loopback, to a token's port [`FAR_PORT`]; of each the first 64 bytes.
+/// A raw socket of IPv4 has the IP header at 0.
+pub fn syns() -> [sock_filter; 13] {
+    [
+        op(0x20, 0, 0, 16),              // ld [16]: destination
+        op(0x54, 0, 0, MASK),            // and
+        op(0x15, 0, 8, NET),             // jeq
+        op(0x28, 0, 0, 6),               // ldh [6]: fragment
+        op(0x45, 6, 0, 0x1fff),          // jset: not the first
+        op(0xb1, 0, 0, 0),               // ldxb 4*([0]&0xf)
+        op(0x48, 0, 0, 2),               // ldh [x+2]: port
+        op(0x15, 0, 3, FAR_PORT as u32), // jeq
+        op(0x50, 0, 0, 13),              // ldb [x+13]: flags
+        op(0x54, 0, 0, 0x12),            // and SYN|ACK
+        op(0x15, 1, 0, 0x02),            // jeq SYN
+        op(0x06, 0, 0, 0),               // drop
+        op(0x06, 0, 0, 64),              // pass
+    ]
+}
+
+/// The same for IPv6, whose raw sockets have the TCP header at 0.
+pub fn syns_six() -> [sock_filter; 15] {
+    const IP: u32 = 0xfff0_0000; // linux/filter.h, SKF_NET_OFF
+    [
+        op(0x20, 0, 0, IP + 24),          // ld destination, which is ::1
+        op(0x15, 0, 11, 0),               // jeq
+        op(0x20, 0, 0, IP + 28),          // ld
+        op(0x15, 0, 9, 0),                // jeq
+        op(0x20, 0, 0, IP + 32),          // ld
+        op(0x15, 0, 7, 0),                // jeq
+        op(0x20, 0, 0, IP + 36),          // ld
+        op(0x15, 0, 5, 1),                // jeq
+        op(0x28, 0, 0, 2),                // ldh [2]: port
+        op(0x35, 0, 3, FIRST_SIX as u32), // jge
+        op(0x30, 0, 0, 13),               // ldb [13]: flags
+        op(0x54, 0, 0, 0x12),             // and SYN|ACK
+        op(0x15, 1, 0, 0x02),             // jeq SYN
+        op(0x06, 0, 0, 0),                // drop
+        op(0x06, 0, 0, 64),               // pass
+    ]
+}
+
+/// Classic BPF for a listener on a token: a SYN needs the mark of the key daemon; what follows passes.
+pub fn marked(mark: u32) -> [sock_filter; 7] {
+    const MARK: u32 = 0xffff_f000_u32.wrapping_add(20); // linux/filter.h, SKF_AD_OFF + SKF_AD_MARK
+    [
+        op(0x30, 0, 0, 13),       // ldb [13]: flags of the TCP header, which is at 0
+        op(0x54, 0, 0, 0x12),     // and SYN|ACK
+        op(0x15, 0, 2, 0x02),     // jeq SYN, else pass
+        op(0x20, 0, 0, MARK),     // ld mark
+        op(0x15, 0, 1, mark),     // jeq, else drop
+        op(0x06, 0, 0, u32::MAX), // pass
+        op(0x06, 0, 0, 0),        // drop
+    ]
+}
+
+fn port(tcp: &[u8], at: usize) -> Option<u16> {
+    tcp.get(at..)?.first_chunk().copied().map(u16::from_be_bytes)
+}
+
+fn sequence(tcp: &[u8]) -> Option<u32> {
+    tcp.get(4..)?.first_chunk().copied().map(u32::from_be_bytes)
+}
+
+/// Reads what [`syns`] lets through.
+pub fn read_syn(packet: &[u8]) -> Option<Syn> {
+    let header = usize::from(packet.first()? & 0xf) * 4;
+    let ip = |at: usize| packet.get(at..)?.first_chunk::<4>().map(|bytes| IpAddr::from(*bytes));
+    let tcp = packet.get(header..)?;
+    Some(Syn {
+        from: SocketAddr::new(ip(12)?, port(tcp, 0)?),
+        token: SocketAddr::new(ip(16)?, port(tcp, 2)?),
+        sequence: sequence(tcp)?,
+        head: packet.get(..header + 8)?.to_vec(),
+    })
+}
+
+/// Reads what [`syns_six`] lets through, and who sent it.
+pub fn read_syn_six(from: Ipv6Addr, tcp: &[u8]) -> Option<Syn> {
+    let (from, token) = (
+        SocketAddr::new(from.into(), port(tcp, 0)?),
+        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port(tcp, 2)?),
+    );
+    let mut head = header_six(from.ip(), token.ip(), TCP, tcp.len());
+    head.extend(tcp.get(..8)?);
+    Some(Syn { from, token, sequence: sequence(tcp)?, head })
+}
+
+/// Internet checksum (RFC 1071).
+fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+    let bytes: Vec<u8> = parts.concat();
+    let sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| {
+            u32::from(u16::from_be_bytes([
+                pair.first().copied().unwrap_or(0),
+                pair.get(1).copied().unwrap_or(0),
+            ]))
+        })
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    let [.., high, low] = (!(folded + (folded >> 16))).to_be_bytes();
+    [high, low]
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+/// An IPv4 header (RFC 791, 3.1); length, identification and checksum are the kernel's (raw(7)).
+fn header_four(from: IpAddr, to: IpAddr, protocol: u8) -> Vec<u8> {
+    let mut header = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0];
+    header.extend(octets(from));
+    header.extend(octets(to));
+    header
+}
+
+/// An IPv6 header (RFC 8200, 3).
+fn header_six(from: IpAddr, to: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
+    let [high, low] = u16::try_from(length).unwrap_or(u16::MAX).to_be_bytes();
+    let mut header = vec![0x60, 0, 0, 0, high, low, protocol, 64];
+    header.extend(octets(from));
+    header.extend(octets(to));
+    header
+}
+
+/// A packet from the token to the program; the checksum, over a pseudo header too where the protocol has one, is
+/// at `sum` of the payload.
+fn answer(syn: &Syn, protocol: u8, mut payload: Vec<u8>, sum: usize, pseudo: bool) -> Vec<u8> {
+    let (from, to) = (syn.token.ip(), syn.from.ip());
+    let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes();
+    // RFC 9293, 3.1 and RFC 8200, 8.1: the two forms add up alike.
+    let pseudo =
+        if pseudo { [octets(from), octets(to), length.to_vec(), vec![0, protocol]].concat() } else { vec![] };
+    let value = checksum(&[&pseudo, &payload]);
+    if let Some(place) = payload.get_mut(sum..sum + 2) {
+        place.copy_from_slice(&value);
+    }
+    let mut packet = match from {
+        IpAddr::V4(_) => header_four(from, to, protocol),
+        IpAddr::V6(_) => header_six(from, to, protocol, payload.len()),
+    };
+    packet.append(&mut payload);
+    packet
+}
+
+/// RST with ACK of the SYN (RFC 9293, 3.10.7.1).
+pub fn reset(syn: &Syn) -> Vec<u8> {
+    let mut tcp = syn.token.port().to_be_bytes().to_vec();
+    tcp.extend(syn.from.port().to_be_bytes());
+    tcp.extend([0; 4]);
+    tcp.extend(syn.sequence.wrapping_add(1).to_be_bytes());
+    tcp.extend([0x50, 0x14, 0, 0]); // 20 bytes, RST and ACK, no window
+    tcp.extend([0; 4]);
+    answer(syn, TCP, tcp, 16, true)
+}
+
+/// What the network says is out of reach.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unreachable {
+    Net,
+    Host,
+}
+
+/// Destination unreachable (RFC 792; RFC 4443, 3.1).
+pub fn unreachable(syn: &Syn, what: Unreachable) -> Vec<u8> {
+    const ICMP: u8 = 1;
+    const ICMP_SIX: u8 = 58;
+    let six = syn.token.is_ipv6();
+    let (protocol, kind, code) = match (six, what) {
+        (false, Unreachable::Net) => (ICMP, 3, 0),
+        (false, Unreachable::Host) => (ICMP, 3, 1),
+        (true, Unreachable::Net) => (ICMP_SIX, 1, 0), // no route
+        (true, Unreachable::Host) => (ICMP_SIX, 1, 3),
+    };
+    let message = [&[kind, code, 0, 0, 0, 0, 0, 0], &syn.head[..]].concat();
+    answer(syn, protocol, message, 2, six)
+}
+
+/// The IPv4 token of a number.
+pub fn token(random: u32) -> Option<Ipv4Addr> {
+    let token = Ipv4Addr::from(NET | random & !MASK);
+    (!matches!(token.octets(), [.., 0 | 255])).then_some(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_are_those_of_the_rfc() {
+        // RFC 1071, 3: the sum of these is ddf2.
+        assert_eq!(
+            checksum(&[&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]]),
+            (!0xddf2_u16).to_be_bytes()
+        );
+        assert_eq!(checksum(&[&[0xff], &[0xff, 0xff]]), [0x00, 0xff]);
+    }
+
+    const SEGMENT: [u8; 20] = [0x9c, 0x40, 0xee, 0x48, 0, 0, 0, 7, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    fn a_syn_is_read_and_what_is_cut_off_is_not() {
+        let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 127, 64, 1, 2];
+        packet.extend(SEGMENT);
+        let syn = read_syn(&packet).unwrap();
+        let (from, token) = (syn.from.to_string(), syn.token.to_string());
+        assert_eq!((from.as_str(), token.as_str()), ("10.0.0.1:40000", "127.64.1.2:61000"));
+        assert_eq!((syn.sequence, syn.head.len()), (7, 28));
+        for cut in 0..28 {
+            assert!(read_syn(&packet[..cut]).is_none());
+        }
+        let answer = reset(&syn);
+        assert_eq!(answer.len(), 40);
+        assert_eq!(&answer[28..32], &8_u32.to_be_bytes(), "acknowledges the SYN");
+        assert_eq!(unreachable(&syn, Unreachable::Host).len(), 20 + 8 + 28);
+    }
+
+    #[test]
+    fn a_syn_of_ipv6_is_read_and_answered_with_sums_that_add_up() {
+        let from: Ipv6Addr = "2001:db8::5".parse().unwrap();
+        for cut in 0..8 {
+            assert!(read_syn_six(from, &SEGMENT[..cut]).is_none());
+        }
+        let syn = read_syn_six(from, &SEGMENT).unwrap();
+        assert_eq!((syn.token.to_string().as_str(), syn.head.len()), ("[::1]:61000", 48));
+        for (packet, protocol) in [(reset(&syn), TCP), (unreachable(&syn, Unreachable::Net), 58)] {
+            let length = u32::try_from(packet.len() - 40).unwrap().to_be_bytes();
+            let sum = checksum(&[&packet[8..40], &length, &[0, 0, 0, protocol], &packet[40..]]);
+            assert_eq!(sum, [0, 0], "the receiver's check of {protocol}");
+        }
+    }
+}
