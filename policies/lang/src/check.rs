@@ -10,7 +10,7 @@ use portcullis_types::Protocol;
 pub(crate) use example::{Example, example};
 
 use crate::{
-    diagnostic::{Diagnostic, Diagnostics, nearest},
+    diagnostic::{Diagnostic, Diagnostics, near, nearest},
     model::{Effect, Expr, Rule},
     services::{self, Ports, Service},
     source::{Source, Span, to_u32, to_usize},
@@ -250,7 +250,7 @@ impl Checker<'_> {
     fn named_service(&mut self, name: &Name) -> (Arc<Service>, bool) {
         let Some(found) = self.names.services.get(&name.value) else {
             if let Some(ports) = services::iana(&name.value) {
-                return (Arc::new(Service::new(false, ports.to_vec())), false);
+                return (Arc::new(Service::new(false, ports)), false);
             }
             self.unknown_service(name);
             return Default::default();
@@ -267,7 +267,7 @@ impl Checker<'_> {
         // `service ftp = ftp, related;` means IANA's own.
         let is_itself = self.open.last().is_some_and(|n| n.value == name.value);
         if let (true, Some(ports)) = (is_itself, services::iana(&name.value)) {
-            return (Arc::new(Service::new(false, ports.to_vec())), false);
+            return (Arc::new(Service::new(false, ports)), false);
         }
         let items = found.items.clone();
         if self.is_cycle(name) {
@@ -289,13 +289,14 @@ impl Checker<'_> {
             self.errors.push(error);
             return;
         }
-        let mut known: Vec<&str> = self.names.services.keys().map(String::as_str).collect();
-        for name in services::names() {
-            known.push(name);
-        }
-        let guess = services::common_name(&name.value)
-            .or_else(|| nearest(&name.value, known.into_iter()))
-            .map(str::to_owned);
+        let usual: Vec<&str> =
+            self.names.services.keys().map(String::as_str).chain(services::names()).collect();
+        // Of two that are equally near, the one that people use.
+        let guess = match (near(&name.value, usual.into_iter()), near(&name.value, services::rare_names())) {
+            (Some(usual), Some(rare)) if rare.0 < usual.0 => Some(rare.1),
+            (usual, rare) => usual.or(rare).map(|found| found.1),
+        };
+        let guess = services::common_name(&name.value).or(guess).map(str::to_owned);
         match guess {
             Some(guess) => error.label = Some(format!("did you mean `{guess}`?")),
             None => error.help = Some(format!("define it: `service {} = tcp/PORT;`", name.value)),

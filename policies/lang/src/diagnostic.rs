@@ -290,6 +290,11 @@ pub(crate) const fn is_bidi(c: char) -> bool {
 
 /// The candidate nearest to a misspelt word, if one is near.
 pub(crate) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    near(word, candidates).map(|(_, candidate)| candidate)
+}
+
+/// The nearest candidate, and how far off it is.
+pub(crate) fn near<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<(usize, &'a str)> {
     if word.len() > 64 {
         return None;
     }
@@ -299,13 +304,13 @@ pub(crate) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>)
         3..=5 => 2,
         _ => 3,
     };
-    let near = |candidate: &&str| candidate.len() <= 64;
+    // Each letter more or less is an edit, and a letter has up to four bytes.
+    let alike = |candidate: &&str| candidate.len().abs_diff(word.len()) <= 4 * limit;
     candidates
-        .filter(near)
+        .filter(alike)
         .map(|c| (distance(&word.to_ascii_lowercase(), &c.to_ascii_lowercase()), c))
         .filter(|(d, c)| *d <= limit && *d < c.chars().count())
         .min_by_key(|(d, c)| (*d, *c))
-        .map(|(_, c)| c)
 }
 
 /// Edits (insert, delete, replace, swap of neighbours) between two short words.

@@ -265,6 +265,12 @@ impl<'a> Parser<'a> {
         loop {
             match self.peek().kind {
                 Kind::Star => items.push(ServiceItem::Any(self.take().span)),
+                // Some of IANA's names begin with a digit.
+                Kind::Word if self.slice(self.peek()).contains(|c: char| c.is_ascii_alphabetic()) => {
+                    let token = self.take();
+                    let name = Spanned { value: self.slice(token).to_owned(), span: token.span };
+                    items.push(ServiceItem::Named(name));
+                }
                 Kind::Word => {
                     let Some(protocol) = protocol.clone() else {
                         let span = self.peek().span;

@@ -115,14 +115,47 @@ static TABLE: LazyLock<HashMap<&'static str, Vec<Ports>>> = LazyLock::new(|| {
     table
 });
 
+/// All other names of the registry, one on each line, sorted: too many to be put in a table when nearly
+/// all are never asked for.
+const REGISTRY: &str = include_str!("iana.txt");
+
 /// The ports that IANA gives a service name.
-pub(crate) fn iana(name: &str) -> Option<&'static [Ports]> {
-    TABLE.get(name).map(Vec::as_slice)
+pub(crate) fn iana(name: &str) -> Option<Vec<Ports>> {
+    TABLE.get(name).cloned().or_else(|| registered(name))
 }
 
-/// All names of the table.
-pub(crate) fn names() -> impl Iterator<Item = &'static str> + use<> {
-    TABLE.keys().copied()
+fn registered(name: &str) -> Option<Vec<Ports>> {
+    let mut rest = REGISTRY;
+    while !rest.is_empty() {
+        let (first, second) = rest.split_at_checked(rest.len() / 2)?;
+        // The line in which the middle is.
+        let start = first.rfind('\n').map_or(0, |n| n + 1);
+        let end = second.find('\n').map_or(rest.len(), |n| first.len() + n + 1);
+        let (found, ports) = rest.get(start..end)?.trim_end().split_once(' ')?;
+        match name.cmp(found) {
+            std::cmp::Ordering::Equal => return ports.split(' ').map(range).collect(),
+            std::cmp::Ordering::Less => rest = rest.get(..start)?,
+            std::cmp::Ordering::Greater => rest = rest.get(end..)?,
+        }
+    }
+    None
+}
+
+/// `tcp/25` or `tcp/6000-6063`.
+fn range(word: &str) -> Option<Ports> {
+    let (protocol, ports) = word.split_once('/')?;
+    let (low, high) = ports.split_once('-').unwrap_or((ports, ports));
+    Some(Ports { protocol: self::protocol(protocol)?, low: low.parse().ok()?, high: high.parse().ok()? })
+}
+
+/// The names that people use.
+pub(crate) fn names<'a>() -> impl Iterator<Item = &'a str> {
+    TABLE.keys().map(|name| -> &'a str { name })
+}
+
+/// The names that hardly anybody uses.
+pub(crate) fn rare_names<'a>() -> impl Iterator<Item = &'a str> {
+    REGISTRY.lines().filter_map(|line| Some(line.split_once(' ')?.0))
 }
 
 /// What people call a service that IANA calls otherwise.
@@ -172,6 +205,22 @@ mod tests {
         assert_eq!(iana("smtp").unwrap(), [Ports { protocol: Protocol::TCP, low: 25, high: 25 }]);
         assert_eq!(iana("ntp").unwrap(), [Ports { protocol: Protocol::UDP, low: 123, high: 123 }]);
         assert_eq!(iana("domain").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn every_name_of_the_registry_is_found_and_can_be_written() {
+        let sorted: Vec<&str> = rare_names().collect();
+        assert!(sorted.is_sorted() && sorted.len() > 6000);
+        let all: Vec<&str> = sorted.into_iter().chain(names()).collect();
+        for name in &all {
+            assert!(iana(name).is_some_and(|ports| !ports.is_empty()), "{name}");
+        }
+        let read = crate::Policy::parse("t.pol", &format!("allow {}(*, *);", all.join(", ")));
+        assert!(read.is_ok());
+        assert_eq!(iana("ircu").unwrap(), [Ports { protocol: Protocol::TCP, low: 6665, high: 6669 }]);
+        for unknown in ["", "!", "zzzzzz", "smtp ", "1", "x1"] {
+            assert_eq!(iana(unknown), None);
+        }
     }
 
     #[test]
