@@ -417,6 +417,7 @@ fn compare(rules: usize, share: usize) {
     row(&format!(
         "diff of two policies of {rules} rules, {changed} changed: {seconds:.2} s, {regions} regions, exact: {exact}"
     ));
+    diff.limits.iter().for_each(|limit| row(&format!("    {limit}")));
 }
 
 fn main() {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use portcullis_policy::{Change, Policy, diff, escape};
+use portcullis_policy::{Change, Policy, RuleOf, diff, escape};
 use serde::Serialize;
 
 use super::{FINDINGS, FormatArg, RuleData, cite, replay};
@@ -44,10 +44,21 @@ struct ChangeData<'a> {
     service: &'a str,
     from: &'a str,
     to: &'a str,
+    among: Vec<Place<'a>>,
+    except: Vec<Place<'a>>,
     exact: bool,
     old_rule: Option<RuleData<'a>>,
     new_rule: Option<RuleData<'a>>,
     example: ExampleData<'a>,
+}
+
+/// Where a rule stands; there can be very many of them.
+#[derive(Serialize)]
+struct Place<'a> {
+    policy: &'static str,
+    number: u32,
+    file: &'a str,
+    line: u32,
 }
 
 #[derive(Serialize)]
@@ -109,12 +120,15 @@ const fn verdicts(change: &Change) -> (&'static str, &'static str) {
 
 fn data<'a>(change: &'a Change, old: &'a Policy, new: &'a Policy) -> ChangeData<'a> {
     let rule = |policy: &'a Policy, id| Some(RuleData::new(id, policy.get(id)?));
+    let places = |list: &[RuleOf]| list.iter().filter_map(|of| place(*of, old, new)).collect();
     let (before, after) = verdicts(change);
     ChangeData {
         becomes: becomes(change),
         service: &change.service,
         from: &change.from,
         to: &change.to,
+        among: places(&change.among),
+        except: places(&change.except),
         exact: change.exact,
         old_rule: change.old_rule.and_then(|id| rule(old, id)),
         new_rule: change.new_rule.and_then(|id| rule(new, id)),
@@ -128,6 +142,28 @@ fn data<'a>(change: &'a Change, old: &'a Policy, new: &'a Policy) -> ChangeData<
     }
 }
 
+fn place<'a>(of: RuleOf, old: &'a Policy, new: &'a Policy) -> Option<Place<'a>> {
+    let rule = if of.new { new } else { old }.get(of.rule)?;
+    let policy = if of.new { "new" } else { "old" };
+    Some(Place { policy, number: of.rule.0, file: &rule.file, line: rule.line })
+}
+
+/// Most rules that are named to people.
+const NAMED: usize = 8;
+
+/// What of a region other rules decide.
+fn named(what: &str, list: &[RuleOf], old: &Policy, new: &Policy, out: &mut Out) {
+    if list.is_empty() {
+        return;
+    }
+    let named = list.iter().take(NAMED).filter_map(|of| place(*of, old, new));
+    let mut text: Vec<String> = named.map(|p| format!("{}:{}", escape(p.file), p.line)).collect();
+    if list.len() > NAMED {
+        text.push(format!("and {} more", list.len() - NAMED));
+    }
+    out.line(format!("    {what} {}", text.join(", ")));
+}
+
 fn show(change: &Change, old: &Policy, new: &Policy, out: &mut Out) {
     let ink = if change.widens { Ink::Good } else { Ink::Bad };
     let sign = if change.widens { '+' } else { '-' };
@@ -135,6 +171,8 @@ fn show(change: &Change, old: &Policy, new: &Policy, out: &mut Out) {
     let region = format!("{}({}, {})", change.service, change.from, change.to);
     let some = if change.exact { "" } else { "some of " };
     out.line(format!("{head}: {some}{}", escape(&region)));
+    named("as far as allowed by", &change.among, old, new, out);
+    named("except what these are about:", &change.except, old, new, out);
     let rule = |policy: &Policy, id: Option<_>| match id.and_then(|id| policy.get(id)) {
         Some(rule) => format!("by {}", cite(rule)),
         None => "as no rule allows it".to_owned(),

@@ -3,11 +3,14 @@
 //! A flow can only be decided otherwise if it matches a rule that one policy has and the other has
 //! not. So each such rule is taken as a box of flows, and cut along the conditions of the other rules
 //! until both policies are of one mind in each piece. A piece on which they differ is reported, with
-//! a flow in it on which both were evaluated. The cutting is exact; where it would take too long, it
-//! stops and says so.
+//! a flow in it on which both were evaluated. A rule that would fall into many pieces is reported in one,
+//! less what other rules take off ([`whole`]). Both are exact; where it cannot be told whether patterns
+//! leave room for anybody, that is said.
 
 mod pieces;
+mod whole;
 mod witness;
+mod words;
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -15,13 +18,13 @@ use portcullis_types::{Protocol, RuleId};
 
 use crate::{
     check::Example,
-    display,
     model::{Atom, Effect, Expr, Rule, merge},
     policy::Policy,
-    services::{Ports, Service},
-    source::{to_u32, to_usize},
+    services::Service,
+    source::to_u32,
 };
 use pieces::{Piece, Sat};
+use words::{example_service, example_text, service_text};
 
 /// All that changes between two policies.
 #[derive(Clone, Debug)]
@@ -45,6 +48,10 @@ pub struct Change {
     pub from: String,
     /// Who accepts.
     pub to: String,
+    /// Only flows that one of these rules allows are of the region, if any are named.
+    pub among: Vec<RuleOf>,
+    /// Flows that one of these rules is about are not of the region.
+    pub except: Vec<RuleOf>,
     /// Whether every flow of the region is decided otherwise; else some are, the example among them.
     pub exact: bool,
     /// What decided before.
@@ -55,6 +62,18 @@ pub struct Change {
     pub example: ExampleFlow,
     #[cfg(test)]
     pub(crate) piece: Piece,
+    /// The rule that the region is of, if it is given whole.
+    #[cfg(test)]
+    pub(crate) whole: Option<RuleOf>,
+}
+
+/// A rule of one of the two policies.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct RuleOf {
+    /// Of the new policy; else of the old one.
+    pub new: bool,
+    /// Its number there.
+    pub rule: RuleId,
 }
 
 /// One flow, as `policy explain` takes it.
@@ -91,11 +110,13 @@ pub(crate) enum Form {
 #[derive(Debug)]
 struct Candidate {
     allow: bool,
-    old: bool,
-    new: bool,
+    /// Its number in each policy that has it: the first, if it says the same twice.
+    old: Option<RuleId>,
+    new: Option<RuleId>,
     service: Vec<(u32, u32)>,
     from: Form,
     to: Form,
+    hulls: [Option<Hull>; 2],
 }
 
 /// Conditions by number.
@@ -134,16 +155,18 @@ impl Atoms {
     }
 }
 
-/// Steps for all rules together, and for one rule, before the cutting stops.
-const MOST_STEPS: usize = 8_000_000;
-const MOST_STEPS_EACH: usize = 1_000_000;
-/// Regions of one rule.
-const MOST_PIECES: usize = 256;
+/// Steps of cutting, for all rules together and for one.
+const MOST_STEPS: usize = 20_000_000;
+const MOST_STEPS_EACH: usize = 20_000;
+/// Pieces of one rule; more are not told apart by anyone who reads them.
+const MOST_PIECES: usize = 24;
+/// Other rules that are about a part of a piece; each of them cuts it at least once.
+const MOST_OPEN: usize = 64;
 
 /// Compares two policies as they stand at a time.
 #[must_use]
 pub fn diff(old: &Policy, new: &Policy, now: u64) -> Diff {
-    diff_with_atoms(old, new, now).0
+    diff_in_pieces(old, new, now, MOST_PIECES).0
 }
 
 #[cfg(test)]
@@ -181,23 +204,24 @@ pub(crate) fn is_empty(expr: &Expr) -> bool {
     pieces::nobody(&form, &atoms)
 }
 
-/// The same, with the conditions that its pieces name by number.
-pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Vec<Arc<Atom>>) {
+/// The same, with at most so many pieces of one rule, and the conditions that they name by number.
+pub(crate) fn diff_in_pieces(old: &Policy, new: &Policy, now: u64, most: usize) -> (Diff, Vec<Arc<Atom>>) {
     let mut atoms = Atoms::default();
     let mut places: HashMap<(Effect, Arc<Service>, Expr, Expr), usize> = HashMap::new();
     let mut candidates: Vec<Candidate> = Vec::new();
-    for (policy, is_new) in [(old, false), (new, true)] {
-        for rule in policy.rules.iter().filter(|r| r.in_force(now)) {
-            if rule.effect == Effect::Deny && rule.audit {
+    let mut numbers = [vec![usize::MAX; old.rules.len()], vec![usize::MAX; new.rules.len()]];
+    for ((policy, numbers), is_new) in [old, new].into_iter().zip(&mut numbers).zip([false, true]) {
+        for ((id, rule), number) in policy.rules().zip(numbers) {
+            if !rule.in_force(now) || (rule.effect == Effect::Deny && rule.audit) {
                 continue;
             }
             let key = (rule.effect, Arc::clone(&rule.service), rule.from.clone(), rule.to.clone());
-            let place = *places.entry(key).or_insert_with(|| {
+            *number = *places.entry(key).or_insert_with(|| {
                 candidates.push(candidate(rule, &mut atoms));
                 candidates.len() - 1
             });
-            if let Some(candidate) = candidates.get_mut(place) {
-                if is_new { candidate.new = true } else { candidate.old = true }
+            if let Some(candidate) = candidates.get_mut(*number) {
+                let _kept = if is_new { &mut candidate.new } else { &mut candidate.old }.get_or_insert(id);
             }
         }
     }
@@ -207,7 +231,9 @@ pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Ve
         now,
         atoms,
         candidates,
+        numbers,
         meeting: HashMap::new(),
+        most,
         steps: 0,
         found: Vec::new(),
         limits: Vec::new(),
@@ -222,11 +248,36 @@ pub(crate) fn diff_with_atoms(old: &Policy, new: &Policy, now: u64) -> (Diff, Ve
 fn candidate(rule: &Rule, atoms: &mut Atoms) -> Candidate {
     Candidate {
         allow: rule.effect == Effect::Allow,
-        old: false,
-        new: false,
+        old: None,
+        new: None,
         service: service_ranges(&rule.service),
         from: atoms.form(&rule.from),
         to: atoms.form(&rule.to),
+        hulls: [Hull::of(&rule.from), Hull::of(&rule.to)],
+    }
+}
+
+/// The first and last IPv4 address of which a formula can hold, if it asks for IPv4 addresses: the quick
+/// way to tell that two rules have nothing to do with each other.
+#[derive(Clone, Copy, Debug)]
+struct Hull(u32, u32);
+
+impl Hull {
+    fn of(expr: &Expr) -> Option<Self> {
+        match expr {
+            Expr::Atom(atom) => match &**atom {
+                Atom::Address(set) if set.v6.is_empty() => Some(Self(set.v4.first()?.0, set.v4.last()?.1)),
+                _ => None,
+            },
+            Expr::And(list) => list.iter().find_map(Self::of),
+            _ => None,
+        }
+    }
+
+    /// Whether no address of an end is in it.
+    fn misses(self, end: &pieces::End) -> bool {
+        let v4 = &end.addresses.v4;
+        v4.first().is_none_or(|r| r.0 > self.1) || v4.last().is_none_or(|r| r.1 < self.0)
     }
 }
 
@@ -243,37 +294,12 @@ fn service_ranges(service: &Service) -> Vec<(u32, u32)> {
     merge(contained.map(|p| range(p.protocol, p.low, p.high)).collect())
 }
 
-/// The inverse of [`service_ranges`].
-fn service_text(ranges: &[(u32, u32)]) -> String {
-    let all = Service { any: true, ports: Vec::new() };
-    if *ranges == service_ranges(&all) {
-        return "*".to_owned();
-    }
-    let others = complement(&service_ranges(&all), ranges);
-    if others.len() * 4 < ranges.len() {
-        return format!("* except {}", service_list(&others));
-    }
-    service_list(ranges)
-}
-
-fn complement(all: &[(u32, u32)], ranges: &[(u32, u32)]) -> Vec<(u32, u32)> {
-    pieces::minus(all, ranges)
-}
-
-fn service_list(ranges: &[(u32, u32)]) -> String {
-    let mut ports = Vec::new();
-    for (low, high) in ranges {
-        for protocol in (low >> 16)..=(high >> 16) {
-            let Ok(number) = u8::try_from(protocol) else { continue };
-            let protocol = Protocol(number);
-            let base = u32::from(number) << 16;
-            let (from, to) = ((*low).max(base) - base, (*high).min(base | 0xffff) - base);
-            let (Ok(low), Ok(high)) = (u16::try_from(from), u16::try_from(to)) else { continue };
-            let (low, high) = if protocol.has_ports() { (low, high) } else { (0, u16::MAX) };
-            ports.push(Ports { protocol, low, high });
-        }
-    }
-    display::service(&Service { any: false, ports })
+/// A flow of which everything is known.
+pub(crate) struct ExampleOf {
+    from: Box<Example>,
+    to: Box<Example>,
+    protocol: Protocol,
+    port: u16,
 }
 
 /// A service that people recognise, if there is a choice.
@@ -324,238 +350,198 @@ struct Search<'a> {
     now: u64,
     atoms: Atoms,
     candidates: Vec<Candidate>,
+    /// The candidate of each rule of the old policy, and of the new.
+    numbers: [Vec<usize>; 2],
     /// The candidates for some of the same ports, by service.
-    meeting: HashMap<Vec<(u32, u32)>, Vec<usize>>,
+    meeting: HashMap<Vec<(u32, u32)>, Arc<[usize]>>,
+    /// Pieces of one rule.
+    most: usize,
     steps: usize,
     found: Vec<Change>,
     limits: Vec<String>,
 }
 
+/// What cutting did to a piece.
+enum Cut {
+    /// It was reported.
+    Reported,
+    /// It is as before, is empty, or is cut in two.
+    Dealt,
+    /// What is in it cannot be told.
+    Doubtful,
+}
+
 impl Search<'_> {
     fn run(&mut self) {
-        let changed: Vec<usize> =
-            self.candidates.iter().enumerate().filter(|(_, c)| c.old != c.new).map(|(i, _)| i).collect();
-        for (n, seed) in changed.iter().enumerate() {
-            // What an earlier changed rule is about was dealt with there.
-            self.seed(*seed, changed.get(..n).unwrap_or_default());
+        let is_changed = |c: &Candidate| c.old.is_some() != c.new.is_some();
+        let changed = self.candidates.iter().enumerate().filter(|(_, c)| is_changed(c));
+        let changed: Vec<usize> = changed.map(|(i, _)| i).collect();
+        // What is in the box of an earlier rule that was cut to the end was dealt with there.
+        let mut earlier: Vec<usize> = Vec::new();
+        for seed in changed {
+            let Some(candidate) = self.candidates.get(seed) else { continue };
+            let service = candidate.service.clone();
+            let others = self.meeting(&service);
+            let kept = self.found.len();
+            if self.pieces(seed, &others, &earlier) {
+                earlier.push(seed);
+            } else {
+                self.found.truncate(kept);
+                self.whole(seed, &others);
+            }
         }
     }
 
-    fn seed(&mut self, seed: usize, earlier: &[usize]) {
-        let Some(candidate) = self.candidates.get(seed) else { return };
-        let whole = Piece::new(candidate.service.clone());
-        let others = match self.meeting.get(&whole.service) {
-            Some(known) => known.clone(),
-            None => {
-                let meets = |i: &usize| {
-                    self.candidates.get(*i).is_some_and(|c| pieces::meet(&c.service, &whole.service))
-                };
-                let found: Vec<usize> = (0..self.candidates.len()).filter(meets).collect();
-                self.meeting.insert(whole.service.clone(), found.clone());
-                found
-            }
-        };
+    /// The candidates for some of the same ports.
+    fn meeting(&mut self, service: &[(u32, u32)]) -> Arc<[usize]> {
+        if let Some(known) = self.meeting.get(service) {
+            return Arc::clone(known);
+        }
+        let meets = |i: &usize| self.candidates.get(*i).is_some_and(|c| pieces::meet(&c.service, service));
+        let found: Arc<[usize]> = (0..self.candidates.len()).filter(meets).collect();
+        self.meeting.insert(service.to_vec(), Arc::clone(&found));
+        found
+    }
+
+    /// Cuts a rule's box into pieces. Whether that came to an end.
+    fn pieces(&mut self, seed: usize, others: &[usize], earlier: &[usize]) -> bool {
+        let Some(whole) = self.box_of(seed) else { return true };
         let budget = (self.steps + MOST_STEPS_EACH).min(MOST_STEPS);
         let mut pieces = 0;
-        let mut stack = vec![(whole, others)];
+        let mut stack = vec![(whole, others.to_vec())];
         while let Some((piece, others)) = stack.pop() {
             self.steps += self.atoms.work.take();
-            if self.steps > budget || pieces >= MOST_PIECES {
-                stack.push((piece, others));
-                self.give_up(seed, &stack);
-                return;
+            if self.steps > budget || pieces >= self.most {
+                return false;
             }
-            pieces += usize::from(self.cut(piece, others, seed, earlier, &mut stack));
+            match self.cut(piece, others, seed, earlier, &mut stack) {
+                Cut::Reported => pieces += 1,
+                Cut::Dealt => {}
+                Cut::Doubtful => return false,
+            }
         }
+        true
     }
 
-    /// Reports a piece, drops it, or cuts it in two. Whether it was reported.
+    /// A rule's box, as far as its conditions are joined by `&`.
+    fn box_of(&self, number: usize) -> Option<Piece> {
+        let candidate = self.candidates.get(number)?;
+        let piece = Piece::new(candidate.service.clone());
+        Some(piece.laid(&candidate.from, &candidate.to, &self.atoms))
+    }
+
+    fn truth(&self, piece: &Piece, number: usize) -> Option<bool> {
+        let Some(candidate) = self.candidates.get(number) else { return Some(false) };
+        let [from, to] = candidate.hulls;
+        if from.is_some_and(|h| h.misses(&piece.from)) || to.is_some_and(|h| h.misses(&piece.to)) {
+            return Some(false);
+        }
+        piece.rule(&candidate.service, &candidate.from, &candidate.to, &self.atoms)
+    }
+
+    /// Reports a piece, drops it, or cuts it in two.
     fn cut(
         &mut self,
         piece: Piece,
-        mut others: Vec<usize>,
+        others: Vec<usize>,
         seed: usize,
         earlier: &[usize],
         stack: &mut Vec<(Piece, Vec<usize>)>,
-    ) -> bool {
-        self.steps += others.len() + 1;
-        let truth = |i: usize| {
-            self.candidates
-                .get(i)
-                .map_or(Some(false), |c| piece.rule(&c.service, &c.from, &c.to, &self.atoms))
-        };
-        match truth(seed) {
-            Some(false) => return false,
+    ) -> Cut {
+        match self.truth(&piece, seed) {
+            Some(false) => return Cut::Dealt,
             // First into the rule itself.
-            None => {
-                self.split(&piece, &others, seed, stack);
-                return false;
-            }
+            None => return self.split(&piece, &others, seed, stack),
             Some(true) => {}
         }
+        self.steps += others.len() + 1;
         let mut tallies = [Tally::default(); 2];
-        let mut dealt_with = false;
-        others.retain(|i| {
-            let Some(candidate) = self.candidates.get(*i) else { return false };
-            let truth = truth(*i);
-            dealt_with |= truth == Some(true) && earlier.binary_search(i).is_ok();
+        let (mut dealt_with, mut open) = (false, 0);
+        let mut meets = Vec::with_capacity(MOST_OPEN);
+        for i in others {
+            let (truth, Some(candidate)) = (self.truth(&piece, i), self.candidates.get(i)) else { continue };
+            dealt_with |= truth == Some(true) && earlier.binary_search(&i).is_ok();
+            open += usize::from(truth.is_none());
             let [old, new] = &mut tallies;
-            if candidate.old {
-                old.add(*i, candidate.allow, truth);
+            if candidate.old.is_some() {
+                old.add(i, candidate.allow, truth);
             }
-            if candidate.new {
-                new.add(*i, candidate.allow, truth);
+            if candidate.new.is_some() {
+                new.add(i, candidate.allow, truth);
             }
-            truth != Some(false)
-        });
+            if truth != Some(false) {
+                meets.push(i);
+            }
+            if open > MOST_OPEN {
+                return Cut::Doubtful;
+            }
+        }
         if dealt_with {
-            return false;
+            return Cut::Dealt;
         }
         let [old, new] = tallies.map(|t| t.verdict());
         match (old, new) {
-            (Ok(before), Ok(after)) if before == after => false,
-            (Ok(_), Ok(after)) => self.report(&piece, after, None),
-            (Err(rule), _) | (_, Err(rule)) => {
-                self.split(&piece, &others, rule, stack);
-                false
-            }
+            (Ok(before), Ok(after)) if before == after => Cut::Dealt,
+            (Ok(_), Ok(after)) => self.report_piece(&piece, after),
+            (Err(rule), _) | (_, Err(rule)) => self.split(&piece, &meets, rule, stack),
         }
     }
 
     /// Cuts a piece where a rule that holds in part of it begins or ends.
-    fn split(&mut self, piece: &Piece, others: &[usize], rule: usize, stack: &mut Vec<(Piece, Vec<usize>)>) {
-        let Some(candidate) = self.candidates.get(rule) else { return };
+    fn split(
+        &mut self,
+        piece: &Piece,
+        others: &[usize],
+        rule: usize,
+        stack: &mut Vec<(Piece, Vec<usize>)>,
+    ) -> Cut {
+        let Some(candidate) = self.candidates.get(rule) else { return Cut::Dealt };
         for half in piece.halves(&candidate.service, &candidate.from, &candidate.to, &self.atoms) {
             match half.satisfiable(&self.atoms) {
                 Sat::No => {}
                 Sat::Yes(..) => stack.push((half, others.to_vec())),
-                Sat::Unknown => {
-                    self.limits.push("some patterns are too many to tell whether they overlap".to_owned())
-                }
+                Sat::Unknown => return Cut::Doubtful,
             }
         }
+        Cut::Dealt
     }
 
-    /// Reports a piece with a flow in it, unless that flow is not decided otherwise after all.
-    fn report(&mut self, piece: &Piece, widens: bool, whole: Option<usize>) -> bool {
-        let Sat::Yes(from, to) = piece.satisfiable(&self.atoms) else { return false };
-        let Some(first) = usual_port(&piece.service) else { return false };
-        let (Ok(protocol), Ok(port)) = (u8::try_from(first >> 16), u16::try_from(first & 0xffff)) else {
-            return false;
-        };
-        let protocol = Protocol(protocol);
-        let decide = |policy: &Policy| policy.decide_example(&from, &to, protocol, port, self.now);
+    fn report_piece(&mut self, piece: &Piece, widens: bool) -> Cut {
+        let Some(flow) = piece.flow(&self.atoms) else { return Cut::Doubtful };
+        let words = [service_text(&piece.service), piece.from.text(&self.atoms), piece.to.text(&self.atoms)];
+        if self.report(piece, &flow, widens, words) { Cut::Reported } else { Cut::Doubtful }
+    }
+
+    /// Reports a region with a flow in it, unless that flow is not decided otherwise after all.
+    #[cfg_attr(not(test), expect(unused_variables, reason = "tests look at pieces"))]
+    fn report(&mut self, piece: &Piece, flow: &ExampleOf, widens: bool, words: [String; 3]) -> bool {
+        let ExampleOf { from, to, protocol, port } = flow;
+        let decide = |policy: &Policy| policy.decide_example(from, to, *protocol, *port, self.now);
         let (before, after) = (decide(self.old), decide(self.new));
-        let differs = before.permits() != after.permits();
-        if !differs || after.permits() != widens {
-            if whole.is_none() {
-                self.limits
-                    .push("a region could not be confirmed by a flow in it, and is left out".to_owned());
-            }
+        if before.permits() == after.permits() || after.permits() != widens {
             return false;
         }
-        let rule = whole.and_then(|n| self.candidates.get(n));
-        let [service, from_text, to_text] = match rule {
-            Some(c) => [service_text(&c.service), self.atoms.text(&c.from), self.atoms.text(&c.to)],
-            None => [service_text(&piece.service), piece.from.text(&self.atoms), piece.to.text(&self.atoms)],
-        };
+        let [service, from_text, to_text] = words;
         self.found.push(Change {
             widens,
             service,
             from: from_text,
             to: to_text,
-            exact: whole.is_none(),
+            among: Vec::new(),
+            except: Vec::new(),
+            exact: true,
             old_rule: before.rule,
             new_rule: after.rule,
             example: ExampleFlow {
-                from: example_text(&from),
-                to: example_text(&to),
-                service: example_service(protocol, port),
+                from: example_text(from),
+                to: example_text(to),
+                service: example_service(*protocol, *port),
             },
             #[cfg(test)]
             piece: piece.clone(),
+            #[cfg(test)]
+            whole: None,
         });
         true
     }
-
-    /// Reports a rule whose region would take too long to cut out: all of it, and what is known.
-    fn give_up(&mut self, seed: usize, left: &[(Piece, Vec<usize>)]) {
-        self.limits
-            .push("the regions of some rules are too many to be told apart; they are given whole".to_owned());
-        for widens in [true, false] {
-            let pieces = left.iter().rev().take(64);
-            let _found = pieces.into_iter().any(|(piece, _)| self.report(piece, widens, Some(seed)));
-        }
-    }
-}
-
-impl Atoms {
-    /// A formula as policy text.
-    fn text(&self, form: &Form) -> String {
-        display::expr(&self.expr(form))
-    }
-
-    fn expr(&self, form: &Form) -> Expr {
-        match form {
-            Form::Any => Expr::Any,
-            Form::Nothing => Expr::Nothing,
-            Form::Atom(n) => self.all.get(to_usize(*n)).map_or(Expr::Nothing, |a| Expr::Atom(Arc::clone(a))),
-            Form::Not(inner) => crate::check::not(self.expr(inner)),
-            Form::And(list) => crate::check::and(list.iter().map(|f| self.expr(f)).collect()),
-            Form::Or(list) => crate::check::or(list.iter().map(|f| self.expr(f)).collect()),
-        }
-    }
-}
-
-fn example_service(protocol: Protocol, port: u16) -> String {
-    let name = crate::services::protocol_name(protocol);
-    if protocol.has_ports() { format!("{name}/{port}") } else { name }
-}
-
-/// A party as `policy explain` takes it.
-fn example_text(example: &Example) -> String {
-    let mut parts = Vec::new();
-    let text = |name: &str, text: &str| format!("{name}={}", display::quoted(text));
-    if let Some(facts) = &example.certificate {
-        let mut list: Vec<String> = facts.names.iter().map(|n| text("name", n)).collect();
-        list.extend(facts.groups.iter().map(|g| text("group", g)));
-        list.extend(facts.ver.map(|v| format!("ver={v}")));
-        let others = [
-            ("org", &facts.org),
-            ("process", &facts.process),
-            ("unit", &facts.unit),
-            ("user", &facts.user),
-            ("issuer", &facts.issuer),
-        ];
-        list.extend(others.into_iter().filter_map(|(name, value)| value.as_ref().map(|v| text(name, v))));
-        parts.push(format!("x509{{{}}}", list.join(", ")));
-    }
-    if example.has_process {
-        let facts = &example.process;
-        let mut list = Vec::new();
-        if let crate::facts::Fact::Known(exe) = &facts.exe {
-            list.push(text("exe", exe));
-        }
-        if let crate::facts::Fact::Known(sha256) = &facts.sha256
-            && *sha256 != [0; 32]
-        {
-            list.push(format!("sha256=\"{}\"", display::hex(sha256)));
-        }
-        if !facts.user.is_empty() {
-            list.push(text("user", &facts.user));
-        }
-        list.extend(facts.groups.iter().map(|g| text("group", g)));
-        list.extend(facts.unit.as_ref().map(|u| text("unit", u)));
-        if !facts.cmdline.is_empty() {
-            list.push(text("cmdline", &facts.cmdline));
-        }
-        for ancestor in &facts.ancestors {
-            if let crate::facts::Fact::Known(path) = ancestor {
-                list.push(text("ancestor", path));
-            }
-        }
-        parts.push(format!("process{{{}}}", list.join(", ")));
-    }
-    parts.extend(example.address.map(display::address));
-    if parts.is_empty() { "*".to_owned() } else { parts.join(" & ") }
 }

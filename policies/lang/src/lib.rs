@@ -50,7 +50,7 @@ mod warn;
 
 pub use decision::{Decision, ListenerScope, Region};
 pub use diagnostic::{Diagnostic, DiagnosticData, Diagnostics, Severity, escape};
-pub use diff::{Change, Diff, ExampleFlow, diff};
+pub use diff::{Change, Diff, ExampleFlow, RuleOf, diff};
 pub use explain::{Explanation, NearMiss};
 pub use facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side};
 pub use fmt::format;

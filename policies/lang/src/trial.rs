@@ -6,7 +6,7 @@ use portcullis_types::Protocol;
 
 use crate::{
     check::{self, Example, Expected},
-    decide::decide,
+    decide::{Matches, decide},
     decision::Decision,
     diagnostic::{Diagnostic, Diagnostics},
     explain::{self, Explanation, Question},
@@ -152,6 +152,18 @@ impl Policy {
         now: u64,
     ) -> Decision {
         answer(self, &question(from, to, protocol, port, now))
+    }
+
+    /// The rules that matter for such a flow.
+    pub(crate) fn matches_example(
+        &self,
+        from: &Example,
+        to: &Example,
+        (protocol, port): (Protocol, u16),
+        now: u64,
+    ) -> Matches {
+        let question = question(from, to, protocol, port, now);
+        self.matches(&question.flow(), &question.from, &question.to)
     }
 
     pub(crate) fn party(&self, name: &str, text: &str) -> Result<Example, Diagnostics> {

@@ -185,10 +185,16 @@ fn process(attribute: &Attribute, example: &mut Example, errors: &mut Diagnostic
     let facts = &mut example.process;
     match field {
         ProcessField::Exe => facts.exe = Fact::Known(text),
-        ProcessField::User => {
-            facts.uid = text.parse().unwrap_or(u32::MAX);
-            facts.user = text;
-        }
+        // A name and a number are one user.
+        ProcessField::User => match text.parse() {
+            Ok(uid) => {
+                facts.uid = uid;
+                if facts.user.is_empty() {
+                    facts.user = text;
+                }
+            }
+            Err(_) => facts.user = text,
+        },
         ProcessField::Group => facts.groups.push(text),
         ProcessField::Unit => facts.unit = Some(text),
         ProcessField::Cmdline => facts.cmdline = text,

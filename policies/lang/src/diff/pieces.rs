@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Atoms, Form, witness};
+use portcullis_types::Protocol;
+
+use super::{Atoms, ExampleOf, Form, usual_port, witness};
 use crate::{
     check::{Example, and, not},
     display,
@@ -111,6 +113,21 @@ impl Piece {
         ends.map(|to| Self { to, ..self.clone() }).collect()
     }
 
+    /// The box less what fulfils no condition of two formulas, as far as their conditions are joined by `&`.
+    pub(super) fn laid(mut self, from: &Form, to: &Form, atoms: &Atoms) -> Self {
+        self.from.lay(from, atoms);
+        self.to.lay(to, atoms);
+        self
+    }
+
+    /// A flow in the box, if it can be told that there is one.
+    pub(super) fn flow(&self, atoms: &Atoms) -> Option<ExampleOf> {
+        let Sat::Yes(from, to) = self.satisfiable(atoms) else { return None };
+        let first = usual_port(&self.service)?;
+        let protocol = Protocol(u8::try_from(first >> 16).ok()?);
+        Some(ExampleOf { from, to, protocol, port: u16::try_from(first & 0xffff).ok()? })
+    }
+
     /// Whether there is a flow in the box, and one such.
     pub(super) fn satisfiable(&self, atoms: &Atoms) -> Sat {
         if self.service.is_empty() {
@@ -149,6 +166,22 @@ impl End {
         }
         end.laid.push((atom, holds));
         end
+    }
+
+    /// Lays down conditions that are joined by `&`.
+    fn lay(&mut self, form: &Form, atoms: &Atoms) {
+        match form {
+            Form::And(list) => list.iter().for_each(|f| self.lay(f, atoms)),
+            Form::Atom(n) if self.atom(*n, atoms).is_none() => *self = self.with(*n, true, atoms),
+            Form::Not(inner) => {
+                if let Form::Atom(n) = **inner
+                    && self.atom(n, atoms).is_none()
+                {
+                    *self = self.with(n, false, atoms);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// Whether a formula holds for all parties of this end, none, or some (`None`).

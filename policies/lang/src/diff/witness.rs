@@ -10,7 +10,7 @@ use crate::{
     check::Example,
     facts::Fact,
     model::{Atom, CertificateField, ProcessField, merge},
-    pattern::{Pattern, Run},
+    pattern::{Pattern, Run, Scope},
     source::to_usize,
     view,
 };
@@ -147,7 +147,11 @@ fn process(wanted: &Wanted<'_>, example: &mut Example, work: &Cell<usize>) -> Re
     }
     let facts = &mut example.process;
     match wanted.sha256.0.as_slice() {
-        [] => {}
+        // Of so many hashes one is left.
+        [] => {
+            let other = (0..=u8::MAX).map(|n| [n; 32]).find(|hash| !wanted.sha256.1.contains(hash));
+            facts.sha256 = Fact::Known(other.ok_or(No::Idea)?);
+        }
         [first, rest @ ..] => {
             if rest.iter().any(|h| h != first) || wanted.sha256.1.contains(first) {
                 return Err(No::Text);
@@ -162,25 +166,20 @@ fn process(wanted: &Wanted<'_>, example: &mut Example, work: &Cell<usize>) -> Re
             list.map(|p| p.1).collect()
         };
         let (with, without) = (of(true), of(false));
-        let mut texts = match texts(&with, &without, field.is_many(), work) {
-            // A user is told by its number too: another way to fulfil both.
-            Err(No::Text) if field == F::User && with.iter().any(|p| view::number(p).is_some()) => {
-                return Err(No::Idea);
-            }
-            texts => texts?,
-        };
+        if field == F::User {
+            (facts.user, facts.uid) = user(&with, &without, work)?;
+            continue;
+        }
+        let mut texts = texts(&with, &without, field.is_many(), work)?;
         if texts.is_empty() && !without.is_empty() && !field.is_many() && field != F::Unit {
             // Every process has one of these, so it must be one that none of the others is.
-            let any = Pattern::exact_any(without.first().map_or(crate::pattern::Scope::Text, |p| p.scope));
+            let any = Pattern::exact_any(without.first().map_or(Scope::Text, |p| p.scope));
             texts = self::texts(&[&any], &without, false, work)?;
         }
         let first = texts.first().cloned();
         match field {
             F::Exe => facts.exe = Fact::Known(first.unwrap_or_else(|| "/usr/bin/example".to_owned())),
-            F::User => {
-                facts.user = first.unwrap_or_default();
-                facts.uid = facts.user.parse().unwrap_or(u32::MAX);
-            }
+            F::User => {}
             F::Group => facts.groups = texts,
             F::Unit => facts.unit = first,
             F::Cmdline => facts.cmdline = first.unwrap_or_default(),
@@ -188,6 +187,38 @@ fn process(wanted: &Wanted<'_>, example: &mut Example, work: &Cell<usize>) -> Re
         }
     }
     Ok(())
+}
+
+/// A user's name and number. A pattern that is a number is fulfilled by either.
+fn user(with: &[&Pattern], without: &[&Pattern], work: &Cell<usize>) -> Result<(String, u32), No> {
+    let name = |with: &[&Pattern]| match with {
+        [] if without.is_empty() => Ok(String::new()),
+        [] => text(&[&Pattern::exact_any(Scope::Text)], without, work),
+        with => text(with, without, work),
+    };
+    let mut failed = No::Text;
+    // With the name alone, where no number is asked for; else with one of the numbers, and the name for
+    // the rest.
+    let numbers: Vec<u32> = with.iter().filter_map(|p| view::number(p)).collect();
+    if numbers.is_empty() {
+        return Ok((name(with)?, u32::MAX));
+    }
+    for uid in numbers {
+        if without.iter().any(|p| view::number(p) == Some(uid)) {
+            // Two spellings of one number: a name could tell them apart.
+            failed = No::Idea;
+            continue;
+        }
+        let rest: Vec<&Pattern> = with.iter().copied().filter(|p| view::number(p) != Some(uid)).collect();
+        let alone = rest.is_empty().then(|| uid.to_string());
+        let alone = alone.filter(|text| !without.iter().any(|p| p.matches(text)));
+        match alone.map_or_else(|| name(&rest), Ok) {
+            Ok(name) => return Ok((name, uid)),
+            Err(No::Idea) => failed = No::Idea,
+            Err(No::Text) => {}
+        }
+    }
+    Err(failed)
 }
 
 /// Texts for the patterns that must match and those that must not: one for all, or, if there may be
