@@ -4,6 +4,7 @@ use std::{
     collections::VecDeque,
     fs::File,
     io::{self, IoSlice, IoSliceMut, Write},
+    net::IpAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -16,12 +17,10 @@ use nix::{
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
     },
 };
-use portcullis_wire::{
-    Addr,
-    keyd::{
-        CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Speech, Stranger,
-    },
+use portcullis_wire::keyd::{
+    CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Speech, Stranger,
 };
+use serde::Deserialize;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// How long an answer may take. A list of a million nets needs about a second.
@@ -40,7 +39,23 @@ pub struct Keyd {
     reports: VecDeque<Stranger>,
     news: Vec<News>,
     abilities: u32,
+    who: Option<Who>,
     broken: bool,
+}
+
+/// Who this host is in its trust domain.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
+pub struct Who {
+    /// Trust domain.
+    pub domain: String,
+    /// DNS name.
+    pub host: String,
+    /// Version of its enrolment.
+    pub ver: u64,
+    /// Groups it is in.
+    pub groups: Vec<String>,
+    /// Addresses in its certificates.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// What happened to a protected flow.
@@ -50,12 +65,12 @@ pub enum News {
     Shown {
         /// Number of the association.
         id: u64,
-        /// Low 32 bits of the reservation's number, if the peer opened it.
-        reservation: Option<u32>,
+        /// Low 32 bits of the front's number, if the peer opened it.
+        front: Option<u32>,
         /// Its addresses, as far as they are known.
         places: Places,
         /// Whom the certificate names: a JSON object with `id names addresses process ver groups exe
-        /// sha256 user unit serial issuer_serial fingerprint until cipher kex`. Empty for one that speaks plain,
+        /// sha256 user unit serial issuer_serial fingerprint key until cipher kex`. Empty for one that speaks plain,
         /// as it may at a mixed listener.
         peer: String,
     },
@@ -63,8 +78,8 @@ pub enum News {
     Arrived {
         /// Number of the association.
         id: u64,
-        /// Low 32 bits of the reservation's number.
-        reservation: u32,
+        /// Low 32 bits of the front's number.
+        front: u32,
         /// Its addresses.
         places: Places,
     },
@@ -83,6 +98,12 @@ pub enum News {
         errno: i32,
         /// How, in words.
         why: String,
+        /// What the peer showed, if that was not believed.
+        shown: Option<String>,
+        /// As in `Shown`.
+        front: Option<u32>,
+        /// Its addresses, as far as they are known.
+        places: Places,
         /// Bytes that went out and came in.
         carried: Over,
     },
@@ -91,21 +112,23 @@ pub enum News {
 impl News {
     fn read(kind: Kind, head: &Head, rest: &[u8]) -> Option<Self> {
         let id = head.tag;
+        let front = (head.count == 1).then_some(head.flags);
         match kind {
             Kind::Shown => {
                 let (places, peer) = Places::read_from_prefix(rest).ok()?;
-                let reservation = (head.count == 1).then_some(head.flags);
-                Some(Self::Shown { id, reservation, places, peer: String::from_utf8(peer.to_vec()).ok()? })
+                Some(Self::Shown { id, front, places, peer: String::from_utf8(peer.to_vec()).ok()? })
             }
             Kind::Arrived => {
-                let (reservation, places) = (head.flags, Places::read_from_bytes(rest).ok()?);
-                Some(Self::Arrived { id, reservation, places })
+                Some(Self::Arrived { id, front: head.flags, places: Places::read_from_bytes(rest).ok()? })
             }
             Kind::Associated => Some(Self::Associated { id, places: Places::read_from_bytes(rest).ok()? }),
             Kind::Over => {
-                let (carried, why) = Over::read_from_prefix(rest).ok()?;
-                let why = String::from_utf8_lossy(why).into_owned();
-                Some(Self::Over { id, errno: head.errno, why, carried })
+                let (carried, rest) = Over::read_from_prefix(rest).ok()?;
+                let (places, text) = Places::read_from_prefix(rest).ok()?;
+                let text = String::from_utf8_lossy(text);
+                let mut lines = text.splitn(2, '\n').map(str::to_owned);
+                let (why, shown) = (lines.next().unwrap_or_default(), lines.next());
+                Some(Self::Over { id, errno: head.errno, why, shown, front, places, carried })
             }
             _ => None,
         }
@@ -165,11 +188,19 @@ impl Keyd {
     /// # Errors
     /// What the socket says; `BrokenPipe` or `TimedOut` if nobody answers.
     pub fn new(socket: OwnedFd, keepsake: &mut Keepsake) -> io::Result<Self> {
-        let mut it =
-            Self { socket, seq: 0, reports: VecDeque::new(), news: Vec::new(), abilities: 0, broken: false };
+        let mut it = Self {
+            socket,
+            seq: 0,
+            reports: VecDeque::new(),
+            news: Vec::new(),
+            abilities: 0,
+            who: None,
+            broken: false,
+        };
         let kept: Vec<_> = keepsake.0.iter().map(AsFd::as_fd).collect();
-        let (head, descriptors) = it.ask(Head::new(Kind::Hello, 0), &[], &kept)?;
+        let Answer { head, rest, descriptors } = it.asked(Head::new(Kind::Hello, 0), &[], &kept)?;
         it.abilities = head.flags;
+        it.who = serde_json::from_slice(&rest).ok().filter(|_| head.flags & Head::PROTECTS != 0);
         if !descriptors.is_empty() {
             keepsake.0 = descriptors;
         }
@@ -373,12 +404,12 @@ impl Keyd {
 }
 
 /// Protected flows.
-#[expect(dead_code, reason = "the broker does not ask for protected flows yet")]
+#[allow(dead_code, reason = "the broker does not ask for them yet")]
 impl Keyd {
-    /// Whether flows can be protected: the host has keys.
+    /// Who this host is. `None`: it has no keys, and flows cannot be protected.
     #[must_use]
-    pub const fn protects(&self) -> bool {
-        self.abilities & Head::PROTECTS != 0
+    pub const fn who(&self) -> Option<&Who> {
+        self.who.as_ref()
     }
 
     /// Begins a protected flow for a program's socket. `process` is a JSON object with
@@ -389,36 +420,10 @@ impl Keyd {
     /// `EXDEV` for a socket in another network namespace than the key daemon's, `EPROTONOSUPPORT` for one that
     /// is not TCP (MPTCP is not), or what connect(2) says at once.
     pub fn open(&mut self, socket: BorrowedFd<'_>, ask: &Open, process: &str) -> io::Result<(u64, Places)> {
-        self.placed(Kind::Open, socket, &[ask.as_bytes(), process.as_bytes()].concat())
-    }
-
-    /// Takes a local address for a program whose flows will be protected. Returns the reservation's number,
-    /// in `inner_local` what the program's bind(2) must use instead, and in `local` what it got.
-    ///
-    /// # Errors
-    /// bind(2)'s; `EXDEV` as for [`Self::open`].
-    pub fn reserve(&mut self, socket: BorrowedFd<'_>, local: Addr) -> io::Result<(u64, Places)> {
-        let ask = Open { local, ..Open::new_zeroed() };
-        self.placed(Kind::Reserve, socket, ask.as_bytes())
-    }
-
-    /// Takes the place of a listener that a program was started with, for a process as in [`Self::open`]. Returns
-    /// what [`Self::reserve`] does, and the listener that the program must use instead.
-    ///
-    /// # Errors
-    /// `EINVAL` if it does not listen; else as for [`Self::open`].
-    pub fn adopt(
-        &mut self,
-        listener: BorrowedFd<'_>,
-        process: &str,
-        mixed: bool,
-    ) -> io::Result<(u64, Places, OwnedFd)> {
-        let flags = if mixed { Head::MIXED } else { 0 };
-        let head = Head { flags, ..Head::new(Kind::Adopt, 0) };
-        let Answer { head, rest, mut descriptors } = self.asked(head, process.as_bytes(), &[listener])?;
+        let body = [ask.as_bytes(), process.as_bytes()].concat();
+        let Answer { head, rest, .. } = self.asked(Head::new(Kind::Open, 0), &body, &[socket])?;
         let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
-        let new = descriptors.pop().ok_or(io::ErrorKind::InvalidData)?;
-        Ok((head.tag, places, new))
+        Ok((head.tag, places))
     }
 
     /// Says what a peer that has arrived may speak.
@@ -430,16 +435,26 @@ impl Keyd {
         self.ask(Head { tag: id, count, ..Head::new(Kind::Speak, 0) }, &[], &[]).map(drop)
     }
 
-    /// Listens for real at a reservation, for a process as in [`Self::open`].
+    /// Stands before a program's listener for a process as in [`Self::open`], except for those whom the
+    /// listener's filter lets through. `mixed`: they are reported when they have arrived, and may be let to speak
+    /// plain. Returns the front's number.
     ///
     /// # Errors
-    /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
-    pub fn serve(&mut self, id: u64, socket: BorrowedFd<'_>, backlog: u32, process: &str) -> io::Result<()> {
-        let head = Head { tag: id, count: backlog, ..Head::new(Kind::Serve, 0) };
-        self.ask(head, process.as_bytes(), &[socket]).map(drop)
+    /// As for [`Self::open`]; `EOPNOTSUPP` for a socket that is bound to an interface.
+    pub fn serve(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        filter: &Filter,
+        backlog: u32,
+        process: &str,
+        mixed: bool,
+    ) -> io::Result<u64> {
+        let flags = if mixed { Head::MIXED } else { 0 };
+        let head = Head { count: backlog, flags, ..Head::new(Kind::Serve, 0) };
+        self.ask(head, process.as_bytes(), &[socket, filter.0.as_fd()]).map(|(head, _)| head.tag)
     }
 
-    /// Gives up a reservation; the end of its socket does the same.
+    /// Gives up a front; the end of its sockets does the same.
     ///
     /// # Errors
     /// `BrokenPipe` and the like.
@@ -471,12 +486,6 @@ impl Keyd {
     /// `EBADMSG` if the trust domain's root did not sign it.
     pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
         self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
-    }
-
-    fn placed(&mut self, kind: Kind, socket: BorrowedFd<'_>, body: &[u8]) -> io::Result<(u64, Places)> {
-        let Answer { head, rest, .. } = self.asked(Head::new(kind, 0), body, &[socket])?;
-        let places = Places::read_from_bytes(&rest).map_err(|_| io::ErrorKind::InvalidData)?;
-        Ok((head.tag, places))
     }
 
     /// Takes the news of protected flows that have arrived; never waits.
@@ -553,13 +562,15 @@ mod tests {
 
     #[test]
     fn news_of_flows_are_read_whole_and_kept_apart() {
-        let places = Places { local: Addr::v4([192, 0, 2, 1].into(), 21), ..Places::default() };
+        let places =
+            Places { local: portcullis_wire::Addr::v4([192, 0, 2, 1].into(), 21), ..Places::default() };
         let mut keyd = greeted(move |socket| {
             let shown = Head { tag: 3, count: 1, flags: 9, ..Head::new(Kind::Shown, 0) };
             tell(&socket, &[shown.as_bytes(), places.as_bytes(), b"{}"]);
             tell(&socket, &[Head { tag: 3, ..Head::new(Kind::Associated, 0) }.as_bytes(), places.as_bytes()]);
             let over = Head { tag: 3, errno: 5, ..Head::new(Kind::Over, 0) };
-            tell(&socket, &[over.as_bytes(), Over { sent: 1, received: 2 }.as_bytes(), b"why"]);
+            let carried = Over { sent: 1, received: 2 };
+            tell(&socket, &[over.as_bytes(), carried.as_bytes(), places.as_bytes(), b"why\nwho"]);
             let asked = take(&socket);
             tell(&socket, &[Head { errno: libc::ENOENT, ..asked }.as_bytes()]);
         });
@@ -568,9 +579,17 @@ mod tests {
         assert_eq!(
             keyd.news().unwrap(),
             [
-                News::Shown { id, reservation: Some(9), places, peer: "{}".to_owned() },
+                News::Shown { id, front: Some(9), places, peer: "{}".to_owned() },
                 News::Associated { id, places },
-                News::Over { id, errno: 5, why: "why".to_owned(), carried },
+                News::Over {
+                    id,
+                    errno: 5,
+                    why: "why".to_owned(),
+                    shown: Some("who".to_owned()),
+                    front: None,
+                    places,
+                    carried
+                },
             ]
         );
         assert!(keyd.reports().is_err(), "it has ended since");

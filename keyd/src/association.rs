@@ -2,8 +2,8 @@
 //!
 //! Outbound: the program is sent to a token; meanwhile the far side is reached and proves itself; the
 //! broker, told whom it is, admits it; only then is the program's connect(2) answered. Inbound: the peer
-//! proves itself first, the broker admits it, and then it is delivered to the program's listener, which
-//! is on a token. So no program ever waits for a slow peer in accept(2), and none gets a byte from a
+//! proves itself first, to a front that stands before the program's listener ([`crate::steer`]), the broker
+//! admits it, and then it is delivered to the listener. So no program ever waits for a slow peer in accept(2), and none gets a byte from a
 //! peer that was not admitted.
 
 mod inbound;
@@ -14,6 +14,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -32,12 +33,13 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::{
     diag::{Deaths, Diag},
-    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity, Verifier},
+    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity, Verifier, describe},
     packet::Syn,
     sock,
+    steer::Steer,
     token::{Raw, Token, Tokens},
 };
-use inbound::Reservation;
+use inbound::Front;
 
 /// Threads of the relay.
 const THREADS: usize = 2;
@@ -62,6 +64,22 @@ struct Named {
     user: String,
     #[serde(default)]
     unit: Option<String>,
+    /// Each association gets a key of its own.
+    #[serde(default)]
+    related: bool,
+    /// The key is that association's.
+    #[serde(default)]
+    of: Option<u64>,
+}
+
+/// Who this host is, as the broker is told.
+#[derive(Serialize)]
+struct Who<'a> {
+    domain: &'a str,
+    host: &'a str,
+    ver: u64,
+    groups: &'a [String],
+    addresses: &'a [std::net::IpAddr],
 }
 
 /// A peer as the broker is told of it.
@@ -78,6 +96,7 @@ struct Told<'a> {
     serial: &'a str,
     issuer_serial: &'a str,
     fingerprint: &'a str,
+    key: &'a str,
     until: i64,
     cipher: &'a str,
     kex: &'a str,
@@ -90,7 +109,7 @@ enum Direction {
         syn: Option<Syn>,
     },
     Inbound {
-        reservation: u64,
+        front: u64,
         /// The peer's socket, until the broker says what may be spoken there.
         arrived: Option<OwnedFd>,
     },
@@ -107,6 +126,8 @@ struct Association {
     direction: Direction,
     places: Places,
     seen: Seen,
+    /// What we have shown. Its key stands for a session, if no other association has it.
+    identity: Option<ProcessIdentity>,
     /// The peer speaks plain, as it may here.
     plain: bool,
     admitted: bool,
@@ -120,14 +141,20 @@ impl Association {
     fn new(flow: Id, direction: Direction, places: Places, seen: Seen, patience: Duration) -> Self {
         let until = Instant::now() + patience + LAST_STEP;
         let (plain, admitted, joining, running) = (false, false, None, false);
-        Self { flow, direction, places, seen, plain, admitted, joining, running, until }
+        Self { flow, direction, places, seen, identity: None, plain, admitted, joining, running, until }
     }
 
-    const fn reservation(&self) -> Option<u64> {
+    const fn front(&self) -> Option<u64> {
         match self.direction {
-            Direction::Inbound { reservation, .. } => Some(reservation),
+            Direction::Inbound { front, .. } => Some(front),
             Direction::Outbound { .. } => None,
         }
+    }
+
+    /// Writes into a report whether the peer opened it, and where.
+    fn name(&self, head: Head) -> Head {
+        let Some(front) = self.front() else { return head };
+        Head { count: 1, flags: u32::try_from(front & u64::from(u32::MAX)).unwrap_or(0), ..head }
     }
 
     fn deadline(&self) -> Instant {
@@ -135,7 +162,7 @@ impl Association {
     }
 }
 
-/// The number of an association or a reservation, and its addresses.
+/// The number of an association or a front, and its addresses.
 pub type Placed = (u64, Places);
 
 /// A report to the broker: its beginning, and what follows.
@@ -147,6 +174,7 @@ pub struct Associations {
     /// What `host` makes of its members; a copy serves each handshake.
     verifier: Verifier,
     tokens: Tokens,
+    steer: Steer,
     deaths: Option<Deaths>,
     engine: Engine,
     last: u64,
@@ -158,7 +186,7 @@ pub struct Associations {
     /// Those of them that wait until the program's accept(2) makes room.
     queued: HashSet<u64>,
     by_token: HashMap<SocketAddr, u64>,
-    reservations: HashMap<u64, Reservation>,
+    fronts: HashMap<u64, Front>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
     reports: Vec<Report>,
 }
@@ -194,7 +222,7 @@ fn fits(program: BorrowedFd<'_>, diag: &Diag) -> io::Result<()> {
 
 impl Associations {
     /// Begins to serve with a host's keys. Must run as the daemon's own user.
-    pub fn new(host: Host, raw: Raw) -> io::Result<Self> {
+    pub fn new(host: Host, raw: Raw, steer: Steer) -> io::Result<Self> {
         let limits = Limits {
             threads: THREADS,
             // Whoever only holds a place is displaced before there are no places left.
@@ -207,8 +235,9 @@ impl Associations {
         let engine = Engine::start(limits)?;
         Ok(Self {
             verifier: host.verifier().map_err(io::Error::other)?,
+            tokens: Tokens::new(raw, host.mark())?,
+            steer,
             host,
-            tokens: Tokens::new(raw)?,
             deaths: None,
             engine,
             last: 0,
@@ -217,7 +246,7 @@ impl Associations {
             arriving: 0,
             queued: HashSet::new(),
             by_token: HashMap::new(),
-            reservations: HashMap::new(),
+            fronts: HashMap::new(),
             minted: HashMap::new(),
             reports: Vec::new(),
         })
@@ -232,7 +261,7 @@ impl Associations {
             read(deaths.as_fd());
         }
         if self.arriving < MOST_PENDING {
-            self.reservations.values().filter(|one| one.serving()).for_each(|one| read(one.as_fd()));
+            self.fronts.values().for_each(|one| read(one.as_fd()));
         }
         let joining = self.waiting().filter_map(|(_, one)| one.joining.as_ref());
         fds.extend(joining.map(|one| PollFd::new(one.socket.as_fd(), PollFlags::POLLOUT)));
@@ -250,13 +279,13 @@ impl Associations {
 
     fn insert(&mut self, id: u64, one: Association) {
         self.pending.insert(id);
-        self.arriving += usize::from(one.reservation().is_some());
+        self.arriving += usize::from(one.front().is_some());
         self.all.insert(id, one);
     }
 
     /// It runs, or is over.
-    fn settle(&mut self, id: u64, reservation: Option<u64>) {
-        if self.pending.remove(&id) && reservation.is_some() {
+    fn settle(&mut self, id: u64, front: Option<u64>) {
+        if self.pending.remove(&id) && front.is_some() {
             self.arriving = self.arriving.saturating_sub(1);
         }
         self.queued.remove(&id);
@@ -283,8 +312,8 @@ impl Associations {
         self.accept(diag);
         let queued: Vec<_> = self.queued.iter().copied().collect();
         for id in queued {
-            if let Some(reservation) = self.all.get(&id).and_then(Association::reservation) {
-                self.deliver(id, reservation, diag);
+            if let Some(front) = self.all.get(&id).and_then(Association::front) {
+                self.deliver(id, front, diag);
             }
         }
         self.join(diag);
@@ -294,6 +323,24 @@ impl Associations {
     /// What the broker is to be told.
     pub fn reports(&mut self) -> Vec<Report> {
         std::mem::take(&mut self.reports)
+    }
+
+    /// What the kernel marks our packets with.
+    pub fn mark(&self) -> u32 {
+        self.tokens.mark()
+    }
+
+    /// Who this host is, as a JSON object.
+    pub fn who(&self) -> Vec<u8> {
+        let facts = self.host.facts();
+        let who = Who {
+            domain: self.host.domain().as_str(),
+            host: facts.host.as_str(),
+            ver: facts.ver,
+            groups: &facts.groups,
+            addresses: self.host.addresses(),
+        };
+        serde_json::to_vec(&who).unwrap_or_default()
     }
 
     fn next_id(&mut self) -> u64 {
@@ -309,9 +356,18 @@ impl Associations {
         {
             return Ok(one.clone());
         }
-        let Named { name, exe, sha256, user, unit } = serde_json::from_slice(json)?;
+        let Named { name, exe, sha256, user, unit, related, of } = serde_json::from_slice(json)?;
         let facts = ProcessFacts { exe, sha256, user, unit };
-        let made = self.host.mint(&name, &facts, Validity::process(now)).map_err(io::Error::other)?;
+        let validity = Validity::process(now);
+        if let Some(of) = of {
+            let session = self.all.get(&of).and_then(|one| one.identity.as_ref()).ok_or(Errno::ENOENT)?;
+            let key = Arc::clone(&session.key);
+            return self.host.mint_under(key, &name, &facts, validity).map_err(io::Error::other);
+        }
+        let made = self.host.mint(&name, &facts, validity).map_err(io::Error::other)?;
+        if related {
+            return Ok(made);
+        }
         if self.minted.len() >= MOST_MINTED {
             self.minted.retain(|_, one| now < i64::midpoint(one.validity.from, one.validity.until));
         }
@@ -324,7 +380,7 @@ impl Associations {
     fn take_event(&mut self, event: Event) {
         match event {
             Event::Ready { id, tls } => self.shown(id.get(), tls.as_ref()),
-            Event::Failed { id, failure, .. } => {
+            Event::Failed { id, failure, shown } => {
                 if let Failure::Connect(libc::ETIMEDOUT) = failure
                     && let Some(Association { direction: Direction::Outbound { syn, .. }, .. }) =
                         self.all.get_mut(&id.get())
@@ -340,7 +396,10 @@ impl Associations {
                 // The verifier's own words are better than what rustls makes of them.
                 let refusal =
                     self.all.get(&id.get()).and_then(|one| one.seen.verdict()?.as_ref().err().cloned());
-                let why = refusal.map_or_else(|| failure.to_string(), |refusal| refusal.to_string());
+                let mut why = refusal.map_or_else(|| failure.to_string(), |refusal| refusal.to_string());
+                if let Some(leaf) = shown.first() {
+                    why = format!("{why}\n{}", describe(leaf));
+                }
                 self.over(id.get(), errno, &why, (0, 0));
             }
             Event::Closed { id, ending, bytes_in, bytes_out, .. } => {
@@ -367,8 +426,18 @@ impl Associations {
         let (Some(Ok(peer)), Some(Established { cipher, kex, .. })) = (one.seen.verdict(), tls) else {
             return self.stop(id, libc::EACCES, "the peer showed no certificate");
         };
-        let Peer { id: spiffe, host, process, names, addresses, serial, issuer_serial, fingerprint, until } =
-            peer;
+        let Peer {
+            id: spiffe,
+            host,
+            process,
+            names,
+            addresses,
+            serial,
+            issuer_serial,
+            fingerprint,
+            key,
+            until,
+        } = peer;
         let told = Told {
             id: spiffe.to_string(),
             names,
@@ -380,6 +449,7 @@ impl Associations {
             serial,
             issuer_serial,
             fingerprint,
+            key,
             until: *until,
             cipher,
             kex,
@@ -391,11 +461,7 @@ impl Associations {
     /// Reports an association to the broker: its addresses, and what follows them.
     fn tell(&mut self, id: u64, kind: Kind, what: &[u8]) {
         let Some(one) = self.all.get(&id) else { return };
-        let mut head = Head { tag: id, ..Head::new(kind, 0) };
-        if let Some(reservation) = one.reservation().filter(|_| kind != Kind::Associated) {
-            head.count = 1;
-            head.flags = u32::try_from(reservation & u64::from(u32::MAX)).unwrap_or(0);
-        }
+        let head = one.name(Head { tag: id, ..Head::new(kind, 0) });
         self.reports.push((head, [one.places.as_bytes(), what].concat()));
     }
 
@@ -409,9 +475,9 @@ impl Associations {
             return Err(Errno::EALREADY.into());
         }
         one.admitted = true;
-        match one.reservation() {
+        match one.front() {
             None => self.open_held(id),
-            Some(reservation) => self.deliver(id, reservation, diag),
+            Some(front) => self.deliver(id, front, diag),
         }
         Ok(())
     }
@@ -458,7 +524,7 @@ impl Associations {
     /// Forgets an association, answers its program if that still waits, and tells the broker.
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
-        self.settle(id, one.reservation());
+        self.settle(id, one.front());
         if let Direction::Outbound { token, syn, .. } = &one.direction {
             self.by_token.remove(&token.at);
             if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
@@ -466,8 +532,9 @@ impl Associations {
                 let _ = self.tokens.fail(syn, errno);
             }
         }
-        let head = Head { tag: id, errno, ..Head::new(Kind::Over, 0) };
+        let head = one.name(Head { tag: id, errno, ..Head::new(Kind::Over, 0) });
         let mut body = Over { sent, received }.as_bytes().to_vec();
+        body.extend(one.places.as_bytes());
         body.extend(why.as_bytes());
         self.reports.push((head, body));
     }
@@ -492,8 +559,8 @@ impl Associations {
         let Some(one) = self.all.get(&id) else { return false };
         let (cookie, local, remote) = match &one.direction {
             Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
-            Direction::Inbound { reservation, .. } => {
-                return self.reservations.get(reservation).is_some_and(|place| place.room(diag).is_some());
+            Direction::Inbound { front, .. } => {
+                return self.fronts.get(front).is_some_and(|place| place.room(diag).is_some());
             }
         };
         let as_v4 = |addr: Addr| addr.socket_addr().map_or(addr, Addr::from);
@@ -510,8 +577,8 @@ impl Associations {
             self.by_token.remove(&token.at);
         }
         self.engine.splice(one.flow, socket);
-        let reservation = one.reservation();
-        self.settle(id, reservation);
+        let front = one.front();
+        self.settle(id, front);
         self.tell(id, Kind::Associated, &[]);
     }
 
@@ -525,12 +592,8 @@ impl Associations {
 
     /// Gives up what dead sockets had.
     fn bury(&mut self, dead: &[u64]) {
-        let gone: Vec<_> = self
-            .reservations
-            .iter()
-            .filter(|(_, one)| dead.contains(&one.cookie()))
-            .map(|(id, _)| *id)
-            .collect();
+        let gone: Vec<_> =
+            self.fronts.iter_mut().filter_map(|(id, one)| one.bury(dead).then_some(*id)).collect();
         for id in gone {
             self.release(id);
         }

@@ -19,12 +19,16 @@ const MAP_DELETE: libc::c_int = 3;
 const MAP_NEXT_KEY: libc::c_int = 4;
 const PROG_LOAD: libc::c_int = 5;
 const INFO_BY_FD: libc::c_int = 15;
+const LINK_CREATE: libc::c_int = 28;
 
-/// Commands of bpf(2) that this file uses; the sandbox lets no other through.
+/// Commands of bpf(2) that this file uses once the daemon serves; the sandbox lets no other through.
 pub const COMMANDS: [libc::c_int; 7] =
     [MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY, PROG_LOAD, INFO_BY_FD];
 
 const PROG_TYPE_SOCKET_FILTER: u32 = 1;
+const PROG_TYPE_SK_LOOKUP: u32 = 30;
+/// `BPF_SK_LOOKUP` of `bpf_attach_type`.
+const ATTACH_SK_LOOKUP: u32 = 36;
 const FLAG_NO_PREALLOC: u32 = 1;
 
 /// What a map is (linux/bpf.h, bpf_map_type), with sizes in bytes.
@@ -50,6 +54,14 @@ impl Shape {
     /// Longest prefix match; the key begins with 32 bits of prefix length.
     pub const fn prefixes(key: u32, value: u32, entries: u32) -> Self {
         Self { kind: 11, key, value, entries, flags: FLAG_NO_PREALLOC }
+    }
+    /// Sockets, by a key of any kind; a value is a descriptor, 64 bits wide.
+    pub const fn sockets(key: u32, entries: u32) -> Self {
+        Self { kind: 18, key, value: 8, entries, flags: 0 }
+    }
+    /// Maps, by a key of any kind; a value is a descriptor, 32 bits wide.
+    const fn maps(key: u32, entries: u32) -> Self {
+        Self { kind: 13, key, value: 4, entries, flags: 0 }
     }
     /// A ring of `bytes`, a power of two and multiple of the page size.
     pub const fn ring(bytes: u32) -> Self {
@@ -96,6 +108,18 @@ impl Map {
     /// Makes an empty map.
     pub fn new(shape: Shape) -> io::Result<Self> {
         let mut attributes = shape;
+        Ok(Self { fd: owned(bpf(MAP_CREATE, &mut attributes)?)?, shape })
+    }
+
+    /// Makes an empty map of maps that are like `inner`.
+    pub fn of_maps(key: u32, entries: u32, inner: &Self) -> io::Result<Self> {
+        #[repr(C)]
+        struct Attributes {
+            shape: Shape,
+            inner: u32,
+        }
+        let shape = Shape::maps(key, entries);
+        let mut attributes = Attributes { shape, inner: number(inner.as_fd()) };
         Ok(Self { fd: owned(bpf(MAP_CREATE, &mut attributes)?)?, shape })
     }
 
@@ -194,6 +218,26 @@ impl From<Map> for OwnedFd {
 
 /// Loads a socket filter; the kernel verifies it.
 pub fn load_filter(code: &[[u8; 8]]) -> io::Result<OwnedFd> {
+    load(PROG_TYPE_SOCKET_FILTER, 0, code)
+}
+
+/// Has a program choose the listener of every TCP connection that comes to a network namespace (bpf-helpers(7),
+/// `bpf_sk_assign`), for as long as what is returned stays open. Needs CAP_NET_ADMIN and CAP_BPF.
+pub fn choose_listeners(code: &[[u8; 8]], namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        kind: u32,
+        flags: u32,
+    }
+    let program = load(PROG_TYPE_SK_LOOKUP, ATTACH_SK_LOOKUP, code)?;
+    let (program, target) = (number(program.as_fd()), number(namespace));
+    let mut attributes = Attributes { program, target, kind: ATTACH_SK_LOOKUP, flags: 0 };
+    owned(bpf(LINK_CREATE, &mut attributes)?)
+}
+
+fn load(kind: u32, attach: u32, code: &[[u8; 8]]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attributes {
         kind: u32,
@@ -206,9 +250,11 @@ pub fn load_filter(code: &[[u8; 8]]) -> io::Result<OwnedFd> {
         kernel: u32,
         flags: u32,
         name: [u8; 16],
+        interface: u32,
+        attach: u32,
     }
     let mut attributes = Attributes {
-        kind: PROG_TYPE_SOCKET_FILTER,
+        kind,
         count: u32::try_from(code.len()).unwrap_or(u32::MAX),
         code: code.as_ptr().addr() as u64,
         license: c"MIT".as_ptr().addr() as u64,
@@ -218,6 +264,8 @@ pub fn load_filter(code: &[[u8; 8]]) -> io::Result<OwnedFd> {
         kernel: 0,
         flags: 0,
         name: *b"portcullis\0\0\0\0\0\0",
+        interface: 0,
+        attach,
     };
     owned(bpf(PROG_LOAD, &mut attributes)?)
 }

@@ -26,10 +26,10 @@ use crate::{
 const RING: u32 = 64 * 1024;
 /// Prefix length (family included), family, address.
 type Key = [u8; 24];
-const KEY: Shape = Shape::prefixes(24, 16, MAX_ENTRIES);
+pub const KEY: Shape = Shape::prefixes(24, 16, MAX_ENTRIES);
 /// Four ranges of source ports, each `low << 16 | high`.
 type Ranges = [u32; 4];
-const NO_RANGE: u32 = 1 << 16;
+pub const NO_RANGE: u32 = 1 << 16;
 const MAX_ENTRIES: u32 = 1 << 20;
 const _: () = assert!(MAX_ENTRIES as usize == MOST_NETS);
 
@@ -153,8 +153,14 @@ impl AsFd for Watch {
 }
 
 /// Puts a locked filter on a TCP or UDP socket, listening already or not, in any network namespace.
-/// Returns the descriptor that [`refill`] needs.
-pub fn attach(watch: &Watch, socket: BorrowedFd<'_>, tag: u64, nets: &[Net]) -> Result<OwnedFd, FilterError> {
+/// What the key daemon itself sends, with `mark`, passes. Returns the descriptor that [`refill`] needs.
+pub fn attach(
+    watch: &Watch,
+    socket: BorrowedFd<'_>,
+    tag: u64,
+    nets: &[Net],
+    mark: u32,
+) -> Result<OwnedFd, FilterError> {
     let entries = entries(nets)?;
     let protocol = crate::sock::protocol(socket)?;
     let is_tcp = match protocol {
@@ -166,7 +172,7 @@ pub fn attach(watch: &Watch, socket: BorrowedFd<'_>, tag: u64, nets: &[Net]) -> 
     fill(&map, &entries)?;
     let [ring, rate, seen] = watch.keep().map(|fd| fd.as_raw_fd());
     let maps = Maps { nets: map.as_fd().as_raw_fd(), ring, rate, seen };
-    let code = program(&maps, tag, is_tcp)?;
+    let code = program(&maps, tag, is_tcp, if is_tcp { mark } else { 0 })?;
     let loaded = load_filter(&code)?;
     crate::sock::attach_and_lock(socket, loaded.as_fd())?;
     Ok(map.into())

@@ -10,6 +10,7 @@
 //! - `filter`, `program`, `asm`, `bpf`: who reaches a socket (docs/adr/0007-kernel-filters.md).
 //! - `cut`, `diag`: ending flows.
 //! - [`identity`]: the trust domain, process certificates, who is believed.
+//! - `steer`: which connections to a program's port are the key daemon's (docs/adr/0008-protected-listeners.md).
 //! - `association`, `token`, `packet`: protected flows, whose bytes `portcullis_relay` carries.
 
 mod asm;
@@ -26,6 +27,7 @@ mod program;
 mod sandbox;
 mod server;
 mod sock;
+mod steer;
 mod token;
 
 pub use error::KeydError;

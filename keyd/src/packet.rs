@@ -10,8 +10,6 @@ pub const NET: u32 = 0x7f40_0000;
 pub const MASK: u32 = 0xffc0_0000;
 /// Port of IPv4 tokens that stand for a far side. Above the ephemeral ports (ip(7), ip_local_port_range).
 pub const FAR_PORT: u16 = 61000;
-/// Port of tokens that stand for a listener's own address.
-pub const NEAR_PORT: u16 = 61001;
 /// IPv6 has one loopback address, so its tokens differ by port: this one and those above.
 pub const FIRST_SIX: u16 = 61002;
 
@@ -73,20 +71,6 @@ pub fn syns_six() -> [sock_filter; 15] {
         op(0x15, 1, 0, 0x02),             // jeq SYN
         op(0x06, 0, 0, 0),                // drop
         op(0x06, 0, 0, 64),               // pass
-    ]
-}
-
-/// Classic BPF for a listener on a token: a SYN needs the mark of the key daemon; what follows passes.
-pub fn marked(mark: u32) -> [sock_filter; 7] {
-    const MARK: u32 = 0xffff_f000_u32.wrapping_add(20); // linux/filter.h, SKF_AD_OFF + SKF_AD_MARK
-    [
-        op(0x30, 0, 0, 13),       // ldb [13]: flags of the TCP header, which is at 0
-        op(0x54, 0, 0, 0x12),     // and SYN|ACK
-        op(0x15, 0, 2, 0x02),     // jeq SYN, else pass
-        op(0x20, 0, 0, MARK),     // ld mark
-        op(0x15, 0, 1, mark),     // jeq, else drop
-        op(0x06, 0, 0, u32::MAX), // pass
-        op(0x06, 0, 0, 0),        // drop
     ]
 }
 

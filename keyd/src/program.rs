@@ -22,8 +22,8 @@ pub struct Maps {
 pub const EVENT_SIZE: usize = 64;
 
 /// The filter. It sees an IP packet whose transport header is at offset 0 and returns how much of
-/// it the socket gets: all or nothing.
-pub fn program(maps: &Maps, tag: u64, is_tcp: bool) -> Result<Vec<[u8; 8]>, JumpError> {
+/// it the socket gets: all or nothing. What has `mark`, if it is not 0, passes: it is the key daemon's own.
+pub fn program(maps: &Maps, tag: u64, is_tcp: bool, mark: u32) -> Result<Vec<[u8; 8]>, JumpError> {
     use Width::{B, D, W};
     // Helpers (linux/bpf.h, bpf_func_id).
     const LOOK_UP: i32 = 1;
@@ -33,6 +33,7 @@ pub fn program(maps: &Maps, tag: u64, is_tcp: bool) -> Result<Vec<[u8; 8]>, Jump
     const LOAD_RELATIVE: i32 = 68;
     const RING_OUTPUT: i32 = 130;
     const FROM_IP_HEADER: i32 = 1; // BPF_HDR_START_NET
+    const CTX_MARK: i16 = 8;
     const CTX_PROTOCOL: i16 = 16; // struct __sk_buff: EtherType in network byte order
     const IPV4: i32 = 0x0800_u16.to_be() as i32;
     const IPV6: i32 = 0x86dd_u16.to_be() as i32;
@@ -56,6 +57,12 @@ pub fn program(maps: &Maps, tag: u64, is_tcp: bool) -> Result<Vec<[u8; 8]>, Jump
         std::array::from_fn(|_| asm.label());
 
     asm.copy(r6, r1);
+    if mark != 0 {
+        asm.load(W, r1, r6, CTX_MARK);
+        asm.set64(r2, mark.into());
+        asm.sub(r1, r2);
+        asm.jump_if(If::Equal, r1, 0, pass);
+    }
     for word in 0..12 {
         asm.store_imm(D, fp, SCRATCH + 8 * word, 0);
     }

@@ -21,7 +21,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use portcullis_wire::keyd::{
-    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Places, Speech, Stage, Stranger, permitted,
+    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Speech, Stage, Stranger, permitted,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -33,6 +33,7 @@ use crate::{
     filter::{self, FilterError, Watch},
     identity::Host,
     privileges, sandbox,
+    steer::Steer,
     token::Raw,
 };
 
@@ -77,11 +78,15 @@ fn prepare(state: Option<PathBuf>) -> Result<(Option<Diag>, Option<Associations>
     // A host that is not enrolled has no keys and protects nothing; keys that lie open are an error.
     let enrolled = state.filter(|state| state.join("host.crt").exists());
     let host = enrolled.as_deref().map(Host::load).transpose()?;
-    let raw = host.is_some().then(Raw::new).transpose().map_err(KeydError::Tokens)?;
+    let steer = || {
+        let namespace = File::open("/proc/thread-self/ns/net")?;
+        Ok((Raw::new()?, Steer::new(namespace.as_fd())?))
+    };
+    let kernel = host.is_some().then(steer).transpose().map_err(KeydError::Tokens)?;
     privileges::drop()?;
     sandbox::enter()?;
-    let keys = host.zip(raw);
-    let associations = keys.map(|(host, raw)| Associations::new(host, raw)).transpose();
+    let keys = host.zip(kernel);
+    let associations = keys.map(|(host, (raw, steer))| Associations::new(host, raw, steer)).transpose();
     Ok((diag, associations.map_err(KeydError::Tokens)?))
 }
 
@@ -103,7 +108,8 @@ struct Answer {
     keep: bool,
     /// Replaces the request's `tag`.
     tag: Option<u64>,
-    places: Option<Places>,
+    /// What follows the `Head`.
+    body: Vec<u8>,
 }
 
 impl Answer {
@@ -175,8 +181,7 @@ impl Server<'_> {
         let kept = self.watch.as_ref().filter(|_| answer.keep).map(Watch::keep);
         let descriptors: Vec<_> =
             answer.descriptor.iter().map(AsFd::as_fd).chain(kept.into_iter().flatten()).collect();
-        let places = answer.places.as_ref().map_or(&[][..], IntoBytes::as_bytes);
-        send(self.broker.as_fd(), &[reply.as_bytes(), places], &descriptors)?;
+        send(self.broker.as_fd(), &[reply.as_bytes(), &answer.body], &descriptors)?;
         Ok(true)
     }
 
@@ -202,7 +207,8 @@ impl Server<'_> {
                 let filters = if self.watch.is_some() { Head::FILTERS } else { 0 };
                 let destroys = if self.can_destroy() { Head::DESTROYS } else { 0 };
                 let protects = if self.protects() { Head::PROTECTS } else { 0 };
-                Answer { flags: filters | destroys | protects, keep: true, ..Answer::default() }
+                let body = self.associations.as_ref().map(Associations::who).unwrap_or_default();
+                Answer { flags: filters | destroys | protects, keep: true, body, ..Answer::default() }
             }
             Kind::Filter | Kind::Refill => {
                 let target = attached.next().ok_or(misfit)?;
@@ -213,7 +219,10 @@ impl Server<'_> {
                 };
                 let done = match (kind, &self.watch) {
                     (Kind::Refill, _) => filter::refill(target, &nets).map(|()| None),
-                    (_, Some(watch)) => filter::attach(watch, target.as_fd(), head.tag, &nets).map(Some),
+                    (_, Some(watch)) => {
+                        let mark = self.associations.as_ref().map_or(0, Associations::mark);
+                        filter::attach(watch, target.as_fd(), head.tag, &nets, mark).map(Some)
+                    }
                     (_, None) => Err(FilterError::Kernel(Errno::EPERM.into())),
                 };
                 match done {
@@ -234,15 +243,13 @@ impl Server<'_> {
                 }
             }
             Kind::Open
-            | Kind::Reserve
             | Kind::Serve
             | Kind::Release
             | Kind::Admit
             | Kind::Refuse
             | Kind::Members
-            | Kind::Adopt
             | Kind::Speak => {
-                return self.associate(kind, head, rest, attached.next(), misfit);
+                return self.associate(kind, head, rest, (attached.next(), attached.next()), misfit);
             }
             Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over | Kind::Arrived => {
                 return Err(misfit);
@@ -262,7 +269,7 @@ impl Server<'_> {
         kind: Kind,
         head: &Head,
         rest: &[u8],
-        program: Option<OwnedFd>,
+        (program, filter): (Option<OwnedFd>, Option<OwnedFd>),
         misfit: KeydError,
     ) -> Result<Answer, KeydError> {
         let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
@@ -277,26 +284,19 @@ impl Server<'_> {
             });
         }
         let mixed = head.flags & Head::MIXED != 0;
-        let placed = |(tag, places)| Answer { tag: Some(tag), places: Some(places), ..Answer::default() };
+        let tagged = |tag| Answer { tag: Some(tag), ..Answer::default() };
         let plain = |()| Answer::default();
-        if kind == Kind::Adopt {
-            let adopted = all.adopt(program.ok_or(misfit)?, rest, mixed, diag);
-            return Ok(adopted.map_or_else(
-                |e| Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
-                |(it, listener)| Answer { descriptor: Some(listener), ..placed(it) },
-            ));
-        }
         let program = program.as_ref().map(AsFd::as_fd);
         let done = match (kind, program) {
             (Kind::Open, Some(program)) => {
                 let (ask, json) = Open::read_from_prefix(rest).map_err(|_| misfit)?;
-                all.open(program, &ask, json, diag).map(placed)
+                all.open(program, &ask, json, diag)
+                    .map(|(tag, places)| Answer { body: places.as_bytes().to_vec(), ..tagged(tag) })
             }
-            (Kind::Reserve, Some(program)) => {
-                let ask = Open::read_from_bytes(rest).map_err(|_| misfit)?;
-                all.reserve(program, &ask, diag).map(placed)
+            (Kind::Serve, Some(program)) => {
+                let filter = filter.ok_or(misfit)?;
+                all.serve(program, filter.as_fd(), head.count, rest, mixed, diag).map(tagged)
             }
-            (Kind::Serve, Some(program)) => all.serve(head.tag, program, head.count, rest, mixed).map(plain),
             (Kind::Release, None) => {
                 all.release(head.tag);
                 Ok(Answer::default())

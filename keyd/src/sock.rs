@@ -75,11 +75,6 @@ pub fn bind_interface(socket: BorrowedFd<'_>, interface: u32) -> io::Result<()> 
     set(socket, SO_BINDTOIFINDEX, interface.cast_signed())
 }
 
-/// Whether it listens.
-pub fn listens(socket: BorrowedFd<'_>) -> bool {
-    get::<i32>(socket, libc::SO_ACCEPTCONN).is_ok_and(|it| it != 0)
-}
-
 /// Gives a socket of ours, which will be on the wire, what a program has asked of its own: how it is sent, and
 /// how patiently. What the two families do not share, or the kernel does not know, stays as it is.
 pub fn take_after(wire: BorrowedFd<'_>, program: BorrowedFd<'_>) {

@@ -11,23 +11,22 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, Backlog, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
-        SockaddrStorage, bind, connect, getsockname, listen, recv, recvfrom, sendto, setsockopt, socket,
-        sockopt,
+        AddressFamily, Backlog, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, SockaddrStorage,
+        bind, connect, getsockname, listen, recv, recvfrom, sendto, setsockopt, socket, sockopt,
     },
 };
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::{
     bpf::load_filter,
-    packet::{self, FAR_PORT, FIRST_SIX, NEAR_PORT, Syn, Unreachable},
+    packet::{self, FAR_PORT, FIRST_SIX, Syn, Unreachable},
     sock,
 };
 
@@ -77,7 +76,7 @@ pub struct Tokens {
     nothing: OwnedFd,
     /// Listens on [`FAR_PORT`] of all tokens of IPv4 and answers nobody.
     _hold: OwnedFd,
-    /// On every packet of ours to a program's token.
+    /// On every packet of ours to a program's listener.
     mark: u32,
 }
 
@@ -109,31 +108,20 @@ fn hold(at: SocketAddr, nothing: &OwnedFd) -> io::Result<OwnedFd> {
 
 impl Tokens {
     /// Begins to hold. Must run as the user that later opens: a shared port belongs to one user.
-    pub fn new(raw: Raw) -> io::Result<Self> {
+    pub fn new(raw: Raw, mark: u32) -> io::Result<Self> {
         // `r0 = 0; exit`
         let nothing = load_filter(&[[0xb7, 0, 0, 0, 0, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])?;
         let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &nothing)?;
-        let mark = loop {
-            match random()? {
-                0 => {}
-                mark => break mark,
-            }
-        };
         Ok(Self { raw, nothing, _hold: hold, mark })
     }
 
     /// A token of IPv4 that stands for nothing yet; random, so that none is used again soon (TIME_WAIT).
-    fn any(&self) -> io::Result<Ipv4Addr> {
+    pub fn any(&self) -> io::Result<Ipv4Addr> {
         loop {
             if let Some(token) = packet::token(random()?) {
                 return Ok(token);
             }
         }
-    }
-
-    /// A token for a listener's own address.
-    pub fn near(&self) -> io::Result<SocketAddrV4> {
-        Ok(SocketAddrV4::new(self.any()?, NEAR_PORT))
     }
 
     /// A token for a far side; `six` for a socket that can only reach one of IPv6. One that `is_taken` is
@@ -184,21 +172,25 @@ impl Tokens {
         Ok(near)
     }
 
-    /// Lets only the key daemon connect to a program's socket, for good.
-    pub fn lock(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
-        sock::attach_classic(socket, &mut packet::marked(self.mark))?;
-        sock::lock_filter(socket)
+    /// What listeners' filters let through.
+    pub const fn mark(&self) -> u32 {
+        self.mark
     }
 
-    /// Begins to connect to a program's listener on a token, from another token, whose address is returned
-    /// too. A full backlog delays it.
-    pub fn deliver(&self, to: SocketAddrV4) -> io::Result<(OwnedFd, SocketAddrV4)> {
-        let near = stream(AddressFamily::Inet)?;
+    /// Begins to connect to a program's listener, from an address that stands for the peer and is returned too.
+    /// IPv6 has no tokens: there it is loopback, and a port of the kernel's choice. A full backlog delays it.
+    pub fn deliver(&self, to: SocketAddr) -> io::Result<(OwnedFd, SocketAddr)> {
+        let near = stream(family(to))?;
         setsockopt(&near, sockopt::Mark, &self.mark)?;
-        bind(near.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(self.any()?, 0)))?;
-        begin(&near, to.into())?;
-        let from: SockaddrIn = getsockname(near.as_raw_fd())?;
-        Ok((near, from.into()))
+        let from = match to {
+            SocketAddr::V4(_) => SocketAddr::from((self.any()?, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+        };
+        bind(near.as_raw_fd(), &SockaddrStorage::from(from))?;
+        begin(&near, to)?;
+        let from: SockaddrStorage = getsockname(near.as_raw_fd())?;
+        let from = crate::cut::addr(&from).and_then(|from| from.socket_addr());
+        Ok((near, from.ok_or(Errno::EINVAL)?))
     }
 
     /// Fails a held connection with the errno of a native one, as far as packets can say it.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use common::world::{
-    FAR, FAR_SIX, NEAR, NEAR_SIX, PROCESS, World, blocking, far, open, over, over_of, reserve, result, shown,
+    FAR, FAR_SIX, NEAR, NEAR_SIX, PROCESS, World, blocking, far, open, over, over_of, result, serve, shown,
 };
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
@@ -53,7 +53,7 @@ fn exchange(client: OwnedFd, listener: &TcpListener) {
 #[test]
 fn a_socket_that_is_bound_to_ipv6_is_served() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener("[::]:2121");
+    let (_, listener) = world.listener("[::]:2121");
     let own = format!("[{NEAR_SIX}]:20");
     let (_, client, places) = world.client_with(bound(&own), six(2121));
     assert_eq!(places.inner_remote.ip(), Some("::1".parse().unwrap()));
@@ -104,7 +104,7 @@ fn interface_of(fd: &impl AsFd) -> i32 {
 #[test]
 fn a_socket_that_is_bound_to_an_interface_keeps_to_it() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let fd = tcp(AddressFamily::Inet);
     setsockopt(&fd, sockopt::BindToDevice, &"wire".into()).unwrap();
     let (_, client, _) = world.client_with(fd, far(2121));
@@ -119,19 +119,10 @@ fn a_socket_that_is_bound_to_an_interface_keeps_to_it() {
     let (id, client, _) = world.client_with(fd, far(2121));
     assert_eq!(over_of(&mut world.near, id).0, libc::ETIMEDOUT);
     assert_eq!(result(&client), libc::ETIMEDOUT);
-    // A listener on an interface hears what comes there, and nothing else.
-    let fd = world.on_far(|| tcp(AddressFamily::Inet));
+    // A listener on an interface cannot have a front.
+    let fd = world.bound("0.0.0.0:2222");
     world.on_far(|| setsockopt(&fd, sockopt::BindToDevice, &"eriw".into()).unwrap());
-    let (id, places) = reserve(&mut world.far, &fd, "0.0.0.0:2222").unwrap();
-    bind(fd.as_raw_fd(), &common::world::raw(&places.inner_local)).unwrap();
-    listen(&fd, Backlog::new(16).unwrap()).unwrap();
-    assert_eq!(common::world::serve(&mut world.far, id, &fd), 0);
-    let local = world.on_far(|| TcpStream::connect(("127.0.0.1", 2222)).map_err(|e| e.kind()));
-    assert_eq!(local.unwrap_err(), ErrorKind::ConnectionRefused);
-    let (_, client, _) = world.client(far(2222));
-    world.admitted();
-    fd_blocking(&fd);
-    exchange(client, &TcpListener::from(fd));
+    assert_eq!(serve(&mut world.far, &fd, &[], 0).1, libc::EOPNOTSUPP);
 }
 
 fn ip_link_without_route() {
@@ -153,39 +144,28 @@ fn what_is_not_tcp_is_refused_by_name() {
     let mptcp =
         unsafe { OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP)) };
     assert_eq!(open(&mut world.near, &mptcp, far(2121)).unwrap_err(), libc::EPROTONOSUPPORT);
-    assert_eq!(reserve(&mut world.near, &mptcp, "0.0.0.0:0").unwrap_err(), libc::EPROTONOSUPPORT);
+    bind(mptcp.as_raw_fd(), &SockaddrStorage::from("0.0.0.0:2222".parse::<SocketAddr>().unwrap())).unwrap();
+    let tcp = tcp(AddressFamily::Inet);
+    let filter = world.near.filter(&tcp, 1, &[]).unwrap();
+    let fds = [mptcp.as_fd(), filter.as_fd()];
+    assert_eq!(world.near.ask(Kind::Serve, 0, 0, PROCESS, &fds).unwrap().head.errno, libc::EPROTONOSUPPORT);
     let udp = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::empty(), None).unwrap();
     assert_eq!(open(&mut world.near, &udp, far(2121)).unwrap_err(), libc::EPROTONOSUPPORT);
 }
 
 #[test]
-fn an_inherited_listener_is_taken_over_and_given_back() {
+fn an_inherited_listener_is_protected_as_it_is_and_given_back() {
     let mut world = World::new();
-    let old = world.on_far(|| TcpListener::bind((FAR, 2121)).unwrap());
-    let idle = world.on_far(|| tcp(AddressFamily::Inet));
-    assert_eq!(world.far.ask(Kind::Adopt, 0, 0, PROCESS, &[idle.as_fd()]).unwrap().head.errno, libc::EINVAL);
-    let mut answer = world.far.ask(Kind::Adopt, 0, 0, PROCESS, &[old.as_fd()]).unwrap();
-    assert_eq!(answer.head.errno, 0);
-    let places = Places::read_from_bytes(&answer.rest).unwrap();
-    assert_eq!(places.local.socket_addr(), Some(far(2121)));
-    let new = TcpListener::from(answer.descriptors.remove(0));
-    assert_eq!(new.local_addr().ok(), places.inner_local.socket_addr());
-    let (_, client, _) = world.client(far(2121));
-    world.admitted();
-    exchange(client, &new);
-    // Nobody comes past the door.
-    let thief = world.on_far(|| {
-        TcpStream::connect_timeout(&new.local_addr().unwrap(), Duration::from_millis(300))
-            .map_err(|e| e.kind())
-    });
-    assert_eq!(thief.unwrap_err(), ErrorKind::TimedOut);
-    // The program ends; who made the listener has it back, and it blocks again.
-    drop(new);
-    let _answered = world.far.ask(Kind::Release, 9_999, 0, &[], &[]).unwrap();
+    let listener = world.on_far(|| TcpListener::bind((FAR, 2121)).unwrap());
+    let fd = OwnedFd::from(listener.try_clone().unwrap());
+    let (front, errno) = serve(&mut world.far, &fd, &[common::net(&format!("{NEAR}/32"))], 0);
+    assert_eq!(errno, 0);
+    // As a member it would be a hole in the list.
     let mut plain = TcpStream::connect(far(2121)).unwrap();
     plain.write_all(b"x").unwrap();
-    let (mut served, _) = old.accept().unwrap();
-    served.read_exact(&mut [0]).unwrap();
+    listener.accept().unwrap().0.read_exact(&mut [0]).unwrap();
+    let _answered = world.far.ask(Kind::Release, front, 0, &[], &[]).unwrap();
+    assert!(TcpStream::connect(far(2121)).is_ok());
 }
 
 /// What is reported next, with its addresses.
@@ -205,11 +185,9 @@ fn speak(world: &mut World, id: u64, speech: Speech) {
 #[test]
 fn a_mixed_port_serves_plain_peers_and_those_with_certificates() {
     let mut world = World::as_members("h1", "h2", &[("h1", "10.99.0.200"), ("h2", "10.99.0.201")]);
-    let fd = world.on_far(|| tcp(AddressFamily::Inet));
-    let (id, places) = reserve(&mut world.far, &fd, &format!("{FAR}:2121")).unwrap();
-    bind(fd.as_raw_fd(), &common::world::raw(&places.inner_local)).unwrap();
+    let fd = world.bound(&format!("{FAR}:2121"));
+    assert_eq!(serve(&mut world.far, &fd, &[], Head::MIXED).1, 0);
     listen(&fd, Backlog::new(16).unwrap()).unwrap();
-    assert_eq!(world.far.ask(Kind::Serve, id, Head::MIXED, PROCESS, &[fd.as_fd()]).unwrap().head.errno, 0);
     fd_blocking(&fd);
     let listener = TcpListener::from(fd);
     // With a certificate, where both may be.
@@ -256,11 +234,9 @@ fn a_mixed_port_serves_plain_peers_and_those_with_certificates() {
 #[test]
 fn a_member_is_never_plain_even_on_a_mixed_port() {
     let mut world = World::new();
-    let fd = world.on_far(|| tcp(AddressFamily::Inet));
-    let (id, places) = reserve(&mut world.far, &fd, &format!("{FAR}:2121")).unwrap();
-    bind(fd.as_raw_fd(), &common::world::raw(&places.inner_local)).unwrap();
+    let fd = world.bound(&format!("{FAR}:2121"));
+    assert_eq!(serve(&mut world.far, &fd, &[], Head::MIXED).1, 0);
     listen(&fd, Backlog::new(16).unwrap()).unwrap();
-    assert_eq!(world.far.ask(Kind::Serve, id, Head::MIXED, PROCESS, &[fd.as_fd()]).unwrap().head.errno, 0);
     let mut plain = TcpStream::connect(far(2121)).unwrap();
     plain.write_all(b"USER anonymous\r\n").unwrap();
     let (errno, why, _) = over(&mut world.far);
@@ -274,7 +250,7 @@ fn a_member_is_never_plain_even_on_a_mixed_port() {
 #[test]
 fn ends_are_what_they_were_at_the_other_side() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let linger = libc::linger { l_onoff: 1, l_linger: 0 };
     // A reset, either way.
     let (mut client, served) = world.pair(&listener);

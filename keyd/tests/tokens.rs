@@ -15,10 +15,7 @@ use std::{
 
 use common::{
     Daemon,
-    world::{
-        FAR, NEAR, PROCESS, World, admit, blocking, far, open, over, placed, raw, reserve, result, serve,
-        shown,
-    },
+    world::{FAR, NEAR, PROCESS, World, admit, blocking, far, open, over, placed, raw, result, serve, shown},
 };
 use nix::{
     errno::Errno,
@@ -30,15 +27,15 @@ use nix::{
 use portcullis_keyd::identity::Authority;
 use portcullis_wire::{
     Addr,
-    keyd::{Head, Kind, Open, Over},
+    keyd::{Head, Kind, Net, Open, Over},
 };
 use zerocopy::{FromZeros, IntoBytes};
 
 #[test]
 fn two_programs_talk_and_each_is_named_to_the_other() {
     let mut world = World::new();
-    let (reservation, listener, reserved) = world.listener(&format!("{FAR}:2121"));
-    assert_eq!(reserved.local.socket_addr(), Some(far(2121)));
+    let (front, listener) = world.listener(&format!("{FAR}:2121"));
+    assert_eq!(listener.local_addr().unwrap(), far(2121));
     let (_, client, _) = world.client(far(2121));
     let [(near_told, near), (far_told, far_places)] = world.admitted();
     assert!(near_told.contains(r#""id":"spiffe://example.com/host/h2/process/x""#), "{near_told}");
@@ -78,7 +75,7 @@ fn two_programs_talk_and_each_is_named_to_the_other() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(TcpStream::connect(far(2121)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    let released = world.far.ask(Kind::Release, reservation, 0, &[], &[]).unwrap();
+    let released = world.far.ask(Kind::Release, front, 0, &[], &[]).unwrap();
     assert_eq!(released.head.errno, 0, "twice is once");
 }
 
@@ -111,7 +108,7 @@ fn over_pending(daemon: &mut Daemon) -> bool {
 #[test]
 fn who_is_not_admitted_gets_nothing() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     listener.set_nonblocking(true).unwrap();
     // The far broker refuses: the program's connect(2) fails, and nobody was accepted.
     let (_, client, _) = world.client(far(2121));
@@ -145,16 +142,9 @@ fn who_is_not_admitted_gets_nothing() {
 #[test]
 fn who_comes_before_the_program_listens_is_reset_and_later_ones_are_served() {
     let mut world = World::new();
-    let fd =
-        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
-    let (id, places) = reserve(&mut world.far, &fd, &format!("{FAR}:2121")).unwrap();
-    bind(fd.as_raw_fd(), &raw(&places.inner_local)).unwrap();
-    assert_eq!(
-        TcpStream::connect(far(2121)).unwrap_err().kind(),
-        ErrorKind::ConnectionRefused,
-        "reserved only"
-    );
-    assert_eq!(serve(&mut world.far, id, &fd), 0);
+    let fd = world.bound(&format!("{FAR}:2121"));
+    assert_eq!(TcpStream::connect(far(2121)).unwrap_err().kind(), ErrorKind::ConnectionRefused, "bound only");
+    assert_eq!(serve(&mut world.far, &fd, &[], 0).1, 0);
     let (_, client, _) = world.client(far(2121));
     assert_eq!(result(&client), libc::ECONNREFUSED);
     over(&mut world.near);
@@ -194,7 +184,7 @@ fn was_on_the_wire(capture: &OwnedFd, text: &[u8]) -> bool {
 fn nothing_that_a_program_says_is_on_the_wire() {
     let mut world = World::new();
     let said = b"USER anonymous\r\n";
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     // On the link alone: on loopback, where the daemon hands over, it is plain.
     let (kind, all) = (SockType::Raw, nix::sys::socket::SockProtocol::EthAll);
     let wire = socket(AddressFamily::Packet, kind, SockFlag::SOCK_CLOEXEC, all).unwrap();
@@ -217,7 +207,7 @@ fn nothing_that_a_program_says_is_on_the_wire() {
 #[test]
 fn a_syn_to_a_token_from_another_socket_takes_nothing() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
     let (_, places) = open(&mut world.near, &fd, far(2121)).unwrap();
     let thief = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
@@ -234,7 +224,7 @@ fn a_syn_to_a_token_from_another_socket_takes_nothing() {
 fn many_at_once_are_all_served_through_a_short_backlog() {
     const MANY: usize = 100;
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     listener.set_nonblocking(true).unwrap();
     let clients: Vec<_> = (0..MANY).map(|_| world.client(far(2121)).1).collect();
     let (mut up, mut served) = ([0, 0], Vec::new());
@@ -267,19 +257,73 @@ fn many_at_once_are_all_served_through_a_short_backlog() {
 }
 
 #[test]
-fn a_token_listener_is_reached_by_the_daemon_alone() {
+fn a_protected_port_is_reached_past_its_front_by_the_daemon_alone_and_by_whom_its_list_names() {
     let mut world = World::new();
-    let (_, listener, reserved) = world.listener(&format!("{FAR}:2121"));
-    let token = reserved.inner_local.socket_addr().unwrap();
-    let connected = world.on_far(|| TcpStream::connect_timeout(&token, Duration::from_millis(400)));
-    assert_eq!(connected.unwrap_err().kind(), ErrorKind::TimedOut);
-    drop(listener);
+    let (_, _listener) = world.listener(&format!("{FAR}:2121"));
+    // From the host itself, to the listener as it is: the filter lets nobody through.
+    let connect = |port| TcpStream::connect_timeout(&far(port), Duration::from_millis(400));
+    assert_eq!(world.on_far(|| connect(2121)).unwrap_err().kind(), ErrorKind::TimedOut);
+    // From the link: that is the front, where one must prove who one is.
+    let mut stranger = TcpStream::connect(far(2121)).unwrap();
+    stranger.write_all(b"USER anonymous\r\n\r\n").unwrap();
+    assert!(!matches!(stranger.read(&mut [0; 1]), Ok(1..)) || over(&mut world.far).0 != 0);
+    // One port serves both: who is on the list comes to the program itself, from the link too.
+    let fd = world.bound(&format!("{FAR}:2222"));
+    let near = common::net(&format!("{NEAR}/32"));
+    assert_eq!(serve(&mut world.far, &fd, &[near], 0).1, 0);
+    listen(&fd, Backlog::new(16).unwrap()).unwrap();
+    let listener = TcpListener::from(fd);
+    let plain = TcpStream::connect(far(2222)).unwrap();
+    let (served, peer) = listener.accept().unwrap();
+    assert_eq!((peer, served.local_addr().unwrap()), (plain.local_addr().unwrap(), far(2222)));
+}
+
+#[test]
+fn sockets_that_share_a_port_have_one_front() {
+    let mut world = World::new();
+    let shared = |world: &World| {
+        let fd =
+            world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+        setsockopt(&fd, sockopt::ReusePort, &true).unwrap();
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(far(2121))).unwrap();
+        fd
+    };
+    let (first, second) = (shared(&world), shared(&world));
+    let front = serve(&mut world.far, &first, &[], 0);
+    assert_eq!(serve(&mut world.far, &second, &[], 0), front);
+    listen(&first, Backlog::new(16).unwrap()).unwrap();
+    listen(&second, Backlog::new(16).unwrap()).unwrap();
+    drop(first);
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+    TcpListener::from(second).accept().unwrap();
+}
+
+#[test]
+fn a_port_that_is_given_up_is_its_own_listeners_again() {
+    let mut world = World::new();
+    let fd = world.bound(&format!("{FAR}:2121"));
+    let filter = world.far.filter(&fd, 1, &[]).unwrap();
+    let head = Head { count: 16, ..Head::new(Kind::Serve, 77) };
+    world.far.send(&[head.as_bytes(), PROCESS], &[fd.as_fd(), filter.as_fd()]);
+    let front = world.far.receive(Duration::from_secs(5)).unwrap().head.tag;
+    listen(&fd, Backlog::new(16).unwrap()).unwrap();
+    let (_, client, _) = world.client(far(2121));
+    world.admitted();
+    assert_eq!(result(&client), 0);
+    world.far.ask(Kind::Release, front, 0, &[], &[]).unwrap();
+    assert_eq!(world.far.refill(&filter, &Net::everyone()), 0);
+    let plain = TcpStream::connect(far(2121)).unwrap();
+    let listener = TcpListener::from(fd);
+    let peers = [listener.accept().unwrap().1, listener.accept().unwrap().1];
+    assert!(peers.contains(&plain.local_addr().unwrap()), "{peers:?}");
 }
 
 #[test]
 fn another_members_certificate_at_a_members_address_is_refused_by_name() {
     let mut world = World::as_members("h1", "h2", &[("h1", NEAR), ("h2", "10.99.0.222"), ("h3", FAR)]);
-    let (_, _listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, _listener) = world.listener(&format!("{FAR}:2121"));
     let (_, client, _) = world.client(far(2121));
     assert_eq!(result(&client), libc::ECONNREFUSED);
     let (_, why, _) = over(&mut world.near);
@@ -289,7 +333,7 @@ fn another_members_certificate_at_a_members_address_is_refused_by_name() {
 #[test]
 fn a_program_that_gives_up_leaves_nothing() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let (id, client, _) = world.client(far(2121));
     drop(client);
     let (errno, why, _) = over(&mut world.near);
@@ -302,8 +346,7 @@ fn a_program_that_gives_up_leaves_nothing() {
 fn sockets_of_other_shapes_are_served_or_refused_by_name() {
     let mut world = World::new();
     // A dual-stack listener, and a v6 socket that goes to a v4-mapped address.
-    let (_, listener, reserved) = world.listener("[::]:2222");
-    assert_eq!(reserved.inner_local.family, 6);
+    let (_, listener) = world.listener("[::]:2222");
     let fd = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
     setsockopt(&fd, sockopt::Ipv6V6Only, &true).unwrap();
     let mapped = format!("[::ffff:{FAR}]:2222").parse().unwrap();
@@ -320,26 +363,21 @@ fn sockets_of_other_shapes_are_served_or_refused_by_name() {
     let elsewhere =
         world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
     assert_eq!(open(&mut world.near, &elsewhere, far(2222)).unwrap_err(), libc::EXDEV);
-    assert_eq!(reserve(&mut world.near, &elsewhere, "0.0.0.0:0").unwrap_err(), libc::EXDEV);
-    // A port that somebody has.
+    let fd = world.bound(&format!("{FAR}:2223"));
+    assert_eq!(serve(&mut world.near, &fd, &[], 0).1, libc::EXDEV);
+    // One without a port.
     let fd = world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
-    assert_eq!(reserve(&mut world.far, &fd, "0.0.0.0:2222").unwrap_err(), libc::EADDRINUSE);
-    assert_eq!(reserve(&mut world.far, &fd, "192.0.2.1:0").unwrap_err(), libc::EADDRNOTAVAIL);
-    // Any port: the program learns which.
-    let (_, places) = reserve(&mut world.far, &fd, "0.0.0.0:0").unwrap();
-    assert_ne!(places.local.port, 0);
-    // A reservation is its socket's.
-    let other =
-        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
-    let (id, _) = reserve(&mut world.far, &other, "0.0.0.0:0").unwrap();
-    assert_eq!(serve(&mut world.far, id, &fd), libc::EINVAL);
-    assert_eq!(serve(&mut world.far, 99_999, &fd), libc::ENOENT);
+    assert_eq!(serve(&mut world.far, &fd, &[], 0).1, libc::EINVAL);
+    // One that is limited to an interface.
+    let fd = world.bound(&format!("{FAR}:2224"));
+    setsockopt(&fd, sockopt::BindToDevice, &"eriw".into()).unwrap();
+    assert_eq!(serve(&mut world.far, &fd, &[], 0).1, libc::EOPNOTSUPP);
 }
 
 #[test]
 fn a_source_port_that_the_program_has_bound_is_the_wires_too() {
     let mut world = World::new();
-    let (_, _listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, _listener) = world.listener(&format!("{FAR}:2121"));
     let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
     let own: SocketAddr = format!("{NEAR}:20").parse().unwrap();
     bind(fd.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
@@ -355,7 +393,7 @@ fn a_source_port_that_the_program_has_bound_is_the_wires_too() {
 #[test]
 fn a_revoked_peer_is_cut_at_once() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let (_, client, _) = world.client(far(2121));
     world.admitted();
     assert_eq!(result(&client), 0);
@@ -392,7 +430,7 @@ fn a_revoked_peer_is_cut_at_once() {
 #[test]
 fn a_daemon_that_dies_takes_its_flows_along() {
     let mut world = World::new();
-    let (_, listener, _) = world.listener(&format!("{FAR}:2121"));
+    let (_, listener) = world.listener(&format!("{FAR}:2121"));
     let (_, client, _) = world.client(far(2121));
     world.admitted();
     assert_eq!(result(&client), 0);

@@ -32,7 +32,8 @@ pub const DESCRIPTORS: usize = 4;
 pub enum Kind {
     /// First request. Attached: nothing, or what the answer to an earlier `Hello` carried, so that
     /// filters set before a restart go on reporting. Answer: `flags` are the abilities
-    /// ([`Head::FILTERS`], [`Head::DESTROYS`]); with `FILTERS`, three descriptors to keep.
+    /// ([`Head::FILTERS`], [`Head::DESTROYS`], [`Head::PROTECTS`]); with `FILTERS`, three descriptors to keep;
+    /// with `PROTECTS` a JSON object follows that says who this host is: `domain host ver groups addresses`.
     Hello = 1,
     /// Let only the listed [`Net`]s reach a listener or datagram socket, for good: the filter is
     /// locked. Attached: the socket; with `LIST_ATTACHED`, the list. `tag` comes back in every
@@ -49,15 +50,13 @@ pub enum Kind {
     /// another network namespace than the key daemon's, `EPROTONOSUPPORT` for one that is not TCP (MPTCP);
     /// else what connect(2) says at once.
     Open = 5,
-    /// Take a local address for a program whose flows will be protected: [`Open`] follows, of which only
-    /// `local` counts. Attached: the program's TCP socket, unbound. Answer: `tag` is the reservation's
-    /// number; [`Places`] follows, whose `inner_local` (a token) is what the program's bind(2) must use
-    /// instead, and whose `local` is what it got. Errors are bind(2)'s, and those of `Open`.
-    Reserve = 6,
-    /// Listen for real at a reservation (`tag`), `count` is the backlog. A JSON object ([`PROCESS`])
-    /// follows. Attached: the program's socket, bound to its token. Repeated, it changes backlog and process.
+    /// Be the front of a listener: take what comes to its address, except from whom its filter lets through. A
+    /// JSON object ([`PROCESS`]) follows; `count` is the backlog. Attached: the program's TCP socket, bound,
+    /// and what [`Kind::Filter`] answered for it. Answer: `tag` is the front's number, the same for all sockets
+    /// that share the address. Repeated, it changes backlog, list and process. `EOPNOTSUPP` for a socket that is
+    /// bound to an interface; else as `Open`.
     Serve = 7,
-    /// Give up a reservation (`tag`). It is given up by itself when the program's socket is gone.
+    /// Give up a front (`tag`): the port is its own listener's. The end of the sockets does the same.
     Release = 8,
     /// Let an association (`tag`) that was `Shown` go on.
     Admit = 9,
@@ -66,23 +65,19 @@ pub enum Kind {
     /// Here is a list of members (`members.toml`), attached as a file; associations with whom it revokes
     /// end. Answer: `count` is 1 if it is newer than the one in force, else 0. `EBADMSG`: not signed.
     Members = 11,
-    /// Take the place of a listener that a program was started with (socket activation). A JSON object
-    /// ([`PROCESS`]) follows. Attached: the listening TCP socket. Answer: `tag` is the reservation's number;
-    /// [`Places`] follows; one descriptor, a listener on a token, which the program must use instead: the key
-    /// daemon accepts from the old one as long as the new one lives. `EINVAL` if the socket does not listen.
-    Adopt = 12,
     /// Say what a peer that has `Arrived` (`tag`) may speak: `count` is a [`Speech`].
     Speak = 13,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
     /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
-    /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the reservation. A peer that
+    /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the front's number. A peer that
     /// may speak plain, and does, has proved nothing: then the object is empty.
     Shown = 65,
     /// Report: an admitted association (`tag`) carries data; [`Places`] follows.
     Associated = 66,
-    /// Report: an association (`tag`) is over, or came to nothing: `errno` is then not 0. [`Over`]
-    /// follows, and a text that says how.
+    /// Report: an association (`tag`) is over, or came to nothing: `errno` is then not 0. `count` and `flags` are
+    /// as in `Shown`. [`Over`] and [`Places`] follow, and a text that says how; if the peer's certificate was not
+    /// believed, a second line says what it was.
     Over = 67,
     /// Report: somebody came to a listener that serves plain peers as well ([`Head::MIXED`]), and waits until
     /// [`Kind::Speak`] says what it may speak; [`Places`] follows. `flags` as in `Shown`.
@@ -110,24 +105,23 @@ impl TryFrom<u32> for Speech {
 }
 
 /// Keys of the JSON object that names a process: `name` (given by the policy), `exe`, `sha256`, `user`
-/// and, if there is one, `unit`; all texts.
-pub const PROCESS: [&str; 5] = ["name", "exe", "sha256", "user", "unit"];
+/// and, if there is one, `unit`; all texts. `related` (true or false): each association gets a key of its own,
+/// which stands for its session. `of` (a number): the key is that association's, as long as it lives.
+pub const PROCESS: [&str; 7] = ["name", "exe", "sha256", "user", "unit", "related", "of"];
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 16] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
         Self::Cut,
         Self::Open,
-        Self::Reserve,
         Self::Serve,
         Self::Release,
         Self::Admit,
         Self::Refuse,
         Self::Members,
-        Self::Adopt,
         Self::Speak,
         Self::Stranger,
         Self::Shown,
@@ -162,8 +156,8 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
         (stage, kind),
         (Stage::Hello, Kind::Hello)
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
-            | (Stage::Protecting, Kind::Open | Kind::Reserve | Kind::Serve | Kind::Release)
-            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::Adopt | Kind::Speak)
+            | (Stage::Protecting, Kind::Open | Kind::Serve | Kind::Release)
+            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::Speak)
     )
 }
 
@@ -192,7 +186,7 @@ pub struct Head {
 impl Head {
     /// The list of [`Net`] is not in the frame but in a file (memfd) that is attached last.
     pub const LIST_ATTACHED: u32 = 1 << 0;
-    /// `Serve`, `Adopt`: peers may be plain; each is reported when it has `Arrived`.
+    /// `Serve`: peers may be plain; each is reported when it has `Arrived`.
     pub const MIXED: u32 = 1 << 1;
     /// Answer to `Hello`: `Filter` works here.
     pub const FILTERS: u32 = 1 << 8;
@@ -368,11 +362,11 @@ pub struct Stranger {
     pub tag: u64,
 }
 
-/// What a program wants to open, or where it wants to listen. 64 bytes.
+/// What a program wants to open. 64 bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Open {
-    /// Where to; none to reserve.
+    /// Where to.
     pub remote: Addr,
     /// The program's own address, as far as it has asked for one.
     pub local: Addr,
@@ -422,7 +416,7 @@ mod tests {
             (Stage::Serving, &[Filter, Refill, Cut]),
             (
                 Stage::Protecting,
-                &[Filter, Refill, Cut, Open, Reserve, Serve, Release, Admit, Refuse, Members, Adopt, Speak],
+                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, Adopt, Speak],
             ),
         ];
         for (stage, listed) in on_one_screen {

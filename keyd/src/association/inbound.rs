@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::SocketAddrV4,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     sync::Arc,
     time::Duration,
@@ -10,7 +10,6 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
     sys::socket::{
         AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrStorage, accept4, bind,
         getpeername, getsockname, getsockopt, listen, setsockopt, socket, sockopt,
@@ -19,15 +18,21 @@ use nix::{
 use portcullis_relay::{Role, ServerSide};
 use portcullis_wire::{
     Addr,
-    keyd::{Flow, Kind, Open, Places, Speech},
+    keyd::{Flow, Kind, Places, Speech},
 };
 use rustls::sign::SingleCertAndKey;
 use zerocopy::FromZeros;
 
 use super::{
-    Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, Placed, as_domain, fits,
+    Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, ProcessIdentity, Seen,
+    as_domain, fits,
 };
-use crate::{cut::addr, diag::Diag, sock};
+use crate::{
+    cut::addr,
+    diag::Diag,
+    sock,
+    steer::{self, Place},
+};
 
 /// Most connections taken from one listener before others have their turn.
 const TURN: usize = 64;
@@ -35,198 +40,130 @@ const TURN: usize = 64;
 /// Most peers of one address that are not running yet, so that one host cannot take all the places.
 const MOST_OF_ONE: usize = 128;
 
+/// Least backlog of a front.
+const LEAST_BACKLOG: u32 = 128;
+
 /// How long a peer that may speak plain has to begin a ClientHello.
 const SNIFF: Duration = Duration::from_millis(200);
 
-/// A local address that is held for a program, whose own socket is on a token.
-pub(super) struct Reservation {
-    /// The real address.
+/// A listener of ours before a program's.
+pub(super) struct Front {
     socket: OwnedFd,
-    token: SocketAddrV4,
-    is_v6: bool,
-    /// Of the program's socket.
-    cookie: u64,
-    /// Who serves there, once somebody does.
-    process: Option<Vec<u8>>,
+    /// Where it stands for the program's.
+    places: Vec<Place>,
+    /// The program's own address.
+    local: SocketAddr,
+    /// Of the program's sockets: those that share the address.
+    owners: Vec<u64>,
+    /// Who serves there.
+    process: Vec<u8>,
     /// Whether plain peers may come.
     mixed: bool,
     /// Whether the program was seen to listen: it does so a moment after it was let.
     listened: bool,
-    /// The flags that the real socket had when others made it.
-    found: Option<OFlag>,
 }
 
-impl Reservation {
-    pub(super) const fn serving(&self) -> bool {
-        self.process.is_some()
-    }
-
-    pub(super) const fn cookie(&self) -> u64 {
-        self.cookie
+impl Front {
+    /// Takes leave of owners; whether there is none any more.
+    pub(super) fn bury(&mut self, dead: &[u64]) -> bool {
+        self.owners.retain(|owner| !dead.contains(owner));
+        self.owners.is_empty()
     }
 
     /// Whether the program still listens, and then whether one more may wait for its accept(2).
     pub(super) fn room(&self, diag: &mut Diag) -> Option<bool> {
-        let remote = Addr::v4(std::net::Ipv4Addr::UNSPECIFIED, 0);
-        let local = Addr::v4(*self.token.ip(), self.token.port());
+        let none = if self.local.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0_u8; 16]) };
+        let (local, remote) = (Addr::from(self.local), Addr::from(SocketAddr::new(none, 0)));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
-        let found = diag.look(&flow).ok().flatten().filter(|found| found.cookie == self.cookie)?;
+        let found = diag.look(&flow).ok().flatten().filter(|found| self.owners.contains(&found.cookie))?;
         Some(found.waiting <= found.backlog)
     }
 }
 
-impl AsFd for Reservation {
+impl AsFd for Front {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        if let Some(flags) = self.found {
-            // Whoever made it goes on with it.
-            let _gone = fcntl(&self.socket, FcntlArg::F_SETFL(flags));
-        }
-    }
-}
-
 fn named(found: nix::Result<SockaddrStorage>) -> Option<Addr> {
-    found.ok().and_then(|name| addr(&name))
+    found.ok().and_then(|name| addr(&name)).and_then(|at| at.socket_addr()).map(Addr::from)
 }
 
 impl Associations {
-    /// Binds for a program, and locks its socket to the key daemon. Returns the reservation's number, the
-    /// token that the program must bind instead, and the address it has got.
+    /// Stands before a program's listener, except for those whom `filter` lets through. Returns the front's number.
     ///
     /// # Errors
-    /// bind(2)'s, and those of [`fits`].
-    pub fn reserve(&mut self, program: BorrowedFd<'_>, ask: &Open, diag: &Diag) -> io::Result<Placed> {
-        fits(program, diag)?;
-        let is_v6 = sock::domain(program)? == libc::AF_INET6;
-        let wanted = sock::as_given(&ask.local).ok_or(Errno::EINVAL)?;
-        let real = stream(is_v6)?;
-        setsockopt(&real, sockopt::ReuseAddr, &getsockopt(&program, sockopt::ReuseAddr)?)?;
-        setsockopt(&real, sockopt::ReusePort, &getsockopt(&program, sockopt::ReusePort)?)?;
-        if is_v6 {
-            setsockopt(&real, sockopt::Ipv6V6Only, &getsockopt(&program, sockopt::Ipv6V6Only)?)?;
-        }
-        // Accepted sockets have what their listener has.
-        sock::take_after(real.as_fd(), program);
-        sock::bind_interface(real.as_fd(), sock::bound_interface(program)?)?;
-        bind(real.as_raw_fd(), &wanted)?;
-        // From here on it is the program's socket that changes. Nobody may share its token, and that is not
-        // reached through an interface.
-        setsockopt(&program, sockopt::ReusePort, &false)?;
-        sock::bind_interface(program, 0)?;
-        if is_v6 {
-            sock::dual_stack(program)?;
-        }
-        self.place(real, program, None)
-    }
-
-    /// Takes the place of a listener that the program was started with. Returns what [`Self::reserve`] does,
-    /// and a listener on a token, which the program must use instead.
-    ///
-    /// # Errors
-    /// Those of [`fits`]; `EINVAL` for a socket that does not listen.
-    pub fn adopt(
-        &mut self,
-        old: OwnedFd,
-        json: &[u8],
-        mixed: bool,
-        diag: &mut Diag,
-    ) -> io::Result<(Placed, OwnedFd)> {
-        fits(old.as_fd(), diag)?;
-        if !sock::listens(old.as_fd()) {
-            return Err(Errno::EINVAL.into());
-        }
-        self.identity(json)?;
-        let is_v6 = sock::domain(old.as_fd())? == libc::AF_INET6;
-        let flags = OFlag::from_bits_retain(fcntl(&old, FcntlArg::F_GETFL)?);
-        let new = stream(is_v6)?;
-        if is_v6 {
-            sock::dual_stack(new.as_fd())?;
-        }
-        let backlog = named(getsockname(old.as_raw_fd())).and_then(|local| {
-            let remote = Addr { port: 0, ..unspecified(&local) };
-            let flow = Flow {
-                protocol: 6,
-                cookie: sock::cookie(old.as_fd()).ok()?,
-                local,
-                remote,
-                ..Flow::new_zeroed()
-            };
-            diag.look(&flow).ok().flatten().map(|found| found.backlog)
-        });
-        let ((id, places), token) = {
-            let placed = self.place(old, new.as_fd(), Some(flags))?;
-            let token = self.reservations.get(&placed.0).map(|one| one.token).ok_or(Errno::ENOENT)?;
-            (placed, token)
-        };
-        let ready =
-            bind(new.as_raw_fd(), &sock::as_given(&as_domain(token.into(), is_v6)).ok_or(Errno::EINVAL)?)
-                .and_then(|()| listen(&new, backlog_of(backlog.unwrap_or(u32::MAX))));
-        // The real one must not make us wait when somebody else takes what was there.
-        let ready = ready.and_then(|()| match self.reservations.get(&id) {
-            Some(one) => fcntl(one, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop),
-            None => Err(Errno::ENOENT),
-        });
-        let ready = ready.and_then(|()| fcntl(&new, FcntlArg::F_SETFL(flags)).map(drop));
-        if let Err(e) = ready {
-            self.release(id);
-            return Err(e.into());
-        }
-        if let Some(one) = self.reservations.get_mut(&id) {
-            (one.process, one.mixed, one.listened) = (Some(json.to_vec()), mixed, true);
-        }
-        Ok(((id, places), new))
-    }
-
-    /// Puts a program's socket on a token, of which `real` is the address.
-    fn place(&mut self, real: OwnedFd, program: BorrowedFd<'_>, found: Option<OFlag>) -> io::Result<Placed> {
-        self.hear_of_deaths()?;
-        self.tokens.lock(program)?;
-        let (token, is_v6) = (self.tokens.near()?, sock::domain(program)? == libc::AF_INET6);
-        let cookie = sock::cookie(program)?;
-        let places = Places {
-            local: named(getsockname(real.as_raw_fd())).unwrap_or_default(),
-            inner_local: as_domain(token.into(), is_v6),
-            remote: Addr::NONE,
-            inner_remote: Addr::NONE,
-        };
-        let id = self.next_id();
-        let (process, mixed, listened) = (None, false, false);
-        let one = Reservation { socket: real, token, is_v6, cookie, process, mixed, listened, found };
-        self.reservations.insert(id, one);
-        Ok((id, places))
-    }
-
-    /// Listens for real. Repeated, it changes backlog and process.
-    ///
-    /// # Errors
-    /// `ENOENT` for no such reservation, `EINVAL` for another socket than the one that reserved, or listen(2)'s.
+    /// Those of [`fits`], `EOPNOTSUPP` for a socket that is bound to an interface, `EINVAL` for one without a port.
     pub fn serve(
         &mut self,
-        id: u64,
         program: BorrowedFd<'_>,
+        filter: BorrowedFd<'_>,
         backlog: u32,
         json: &[u8],
         mixed: bool,
-    ) -> io::Result<()> {
-        self.identity(json)?;
-        let one = self.reservations.get_mut(&id).ok_or(Errno::ENOENT)?;
-        if sock::cookie(program)? != one.cookie {
-            return Err(Errno::EINVAL.into());
+        diag: &Diag,
+    ) -> io::Result<u64> {
+        fits(program, diag)?;
+        if sock::bound_interface(program)? != 0 {
+            return Err(Errno::EOPNOTSUPP.into());
         }
-        listen(&one.socket, backlog_of(backlog))?;
-        (one.process, one.mixed) = (Some(json.to_vec()), mixed);
-        Ok(())
+        let local = named(getsockname(program.as_raw_fd())).and_then(|at| at.socket_addr());
+        let local = local.filter(|at| at.port() != 0).ok_or(Errno::EINVAL)?;
+        self.identity(json)?;
+        let cookie = sock::cookie(program)?;
+        let there = self.fronts.iter().find(|(_, one)| one.local == local).map(|(id, _)| *id);
+        let id = match there {
+            Some(id) => id,
+            None => {
+                let is_v6 = sock::domain(program)? == libc::AF_INET6;
+                let both = is_v6 && !getsockopt(&program, sockopt::Ipv6V6Only)?;
+                let front = Front {
+                    socket: self.front_socket(is_v6)?,
+                    places: steer::places(local, both),
+                    local,
+                    owners: Vec::new(),
+                    process: Vec::new(),
+                    mixed,
+                    listened: false,
+                };
+                self.hear_of_deaths()?;
+                let id = self.next_id();
+                self.fronts.insert(id, front);
+                id
+            }
+        };
+        let Some(front) = self.fronts.get_mut(&id) else { return Err(Errno::ENOENT.into()) };
+        // Those that have proved themselves wait in the program's own backlog; here is room for more.
+        listen(&front.socket, backlog_of(backlog.max(LEAST_BACKLOG)))?;
+        if !front.owners.contains(&cookie) {
+            front.owners.push(cookie);
+            front.listened = false;
+        }
+        (front.process, front.mixed) = (json.to_vec(), mixed);
+        for place in &front.places {
+            self.steer.set(place, front.socket.as_fd(), filter)?;
+        }
+        Ok(id)
     }
 
-    /// Gives up a reservation; associations that run go on.
+    /// A socket for a front. Its own address is a token that nobody is told; what comes there is not served.
+    fn front_socket(&self, is_v6: bool) -> io::Result<OwnedFd> {
+        let made = stream(is_v6)?;
+        let at = as_domain(SocketAddr::new(self.tokens.any()?.into(), 0), is_v6);
+        if is_v6 {
+            sock::dual_stack(made.as_fd())?;
+        }
+        bind(made.as_raw_fd(), &sock::as_given(&at).ok_or(Errno::EINVAL)?)?;
+        Ok(made)
+    }
+
+    /// Gives up a front; associations that run go on.
     pub fn release(&mut self, id: u64) {
-        self.reservations.remove(&id);
-        let orphans = self.waiting_if(|one| one.reservation() == Some(id));
+        if let Some(gone) = self.fronts.remove(&id) {
+            gone.places.iter().for_each(|place| self.steer.unset(place));
+        }
+        let orphans = self.waiting_if(|one| one.front() == Some(id));
         for orphan in orphans {
             self.stop(orphan, libc::ECONNRESET, "the listener has gone");
         }
@@ -234,14 +171,13 @@ impl Associations {
 
     /// Takes peers from all listeners, as many as may be pending.
     pub(super) fn accept(&mut self, diag: &mut Diag) {
-        let serving: Vec<_> =
-            self.reservations.iter().filter(|(_, one)| one.serving()).map(|(id, _)| *id).collect();
-        for reservation in serving {
+        let serving: Vec<_> = self.fronts.keys().copied().collect();
+        for front in serving {
             for _ in 0..TURN {
                 if self.arriving >= MOST_PENDING {
                     return;
                 }
-                let Some(one) = self.reservations.get_mut(&reservation) else { break };
+                let Some(one) = self.fronts.get_mut(&front) else { break };
                 let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
                 let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
                 let wire = took(number);
@@ -250,22 +186,24 @@ impl Associations {
                 if one.room(diag).is_none() {
                     drop(wire);
                     if one.listened {
-                        self.release(reservation); // its end was not heard of yet
+                        self.release(front); // its end was not heard of yet
                     }
                     break;
                 }
                 one.listened = true;
                 // An error: it has gone already, or has too many, or no certificate can be made.
-                let _reset = self.take_peer(reservation, wire);
+                let _reset = self.take_peer(front, wire);
             }
         }
     }
 
-    fn take_peer(&mut self, reservation: u64, wire: OwnedFd) -> io::Result<()> {
-        let one = self.reservations.get(&reservation).ok_or(Errno::ENOENT)?;
-        let inner_local = as_domain(one.token.into(), one.is_v6);
+    fn take_peer(&mut self, front: u64, wire: OwnedFd) -> io::Result<()> {
+        let one = self.fronts.get(&front).ok_or(Errno::ENOENT)?;
         let remote = named(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
         let local = named(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
+        if local.port != one.local.port() {
+            return Err(Errno::EACCES.into()); // it came to the front's own address
+        }
         let of_one = self.waiting().filter(|(_, other)| other.places.remote.ip() == remote.ip());
         if of_one.count() >= MOST_OF_ONE {
             return Err(Errno::EAGAIN.into());
@@ -274,10 +212,10 @@ impl Associations {
         let is_member = remote.ip().is_some_and(|ip| self.host.members().owner(ip).is_some());
         let asks = one.mixed && !is_member;
         setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
-        let places = Places { local, remote, inner_local, inner_remote: Addr::NONE };
+        let places = Places { local, remote, inner_local: local, inner_remote: Addr::NONE };
         let flow = self.engine.name();
-        let direction = Direction::Inbound { reservation, arrived: Some(wire) };
-        self.insert(flow.get(), Association::new(flow, direction, places, super::Seen::default(), PATIENCE));
+        let direction = Direction::Inbound { front, arrived: Some(wire) };
+        self.insert(flow.get(), Association::new(flow, direction, places, Seen::default(), PATIENCE));
         if asks {
             self.tell(flow.get(), Kind::Arrived, &[]);
             return Ok(());
@@ -291,18 +229,18 @@ impl Associations {
     /// `ENOENT` if nobody waits for this. When no certificate can be made, the peer is sent away.
     pub fn speak(&mut self, id: u64, speech: Speech) -> io::Result<()> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
-        let Direction::Inbound { reservation, arrived } = &mut one.direction else {
+        let Direction::Inbound { front, arrived } = &mut one.direction else {
             return Err(Errno::ENOENT.into());
         };
-        let (wire, reservation) = (arrived.take().ok_or(Errno::ENOENT)?, *reservation);
+        let (wire, front) = (arrived.take().ok_or(Errno::ENOENT)?, *front);
         let (flow, remote) = (one.flow, one.places.remote);
         if speech == Speech::Plain {
             self.engine.begin(flow, wire, Role::Plain);
             return Ok(());
         }
-        let side = self.side_for(reservation, &remote).map(|(side, seen)| {
+        let side = self.side_for(front, &remote).map(|(side, seen, identity)| {
             if let Some(one) = self.all.get_mut(&id) {
-                one.seen = seen;
+                (one.seen, one.identity) = (seen, Some(identity));
             }
             side
         });
@@ -320,21 +258,21 @@ impl Associations {
     }
 
     /// What is shown to a peer, and who judges what it shows.
-    fn side_for(&mut self, reservation: u64, remote: &Addr) -> io::Result<(ServerSide, super::Seen)> {
-        let json = self.reservations.get(&reservation).and_then(|one| one.process.clone());
+    fn side_for(&mut self, front: u64, remote: &Addr) -> io::Result<(ServerSide, Seen, ProcessIdentity)> {
+        let json = self.fronts.get(&front).map(|one| one.process.clone());
         let identity = self.identity(&json.ok_or(Errno::ENOENT)?)?;
         let owner =
             remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
         let (verifier, seen) = self.verifier.for_one(owner);
-        let identity = Arc::new(SingleCertAndKey::from(identity.shown));
-        Ok((ServerSide::new(Arc::new(verifier), identity).map_err(io::Error::other)?, seen))
+        let shown = Arc::new(SingleCertAndKey::from(Arc::clone(&identity.shown)));
+        Ok((ServerSide::new(Arc::new(verifier), shown).map_err(io::Error::other)?, seen, identity))
     }
 
     /// Connects to the program's listener for an admitted peer, or has it wait: beyond the backlog the kernel
     /// would have the program's end wait for seconds, and ours seem to be up.
-    pub(super) fn deliver(&mut self, id: u64, reservation: u64, diag: &mut Diag) {
-        let place = self.reservations.get(&reservation);
-        let Some((place, has_room)) = place.and_then(|place| Some((place, place.room(diag)?))) else {
+    pub(super) fn deliver(&mut self, id: u64, front: u64, diag: &mut Diag) {
+        let place = self.fronts.get(&front);
+        let Some(has_room) = place.and_then(|place| place.room(diag)) else {
             return self.stop(id, libc::ECONNRESET, "the listener has gone");
         };
         if !has_room {
@@ -342,11 +280,11 @@ impl Associations {
             return;
         }
         self.queued.remove(&id);
-        let is_v6 = place.is_v6;
-        match self.tokens.deliver(place.token) {
+        let Some(to) = self.all.get(&id).and_then(|one| one.places.local.socket_addr()) else { return };
+        match self.tokens.deliver(to) {
             Ok((socket, from)) => {
                 if let Some(one) = self.all.get_mut(&id) {
-                    one.places.inner_remote = as_domain(from.into(), is_v6);
+                    one.places.inner_remote = Addr::from(from);
                     one.joining = Some(Joining { socket, until: std::time::Instant::now() + LAST_STEP });
                 }
             }
@@ -366,11 +304,6 @@ fn stream(is_v6: bool) -> nix::Result<OwnedFd> {
 
 fn backlog_of(most: u32) -> Backlog {
     i32::try_from(most).ok().and_then(|most| Backlog::new(most).ok()).unwrap_or(Backlog::MAXCONN)
-}
-
-/// The unspecified address of the same family.
-fn unspecified(of: &Addr) -> Addr {
-    Addr { family: of.family, ..Addr::NONE }
 }
 
 #[expect(unsafe_code, reason = "nix returns an accepted descriptor as a number")]

@@ -55,8 +55,8 @@ impl Associations {
         let is_member = owner.is_some();
         let (verifier, seen) = self.verifier.for_one(owner);
         // A member's key daemon says when its own broker has admitted us; a stock TLS server does not.
-        let identity = Arc::new(SingleCertAndKey::from(identity.shown));
-        let side = ClientSide::new(Arc::new(verifier), identity, is_member).map_err(io::Error::other)?;
+        let shown = Arc::new(SingleCertAndKey::from(Arc::clone(&identity.shown)));
+        let side = ClientSide::new(Arc::new(verifier), shown, is_member).map_err(io::Error::other)?;
 
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
@@ -77,7 +77,8 @@ impl Associations {
         let name = ServerName::IpAddress(remote.ip().into());
         let flow = self.engine.handshake(wire, Role::Client { side, name });
         let id = flow.get();
-        let one = Association::new(flow, direction, places, seen, patience);
+        let mut one = Association::new(flow, direction, places, seen, patience);
+        one.identity = Some(identity);
         self.insert(id, one);
         self.by_token.insert(at, id);
         Ok((id, places))

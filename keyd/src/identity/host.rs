@@ -42,6 +42,8 @@ pub struct ProcessIdentity {
     pub serial: String,
     /// When it ends and should be renewed.
     pub validity: Validity,
+    /// Its key, under which it is renewed if it stands for a session.
+    pub key: Arc<Key>,
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
@@ -96,6 +98,18 @@ impl Host {
         &self.members
     }
 
+    /// Its trust domain.
+    #[must_use]
+    pub const fn domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// Addresses in its certificates.
+    #[must_use]
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
     /// What the host itself shows, without a process.
     #[must_use]
     pub fn shown(&self) -> Arc<CertifiedKey> {
@@ -125,9 +139,31 @@ impl Host {
         Verifier::new(&self.root, &self.members)
     }
 
+    /// What the kernel marks our own packets with, for the filters of protected listeners: the same as long as
+    /// the host has its key, so that filters need not be changed when the key daemon begins anew.
+    #[must_use]
+    pub fn mark(&self) -> u32 {
+        let mut der = self.key.for_tls();
+        let digest = ring::digest::digest(&ring::digest::SHA256, der.secret_der());
+        der.zeroize();
+        let mark = digest.as_ref().first_chunk().map_or(1, |word| u32::from_ne_bytes(*word));
+        mark.max(1)
+    }
+
     /// Makes a certificate and key for a process. `name` comes from the policy, never from the process.
     pub fn mint(
         &self,
+        name: &ProcessName,
+        facts: &ProcessFacts,
+        validity: Validity,
+    ) -> Result<ProcessIdentity, IdentityError> {
+        self.mint_under(Arc::new(Key::generate()?), name, facts, validity)
+    }
+
+    /// Makes a certificate for a process, under a key that a process of its session has had before.
+    pub fn mint_under(
+        &self,
+        key: Arc<Key>,
         name: &ProcessName,
         facts: &ProcessFacts,
         validity: Validity,
@@ -137,10 +173,9 @@ impl Host {
             host: self.facts.host.clone(),
             process: Some(name.clone()),
         };
-        let key = Key::generate()?;
         let issuer = Issuer::from_ca_cert_der(&self.issuing, self.key.pair())?;
         let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &issuer, validity)?;
         let chain = vec![made.certificate.der().clone(), self.issuing.clone()];
-        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity })
+        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity, key })
     }
 }

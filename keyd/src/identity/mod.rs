@@ -28,7 +28,7 @@ pub use issue::{PROCESS_VALIDITY, Validity};
 pub use key::Key;
 pub use members::{Member, Members, Revoked};
 pub use names::{HostName, NameError, ProcessName, SpiffeId, TrustDomain};
-pub use peer::Peer;
+pub use peer::{Peer, describe};
 pub use verify::{Refusal, Seen, Verifier};
 
 /// Why an identity cannot be made, read or trusted.

@@ -31,6 +31,8 @@ pub struct Peer {
     pub issuer_serial: String,
     /// SHA-256 of the certificate, in hexadecimal.
     pub fingerprint: String,
+    /// SHA-256 of its public key (SubjectPublicKeyInfo), in hexadecimal: the same for all of one session.
+    pub key: String,
     /// Last second of validity, since the Unix epoch.
     pub until: i64,
 }
@@ -83,7 +85,8 @@ impl Peer {
     /// Reads a leaf and the issuing certificate over it, whose signatures were verified. Refuses a
     /// leaf that is not of its issuer's host.
     pub(super) fn from(leaf: &CertificateDer<'_>, issuing: &CertificateDer<'_>) -> Result<Self, Refusal> {
-        let fingerprint = hex(ring::digest::digest(&ring::digest::SHA256, leaf).as_ref());
+        let sha256 = |bytes: &[u8]| hex(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref());
+        let fingerprint = sha256(leaf);
         let (leaf, issuing) = (Read::from(leaf)?, Read::from(issuing)?);
         let id = leaf.id()?;
         let host: HostFacts = issuing.facts(&HOST_OID)?.ok_or(Refusal::NotFromAHost)?;
@@ -102,11 +105,29 @@ impl Peer {
         if !names.iter().any(|name| name == host.host.as_str()) {
             return Err(Refusal::Nameless(id.to_string()));
         }
+        let key = sha256(leaf.certificate.public_key().raw);
         let process: Option<ProcessFacts> = leaf.facts(&PROCESS_OID)?;
         let until = leaf.certificate.validity().not_after.timestamp();
         let (serial, issuer_serial) = (leaf.serial.clone(), issuing.serial.clone());
-        Ok(Self { id, host, process, names, addresses, serial, issuer_serial, fingerprint, until })
+        Ok(Self { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until })
     }
+}
+
+/// A certificate that was not believed, in words for the log.
+#[must_use]
+pub fn describe(der: &CertificateDer<'_>) -> String {
+    let fingerprint = hex(ring::digest::digest(&ring::digest::SHA256, der).as_ref());
+    let Ok(read) = Read::from(der) else {
+        return format!("a certificate that cannot be read ({fingerprint})");
+    };
+    let name = read.id().map_or_else(|_| read.certificate.subject().to_string(), |id| id.to_string());
+    let name: String = name.chars().take(300).collect();
+    let issuer: String = read.certificate.issuer().to_string().chars().take(300).collect();
+    let until = read.certificate.validity().not_after;
+    format!(
+        "`{name}`, serial {}, issued by `{issuer}`, valid until {until}, SHA-256 {fingerprint}",
+        read.serial
+    )
 }
 
 fn ip(bytes: &[u8]) -> Option<IpAddr> {

@@ -18,7 +18,7 @@ use nix::{
 use portcullis_keyd::identity::{Authority, Enrolment};
 use portcullis_wire::{
     Addr,
-    keyd::{Head, Kind, Open, Over, Places},
+    keyd::{Head, Kind, Net, Open, Over, Places},
 };
 use tempfile::TempDir;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -97,16 +97,22 @@ impl World {
         result
     }
 
-    /// A program's listener on the far host, as the shim and broker make it.
-    pub fn listener(&mut self, at: &str) -> (u64, TcpListener, Places) {
+    /// A program's listener on the far host, as it makes it and as the broker has it protected.
+    pub fn listener(&mut self, at: &str) -> (u64, TcpListener) {
+        let fd = self.bound(at);
+        let (front, errno) = serve(&mut self.far, &fd, &[], 0);
+        assert_eq!(errno, 0);
+        listen(&fd, Backlog::new(16).unwrap()).unwrap();
+        (front, TcpListener::from(fd))
+    }
+
+    /// A socket on the far host that does not listen yet.
+    pub fn bound(&self, at: &str) -> OwnedFd {
         let family = if at.starts_with('[') { AddressFamily::Inet6 } else { AddressFamily::Inet };
         let fd = self.on_far(|| socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
         setsockopt(&fd, sockopt::ReuseAddr, &true).unwrap();
-        let (id, places) = reserve(&mut self.far, &fd, at).unwrap();
-        bind(fd.as_raw_fd(), &raw(&places.inner_local)).unwrap();
-        listen(&fd, Backlog::new(16).unwrap()).unwrap();
-        assert_eq!(serve(&mut self.far, id, &fd), 0);
-        (id, TcpListener::from(fd), places)
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(at.parse::<SocketAddr>().unwrap())).unwrap();
+        fd
     }
 
     /// A program on the near host begins to connect.
@@ -199,6 +205,7 @@ fn over_if(daemon: &mut Daemon, wanted: impl Fn(u64) -> bool) -> (i32, String, O
             && wanted(head.tag)
         {
             let (carried, why) = Over::read_from_prefix(&rest).unwrap();
+            let why = why[size_of::<Places>()..].split(|byte| *byte == b'\n').next().unwrap();
             return (head.errno, String::from_utf8(why.to_vec()).unwrap(), carried);
         }
     }
@@ -217,18 +224,15 @@ pub fn open(daemon: &mut Daemon, fd: &OwnedFd, to: SocketAddr) -> Result<(u64, P
     placed(daemon, Kind::Open, &[ask.as_bytes(), PROCESS].concat(), fd)
 }
 
-pub fn reserve(daemon: &mut Daemon, fd: &OwnedFd, at: &str) -> Result<(u64, Places), i32> {
-    let ask = Open { local: Addr::from(at.parse::<SocketAddr>().unwrap()), ..Open::new_zeroed() };
-    placed(daemon, Kind::Reserve, ask.as_bytes(), fd)
-}
-
-pub fn serve(daemon: &mut Daemon, id: u64, fd: &OwnedFd) -> i32 {
-    let head = Head { tag: id, count: 16, ..Head::new(Kind::Serve, 77) };
-    daemon.send(&[head.as_bytes(), PROCESS], &[fd.as_fd()]);
+/// Has a listener filtered, so that `plain` come to it as they are, and protected. The front's number and an errno.
+pub fn serve(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32) -> (u64, i32) {
+    let filter = daemon.filter(fd, 1, plain).unwrap();
+    let head = Head { count: 16, flags, ..Head::new(Kind::Serve, 77) };
+    daemon.send(&[head.as_bytes(), PROCESS], &[fd.as_fd(), filter.as_fd()]);
     loop {
         let answer = daemon.receive(Duration::from_secs(5)).unwrap();
         if answer.head.seq == 77 {
-            return answer.head.errno;
+            return (answer.head.tag, answer.head.errno);
         }
     }
 }
