@@ -414,10 +414,7 @@ mod tests {
         let on_one_screen: [(Stage, &[Kind]); 3] = [
             (Stage::Hello, &[Hello]),
             (Stage::Serving, &[Filter, Refill, Cut]),
-            (
-                Stage::Protecting,
-                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, Adopt, Speak],
-            ),
+            (Stage::Protecting, &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, Speak]),
         ];
         for (stage, listed) in on_one_screen {
             for kind in Kind::ALL {
