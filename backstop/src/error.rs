@@ -11,18 +11,18 @@ pub enum BackstopError {
     NotBuiltIn,
     /// The kernel does not tell where its structures' fields are.
     #[error("the kernel has no type information in /sys/kernel/btf/vmlinux (CONFIG_DEBUG_INFO_BTF)")]
-    NoTypes(#[source] aya::BtfError),
+    NoTypes(#[source] io::Error),
     /// The object was refused as a whole.
     #[error("the kernel did not take the backstop's maps and programs")]
-    Load(#[source] aya::EbpfError),
+    Load(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// One program was refused.
     #[error("the kernel did not take the backstop's program `{program}`")]
     Program {
         /// Which.
-        program: &'static str,
+        program: String,
         /// Why; the verifier's words are in it.
         #[source]
-        source: aya::programs::ProgramError,
+        source: io::Error,
     },
     /// The object lacks something that its source has.
     #[error("the backstop's object has no `{0}`")]

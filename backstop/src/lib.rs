@@ -27,8 +27,10 @@ mod events;
 mod grants;
 mod layout;
 mod model;
+mod object;
 mod programs;
 mod sys;
+mod types;
 
 pub use cgroup::{Cgroup, PREFIX, cgroup_name, folder_of};
 pub use error::BackstopError;

@@ -1,17 +1,11 @@
 //! Loading the programs, and putting them on cgroups.
 
 use std::{
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::LazyLock,
 };
 
-use aya::{
-    Btf, EbpfLoader,
-    maps::{MapData, ProgramArray},
-    programs::{Program, ProgramFd},
-};
-
-use crate::{Backstop, Cgroup, error::BackstopError, sys};
+use crate::{Backstop, Cgroup, error::BackstopError, object::Loaded, sys};
 
 /// One program on a cgroup.
 struct Hook {
@@ -71,39 +65,23 @@ pub fn load_for_another() -> Result<(Vec<OwnedFd>, Attacher), BackstopError> {
     if OBJECT.is_empty() {
         return Err(BackstopError::NotBuiltIn);
     }
-    let btf = Btf::from_sys_fs().map_err(BackstopError::NoTypes)?;
-    let mut object = EbpfLoader::new().btf(Some(&btf)).load(&OBJECT).map_err(BackstopError::Load)?;
-    let mut descriptor = |program: &'static str| -> Result<ProgramFd, BackstopError> {
-        let loaded = object.program_mut(program).ok_or(BackstopError::Missing(program))?;
-        match loaded {
-            Program::CgroupSockAddr(it) => it.load(),
-            Program::CgroupSock(it) => it.load(),
-            Program::CgroupSkb(it) => it.load(),
-            Program::Iter(it) => it.load("task", &btf),
-            _ => return Err(BackstopError::Missing(program)),
-        }
-        .and_then(|()| loaded.fd()?.try_clone().map_err(Into::into))
-        .map_err(|source| BackstopError::Program { program, source })
+    let hook_of = |program: &str| {
+        HOOKS.iter().find(|hook| [hook.name, hook.judge].contains(&program)).map(|hook| hook.kind)
     };
+    let mut loaded = Loaded::new(&OBJECT, hook_of)?;
     let mut attached = Vec::with_capacity(ATTACHER_FDS);
-    let mut judges = Vec::with_capacity(HOOKS.len());
-    for hook in &HOOKS {
-        judges.push(descriptor(hook.judge)?);
-        attached.push(clone(descriptor(hook.name)?.as_fd(), "programs")?);
-    }
-    let identify = clone(descriptor("identify")?.as_fd(), "programs")?;
     let mut parts = Vec::with_capacity(BACKSTOP_FDS);
     for name in MAPS.into_iter().chain(["events"]) {
-        let map = object.map(name).ok_or(BackstopError::Missing(name))?;
-        parts.push(clone(data_of(map).ok_or(BackstopError::Missing(name))?.fd().as_fd(), name)?);
+        parts.push(loaded.map(name)?);
     }
-    for (hook, judge) in HOOKS.iter().zip(&judges) {
-        let map = object.take_map(hook.gate).ok_or(BackstopError::Missing(hook.gate))?;
-        parts.push(clone(data_of(&map).ok_or(BackstopError::Missing(hook.gate))?.fd().as_fd(), hook.gate)?);
-        let mut gate = ProgramArray::try_from(map).map_err(in_map(hook.gate))?;
-        gate.set(0, judge, 0).map_err(in_map(hook.gate))?;
+    for hook in &HOOKS {
+        let (judge, gate) = (loaded.program(hook.judge)?, loaded.map(hook.gate)?);
+        sys::update(gate.as_fd(), &[0; 4], &judge.as_raw_fd().to_ne_bytes())
+            .map_err(|source| BackstopError::Attach { what: "set", hook: hook.gate, source })?;
+        parts.push(gate);
+        attached.push(loaded.program(hook.name)?);
     }
-    parts.push(identify);
+    parts.push(loaded.program("identify")?);
     Ok((parts, Attacher { programs: attached }))
 }
 
@@ -116,23 +94,6 @@ pub fn listeners_of(descriptors: &[OwnedFd]) -> Option<BorrowedFd<'_>> {
 
 pub(crate) fn in_map(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> BackstopError {
     move |source| BackstopError::Map { map, source }
-}
-
-fn clone(fd: BorrowedFd<'_>, hook: &'static str) -> Result<OwnedFd, BackstopError> {
-    fd.try_clone_to_owned().map_err(|source| BackstopError::Attach { what: "keep", hook, source })
-}
-
-fn data_of(map: &aya::maps::Map) -> Option<&MapData> {
-    use aya::maps::Map;
-    match map {
-        Map::Array(it)
-        | Map::PerCpuArray(it)
-        | Map::HashMap(it)
-        | Map::LpmTrie(it)
-        | Map::RingBuf(it)
-        | Map::ProgramArray(it) => Some(it),
-        _ => None,
-    }
 }
 
 /// One set of descriptors, taken apart.

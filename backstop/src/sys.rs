@@ -11,7 +11,12 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
+use aya_obj::generated::bpf_insn;
+
 // enum bpf_cmd, linux/bpf.h
+const MAP_CREATE: libc::c_int = 0;
+const MAP_UPDATE_ELEM: libc::c_int = 2;
+const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
 const PROG_DETACH: libc::c_int = 9;
 const PROG_GET_FD_BY_ID: libc::c_int = 13;
@@ -56,6 +61,83 @@ fn attr(words: &[u32]) -> Attr {
 fn pointer<T>(to: *const T) -> [u32; 2] {
     let address = to as u64;
     [address as u32, (address >> 32) as u32]
+}
+
+fn set(attr: &mut Attr, from: usize, words: &[u32]) {
+    for (to, word) in attr.iter_mut().skip(from).zip(words) {
+        *to = *word;
+    }
+}
+
+/// A name as `BPF_OBJ_NAME_LEN` has room for it, with its NUL.
+fn letters(name: &str) -> [u32; 4] {
+    let mut bytes = [0; 16];
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(15)) {
+        // The kernel takes no other sign.
+        *to = if from.is_ascii_alphanumeric() || from == b'_' || from == b'.' { from } else { b'_' };
+    }
+    let (words, _) = bytes.as_chunks::<4>();
+    std::array::from_fn(|at| words.get(at).map_or(0, |w| u32::from_ne_bytes(*w)))
+}
+
+/// Makes a map: its type, length of a key, length of a value, most entries, flags.
+pub(crate) fn create(name: &str, shape: [u32; 5]) -> io::Result<OwnedFd> {
+    let mut asked = attr(&shape);
+    set(&mut asked, 7, &letters(name));
+    owned(bpf(MAP_CREATE, &mut asked)?)
+}
+
+/// Where a program will run.
+#[derive(Clone, Copy)]
+pub(crate) enum Kind {
+    /// On a cgroup, by its `enum bpf_attach_type`.
+    OnCgroup(u32),
+    /// As an iterator over tasks, by the kernel's number of its function.
+    TaskIterator(u32),
+}
+
+impl Kind {
+    /// `enum bpf_prog_type`, `enum bpf_attach_type`, and the function.
+    const fn words(self) -> [u32; 3] {
+        match self {
+            Self::OnCgroup(ingress @ 0) => [8, ingress, 0],
+            Self::OnCgroup(sock_create @ 2) => [9, sock_create, 0],
+            Self::OnCgroup(with_address) => [18, with_address, 0],
+            Self::TaskIterator(function) => [26, TRACE_ITER, function],
+        }
+    }
+}
+
+/// Loads one program. An error has the verifier's last words.
+pub(crate) fn load(kind: Kind, name: &str, code: &[bpf_insn], license: &CStr) -> io::Result<OwnedFd> {
+    let [program, hook, function] = kind.words();
+    let count = u32::try_from(code.len()).map_err(io::Error::other)?;
+    let [code_low, code_high] = pointer(code.as_ptr());
+    let [license_low, license_high] = pointer(license.as_ptr());
+    let mut asked = attr(&[program, count, code_low, code_high, license_low, license_high]);
+    set(&mut asked, 12, &letters(name));
+    set(&mut asked, 17, &[hook]);
+    set(&mut asked, 27, &[function]);
+    let error = match bpf(PROG_LOAD, &mut asked.clone()) {
+        Ok(fd) => return owned(fd),
+        Err(error) => error,
+    };
+    let mut words = vec![0u8; 1 << 20];
+    let [low, high] = pointer(words.as_mut_ptr());
+    set(&mut asked, 6, &[1, 1 << 20, low, high]);
+    if let Ok(fd) = bpf(PROG_LOAD, &mut asked) {
+        return owned(fd);
+    }
+    let said = CStr::from_bytes_until_nul(&words).map(CStr::to_string_lossy).unwrap_or_default();
+    let last = said.trim_end().lines().rev().take(3).collect::<Vec<_>>().join("; ");
+    Err(io::Error::new(error.kind(), format!("{error} ({last})")))
+}
+
+/// Puts a value into a map. Both are as long as the map was made for.
+pub(crate) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let [key_low, key_high] = pointer(key.as_ptr());
+    let [value_low, value_high] = pointer(value.as_ptr());
+    bpf(MAP_UPDATE_ELEM, &mut attr(&[word(map), 0, key_low, key_high, value_low, value_high])).map(drop)
 }
 
 /// Attaches a program to a cgroup for as long as the cgroup exists.

@@ -74,6 +74,8 @@ pub struct Config {
     pub handed: Option<OwnedFd>,
     /// Gets `ready\n` once the broker serves, or one line that says why it cannot; then it is closed.
     pub ready: Option<OwnedFd>,
+    /// No program has been served in this folder that could still be there.
+    pub fresh: bool,
 }
 
 /// Serves until told to end (SIGTERM, or `shutdown` over the control socket).

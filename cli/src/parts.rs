@@ -27,6 +27,8 @@ pub struct BrokerArgs {
     ready_fd: i32,
     #[arg(long)]
     life_fd: i32,
+    #[arg(long)]
+    fresh: bool,
 }
 
 /// What the supervisor hands to a key daemon.
@@ -67,6 +69,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
             keyd: args.keyd_fd.map(sys::adopt).transpose()?,
             handed: args.handed_fd.map(sys::adopt).transpose()?,
             ready: Some(sys::adopt(args.ready_fd)?),
+            fresh: args.fresh,
         })
     });
     match config.map(portcullis_broker::run) {

@@ -173,6 +173,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
         None => own_socket(&place)?,
     };
+    let fresh = !sweep::is_signed(&place);
     sweep::sign(&place).map_err(failed("sign the runtime folder"))?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
@@ -181,7 +182,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
     mask.thread_block().map_err(failed("block signals"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .map_err(failed("receive signals"))?;
-    let parts = Parts::new(&args, &place)?;
+    let parts = Parts::new(&args, &place, fresh)?;
     let mut supervisor = Supervisor {
         args,
         place,

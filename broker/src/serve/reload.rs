@@ -318,9 +318,6 @@ impl Broker {
     /// After a restart: finds what wrapped processes have open, so that sessions go on and the next
     /// generation finds every flow.
     pub(super) fn adopt(&mut self) {
-        if self.log.seq() <= 1 {
-            return; // there was no broker before
-        }
         let Ok(all) = self.diag.all(Protocol::TCP, CONNECTED | 1 << state::LISTEN) else { return };
         let listening: HashSet<u16> =
             all.iter().filter(|f| f.state == state::LISTEN).map(|f| f.local.port()).collect();

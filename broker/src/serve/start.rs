@@ -136,7 +136,9 @@ impl Broker {
             broker.greet(socket);
         }
         broker.load_first();
-        broker.adopt();
+        if !config.fresh {
+            broker.adopt();
+        }
         broker.flush_log();
         broker.renew_lease();
         if let Some(ready) = config.ready {

@@ -4,17 +4,22 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    thread::{self, JoinHandle},
 };
 
 use portcullis_backstop::{
     Attacher, BackstopError, Cgroup, cgroup_name, keep_listeners, listeners_of, load_for_another,
 };
 
+type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Backing {
     state: PathBuf,
     wanted: bool,
+    /// The first broker's, which is loaded while that broker starts.
+    ahead: Option<JoinHandle<Loaded>>,
     attacher: Option<Attacher>,
     /// Map of the listeners that the last broker granted.
     listeners: Option<OwnedFd>,
@@ -24,7 +29,8 @@ pub struct Backing {
 impl Backing {
     /// Nothing yet. `wanted`: whether there shall be a backstop.
     pub fn new(state: PathBuf, wanted: bool) -> Self {
-        Self { state, wanted, ..Self::default() }
+        let ahead = wanted.then(|| thread::spawn(load_for_another));
+        Self { state, wanted, ahead, ..Self::default() }
     }
 
     /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
@@ -37,7 +43,8 @@ impl Backing {
             return Ok(None);
         }
         self.attacher = None;
-        let (descriptors, attacher) = load_for_another()?;
+        let ahead = self.ahead.take().and_then(|thread| thread.join().ok());
+        let (descriptors, attacher) = ahead.unwrap_or_else(load_for_another)?;
         if let Some(fresh) = listeners_of(&descriptors) {
             if let Some(old) = &self.listeners {
                 keep_listeners(old.as_fd(), fresh)?;

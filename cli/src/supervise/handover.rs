@@ -62,6 +62,11 @@ impl Handover {
         Ok(theirs)
     }
 
+    /// Gives the broker its backstop, before any door or tree.
+    pub fn add_backstop(&mut self, descriptors: Vec<OwnedFd>) {
+        self.tell(Handed::Backstop(descriptors));
+    }
+
     /// Lets the broker serve a tree; one that is just being restarted gets it when it begins.
     ///
     /// # Errors

@@ -82,11 +82,12 @@ pub struct Parts {
     next: Option<Instant>,
     /// Whether the broker ever served; before that, a death is a failure.
     served: bool,
+    fresh: bool,
 }
 
 impl Parts {
-    /// Makes the sockets and starts both.
-    pub fn new(args: &Args, place: &Place) -> Result<Self, RunError> {
+    /// Makes the sockets and starts both. `fresh`: no program of an earlier supervisor can be there.
+    pub fn new(args: &Args, place: &Place, fresh: bool) -> Result<Self, RunError> {
         let doors = link::bind(&place.broker_socket()).map_err(failed("bind the broker's socket"))?;
         // Programs of every user ask here.
         fs::set_permissions(place.broker_socket(), fs::Permissions::from_mode(0o666))
@@ -107,6 +108,7 @@ impl Parts {
             delay: FIRST_DELAY,
             next: Some(Instant::now()),
             served: false,
+            fresh,
         })
     }
 
@@ -163,19 +165,25 @@ impl Parts {
             }
             None => None,
         };
-        let backstop = self.backing.begin().unwrap_or_else(|error| {
-            let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
-            log(&format!("no backstop: {error}{source}"));
-            None
-        });
-        let handed = self.handover.begin(backstop)?;
+        // Whoever runs already is held at every moment; the first run of all is not there yet, and its broker
+        // starts meanwhile.
+        let before = if self.served { backstop(&mut self.backing) } else { None };
+        let handed = self.handover.begin(before)?;
         command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
         let _handed = Pass::on(&handed)?;
         let (ended, life) = pipe2(OFlag::O_CLOEXEC)?;
         command.args(["--life-fd", &ended.as_raw_fd().to_string()]);
         let _ended = Pass::on(&ended)?;
+        if self.fresh && !self.served {
+            command.arg("--fresh");
+        }
         // The key daemon ends with the broker, whose end of their pair it reads.
         self.broker = Some(spawn(command, Some(life))?);
+        if !self.served
+            && let Some(descriptors) = backstop(&mut self.backing)
+        {
+            self.handover.add_backstop(descriptors);
+        }
         Ok(())
     }
 
@@ -272,6 +280,15 @@ impl Part {
         let _dead = self.child.kill();
         let _buried = self.child.wait();
     }
+}
+
+/// The backstop for a broker, if there is one here.
+fn backstop(backing: &mut Backing) -> Option<Vec<OwnedFd>> {
+    backing.begin().unwrap_or_else(|error| {
+        let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
+        log(&format!("no backstop: {error}{source}"));
+        None
+    })
 }
 
 /// A descriptor that the next child inherits, as long as this lives.

@@ -23,6 +23,11 @@ pub fn sign(place: &Place) -> io::Result<()> {
     fs::write(place.runtime.join(OWNER), place.state.as_os_str().as_bytes())
 }
 
+/// Whether an earlier supervisor has left word and not taken it back: programs of its trees may still be there.
+pub fn is_signed(place: &Place) -> bool {
+    place.runtime.join(OWNER).exists()
+}
+
 /// Takes it back.
 pub fn unsign(place: &Place) {
     let _absent = fs::remove_file(place.runtime.join(OWNER));
