@@ -34,8 +34,11 @@ fn sleeper(host: &Host) -> Running {
 
 /// What a wrapped program's environment has after `name`, which ends in `=`.
 fn variable(of: &Running, name: &str) -> String {
-    let environment = fs::read_to_string(format!("/proc/{}/environ", of.pid())).unwrap();
-    environment.split('\0').find_map(|v| v.strip_prefix(name)).unwrap().to_owned()
+    // In the midst of exec(2) there is none.
+    eventually(&format!("its environment has {name}"), || {
+        let environment = fs::read_to_string(format!("/proc/{}/environ", of.pid())).ok()?;
+        environment.split('\0').find_map(|v| v.strip_prefix(name)).map(str::to_owned)
+    })
 }
 
 fn broker_socket(of: &Running) -> PathBuf {
