@@ -14,8 +14,8 @@ use std::{
 };
 
 use portcullis_keyd::identity::{
-    Authority, Enrolment, Host, IdentityError, Members, ProcessFacts, ProcessIdentity, Refusal, Validity,
-    Verifier,
+    Authority, Enrolment, Host, IdentityError, Members, PROCESS_VALIDITY, ProcessFacts, ProcessIdentity,
+    Refusal, Validity, Verifier,
 };
 use rustls::{
     ServerConfig, ServerConnection,
@@ -92,7 +92,7 @@ fn a_minted_certificate_proves_process_host_and_facts() {
     assert_eq!(peer.process, Some(facts()));
     assert_eq!(peer.names, ["h1.example.com"]);
     assert_eq!(peer.addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
-    assert_eq!((peer.serial, peer.until), (made.serial, NOW + 3600));
+    assert_eq!((peer.serial, peer.until), (made.serial, NOW + PROCESS_VALIDITY));
 }
 
 #[test]
@@ -101,10 +101,33 @@ fn time_is_kept_with_a_minutes_grace() {
     let host = domain.host("h1", "192.0.2.1", NOW);
     let (made, verifier) = (minted(&host, NOW), host.verifier().unwrap());
     let chain = &made.shown.cert;
-    assert_eq!(check(&verifier, chain, NOW + 3600 + 59), Ok(()));
-    assert_eq!(check(&verifier, chain, NOW + 3600 + 62), Err(Refusal::Expired));
+    let end = NOW + PROCESS_VALIDITY;
+    assert_eq!(check(&verifier, chain, end + 59), Ok(()));
+    assert_eq!(check(&verifier, chain, end + 62), Err(Refusal::Expired));
     assert_eq!(check(&verifier, chain, NOW - 300 - 59), Ok(()));
     assert_eq!(check(&verifier, chain, NOW - 300 - 62), Err(Refusal::NotYetValid));
+    // No process outlives what its host signs with.
+    let last = NOW + 365 * 24 * 3600;
+    assert_eq!(minted(&host, last - 100).validity.until, last);
+}
+
+#[test]
+fn a_session_is_with_the_certificate_that_it_began_with() {
+    use rustls::client::danger::ServerCertVerifier;
+    let mut domain = Domain::new("example.com", NOW);
+    let host = domain.host("h1", "192.0.2.1", NOW);
+    let (first, second) = (minted(&host, NOW), minted(&host, NOW));
+    let (verifier, seen) = host.verifier().unwrap().for_one(None);
+    let shown = |made: &ProcessIdentity, now| {
+        let (chain, name) = (&made.shown.cert, "h1".try_into().unwrap());
+        verifier.verify_server_cert(&chain[0], &chain[1..], &name, &[], at(now)).map(drop)
+    };
+    assert_eq!(shown(&first, NOW), Ok(()));
+    assert_eq!(shown(&first, NOW + 60), Ok(()), "again");
+    let other = shown(&second, NOW).unwrap_err().to_string();
+    assert!(other.contains("OtherSession"), "{other}");
+    assert_eq!(seen.verdict().unwrap().as_ref().unwrap().serial, first.serial);
+    assert!(shown(&first, NOW + PROCESS_VALIDITY + 62).is_err());
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::mem;
 
 use rustls::{
-    CommonState, Error,
+    CommonState, Error, HandshakeKind,
     client::UnbufferedClientConnection,
     crypto::tls13::OkmBlock,
     pki_types::{CertificateDer, ServerName},
@@ -29,6 +29,8 @@ pub struct Established {
     pub cipher: String,
     /// Key exchange by its IANA name.
     pub kex: String,
+    /// Proved by a ticket of the same session, instead of certificates.
+    pub resumed: bool,
     /// Keys for other lanes, of the same two ends.
     pub exporter: Option<Exporter>,
 }
@@ -181,6 +183,7 @@ impl Handshake {
             certificates,
             cipher: iana(format!("{:?}", suite.suite())),
             kex: format!("{:?}", group.name()),
+            resumed: state.handshake_kind() == Some(HandshakeKind::Resumed),
             exporter: suite.tls13().zip(secret).map(|(suite, secret)| Exporter::new(suite, secret)),
         };
         let confirm = state.alpn_protocol() == Some(CONFIRM);

@@ -16,7 +16,7 @@
 //! - A descriptor that is passed belongs to the engine, which closes it. Set socket options that are the
 //!   program's (keep-alive, device, mark) before; `TCP_NODELAY`, `O_NONBLOCK` and `SO_LINGER` are the engine's.
 //! - [`ClientSide`] and [`ServerSide`] are the only ways to make a TLS configuration: TLS 1.3, certificates on
-//!   both ends, no tickets, no early data, [`provider`]'s cryptography.
+//!   both ends, no early data, tickets within one session only, [`provider`]'s cryptography.
 //! - With [`CONFIRM`] a client's `Ready` means that the far engine has spliced: a refusal there comes as
 //!   `Failed`, not as a reset of an established connection.
 //! - Nothing waits without bound: handshake, verdict and refusal have deadlines ([`Limits`]), handshakes are

@@ -225,7 +225,7 @@ impl Records {
         }
     }
 
-    /// Takes the whole messages out of what has come: tickets are dropped, keys updated.
+    /// Takes the whole messages out of what has come: tickets are kept where a session wants them, keys updated.
     fn messages(&mut self) -> Result<Opened, Bad> {
         let message = std::mem::take(&mut self.message);
         let mut rest: &[u8] = &message;
@@ -236,8 +236,11 @@ impl Records {
                 return Err(Bad(Alert::DecodeError));
             }
             let Some((body, after)) = body.split_at_checked(length) else { break };
-            match (*kind, &*self.schedule) {
-                (NEW_SESSION_TICKET, Schedule::Client(_)) => {}
+            match (*kind, &mut *self.schedule) {
+                (NEW_SESSION_TICKET, Schedule::Client(kernel)) => {
+                    // What is no ticket is of no use later.
+                    let _kept = kernel.handle_new_session_ticket(body);
+                }
                 (KEY_UPDATE, _) => {
                     reply = match body {
                         [0] => false,

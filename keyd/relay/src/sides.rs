@@ -6,12 +6,12 @@ use std::{cell::RefCell, fmt, sync::Arc};
 use rustls::{
     ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
     client::{
-        ResolvesClientCert, Resumption,
+        ResolvesClientCert, Resumption, Tls12Resumption,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::{
-        NoServerSessionStorage, ResolvesServerCert,
+        NoServerSessionStorage, ResolvesServerCert, ServerSessionMemoryCache,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
 };
@@ -25,7 +25,13 @@ use crate::{exporter::ExporterSecret, provider::provider};
 /// end is still a failed connect. Stock TLS programs do not offer the name and are served as ever.
 pub const CONFIRM: &[u8] = b"portcullis/1";
 
-/// What an opening end needs: TLS 1.3, mutual, no resumption, no early data.
+/// Tickets that a server gives with each handshake of a session: one for the next, and one more, so that a few at
+/// once can have theirs.
+const TICKETS: usize = 2;
+/// Most tickets of one session that wait to be used.
+const MOST_TICKETS: usize = 8;
+
+/// What an opening end needs: TLS 1.3, mutual, no early data; no resumption but within one session.
 #[derive(Clone)]
 pub struct ClientSide(Arc<ClientConfig>);
 
@@ -58,12 +64,21 @@ impl ClientSide {
         Ok(Self(Arc::new(config)))
     }
 
+    /// The same, for one session: handshakes with this very value and its clones may resume one another, each
+    /// ticket once. The tickets go with the last of them.
+    #[must_use]
+    pub fn for_session(&self) -> Self {
+        let mut config = ClientConfig::clone(&self.0);
+        config.resumption = Resumption::in_memory_sessions(1).tls12_resumption(Tls12Resumption::Disabled);
+        Self(Arc::new(config))
+    }
+
     pub(crate) fn config(&self) -> Arc<ClientConfig> {
         Arc::clone(&self.0)
     }
 }
 
-/// What an accepting end needs: TLS 1.3, mutual, no tickets, no early data.
+/// What an accepting end needs: TLS 1.3, mutual, no early data; no tickets but within one session.
 #[derive(Clone)]
 pub struct ServerSide {
     stock: Arc<ServerConfig>,
@@ -93,6 +108,18 @@ impl ServerSide {
         let mut confirming = config.clone();
         confirming.alpn_protocols = vec![CONFIRM.to_vec()];
         Ok(Self { stock: Arc::new(config), confirming: Arc::new(confirming) })
+    }
+
+    /// The same, for one session, as [`ClientSide::for_session`].
+    #[must_use]
+    pub fn for_session(&self) -> Self {
+        let tickets = ServerSessionMemoryCache::new(MOST_TICKETS);
+        let with = |config: &ServerConfig| {
+            let mut config = config.clone();
+            (config.session_storage, config.send_tls13_tickets) = (tickets.clone(), TICKETS);
+            Arc::new(config)
+        };
+        Self { stock: with(&self.stock), confirming: with(&self.confirming) }
     }
 
     pub(crate) fn config(&self, confirm: bool) -> Arc<ServerConfig> {

@@ -12,10 +12,7 @@ use zeroize::Zeroize;
 
 use super::{
     HostFacts, IdentityError, Key, Members, ProcessFacts, ProcessName, SpiffeId, TrustDomain, Validity,
-    Verifier,
-    facts::HOST_OID,
-    issue,
-    peer::{Peer, Read},
+    Verifier, chain::Issuing, issue, peer::Peer,
 };
 
 /// What a host folder holds, read and checked: it can mint, and verify others.
@@ -25,6 +22,8 @@ pub struct Host {
     issuing: CertificateDer<'static>,
     key: Key,
     facts: HostFacts,
+    /// Last second of the issuing certificate.
+    until: i64,
     addresses: Vec<IpAddr>,
     domain: TrustDomain,
     shown: Arc<CertifiedKey>,
@@ -76,14 +75,14 @@ impl Host {
         let issuing_path = folder.join("issuer.crt");
         let issuing = certificate(&issuing_path)?;
         let unfit = || IdentityError::NoCertificate { path: issuing_path.clone() };
-        let read = Read::from(&issuing).map_err(|_| unfit())?;
-        let facts: HostFacts = read.facts(&HOST_OID).ok().flatten().ok_or_else(unfit)?;
+        let read = Issuing::read(&issuing).map_err(|_| unfit())?;
         let chain = certificates(&folder.join("host.crt"))?;
         let leaf = chain.first().ok_or_else(unfit)?;
-        let addresses = Peer::from(leaf, &issuing).map_err(|_| unfit())?.addresses;
+        let addresses = Peer::from(leaf, &read).map_err(|_| unfit())?.addresses;
         let shown = certified(chain, &Key::load(&folder.join("host.key"))?)?;
         let key = Key::load(&folder.join("issuer.key"))?;
-        Ok(Self { domain: members.domain.clone(), root, issuing, key, facts, addresses, shown, members })
+        let (domain, until, facts) = (members.domain.clone(), read.until, read.facts);
+        Ok(Self { domain, root, issuing, key, facts, until, addresses, shown, members })
     }
 
     /// Its name, `ver` and groups.
@@ -173,6 +172,7 @@ impl Host {
             host: self.facts.host.clone(),
             process: Some(name.clone()),
         };
+        let validity = Validity { until: validity.until.min(self.until), ..validity };
         let issuer = Issuer::from_ca_cert_der(&self.issuing, self.key.pair())?;
         let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &issuer, validity)?;
         let chain = vec![made.certificate.der().clone(), self.issuing.clone()];

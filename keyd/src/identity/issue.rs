@@ -17,8 +17,9 @@ use super::{
 };
 
 const DAY: i64 = 24 * 60 * 60;
-/// How long a process certificate lives, in seconds. It is renewed at half of that.
-pub const PROCESS_VALIDITY: i64 = 60 * 60;
+/// How long a process certificate lives, in seconds. It is renewed at half of that. An association ends with its
+/// peer's certificate, so this bounds how long one can last; what is stolen sooner is revoked.
+pub const PROCESS_VALIDITY: i64 = 8 * 60 * 60;
 /// Certificates are valid from a little before now, for peers whose clocks are behind.
 const BACKDATED: i64 = 5 * 60;
 

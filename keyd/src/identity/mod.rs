@@ -10,6 +10,7 @@
 //! [`Verifier`] holds the SPIFFE ID of what it signs against that.
 
 mod authority;
+mod chain;
 mod facts;
 mod host;
 mod issue;

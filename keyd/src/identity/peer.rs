@@ -6,7 +6,9 @@ use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{
-    HostFacts, ProcessFacts, SpiffeId, facts,
+    HostFacts, ProcessFacts, SpiffeId,
+    chain::{Issuing, SKEW},
+    facts,
     facts::{HOST_OID, PROCESS_OID},
     issue::hex,
     verify::Refusal,
@@ -33,8 +35,18 @@ pub struct Peer {
     pub fingerprint: String,
     /// SHA-256 of its public key (SubjectPublicKeyInfo), in hexadecimal: the same for all of one session.
     pub key: String,
-    /// Last second of validity, since the Unix epoch.
+    /// Last second of validity, of itself and of its issuer, since the Unix epoch.
     pub until: i64,
+}
+
+/// SHA-256, in hexadecimal.
+fn sha256(bytes: &[u8]) -> String {
+    hex(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref())
+}
+
+/// What a certificate is known by.
+pub(super) fn fingerprint(certificate: &CertificateDer<'_>) -> String {
+    sha256(certificate)
 }
 
 /// Parts of a certificate that are looked at.
@@ -82,14 +94,18 @@ impl<'a> Read<'a> {
 }
 
 impl Peer {
-    /// Reads a leaf and the issuing certificate over it, whose signatures were verified. Refuses a
-    /// leaf that is not of its issuer's host.
-    pub(super) fn from(leaf: &CertificateDer<'_>, issuing: &CertificateDer<'_>) -> Result<Self, Refusal> {
-        let sha256 = |bytes: &[u8]| hex(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref());
-        let fingerprint = sha256(leaf);
-        let (leaf, issuing) = (Read::from(leaf)?, Read::from(issuing)?);
+    /// When nothing is believed of it any more, since the Unix epoch: a peer's clock may be behind.
+    #[must_use]
+    pub fn end(&self) -> i64 {
+        self.until.saturating_add_unsigned(SKEW.as_secs())
+    }
+
+    /// Reads a leaf whose signature was verified. Refuses one that is not of its issuer's host.
+    pub(super) fn from(leaf: &CertificateDer<'_>, issuing: &Issuing) -> Result<Self, Refusal> {
+        let fingerprint = fingerprint(leaf);
+        let leaf = Read::from(leaf)?;
         let id = leaf.id()?;
-        let host: HostFacts = issuing.facts(&HOST_OID)?.ok_or(Refusal::NotFromAHost)?;
+        let host = issuing.facts.clone();
         let shown: HostFacts = leaf.facts(&HOST_OID)?.ok_or(Refusal::NotFromAHost)?;
         if id.host != host.host || shown != host {
             return Err(Refusal::OtherHost { shown: id.to_string(), issuer: host.host });
@@ -107,7 +123,7 @@ impl Peer {
         }
         let key = sha256(leaf.certificate.public_key().raw);
         let process: Option<ProcessFacts> = leaf.facts(&PROCESS_OID)?;
-        let until = leaf.certificate.validity().not_after.timestamp();
+        let until = leaf.certificate.validity().not_after.timestamp().min(issuing.until);
         let (serial, issuer_serial) = (leaf.serial.clone(), issuing.serial.clone());
         Ok(Self { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until })
     }

@@ -4,21 +4,17 @@ use std::{
     collections::HashSet,
     fmt,
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime},
+    pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 
-use super::{HostName, IdentityError, Members, Peer, TrustDomain};
-
-/// How far a peer's clock may be from ours.
-const SKEW: Duration = Duration::from_secs(60);
+use super::{HostName, IdentityError, Members, Peer, TrustDomain, chain::Chains, peer::fingerprint};
 
 /// Why a chain proves nobody.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
@@ -75,9 +71,16 @@ pub enum Refusal {
         /// Who showed a certificate.
         shown: HostName,
     },
+    /// Another certificate was shown before.
+    #[error("certificate `{shown}` is not the one that the session began with")]
+    OtherSession {
+        /// SHA-256 of what was shown.
+        shown: String,
+    },
 }
 
-/// Whom one handshake has shown, or why not; empty if it showed nobody.
+/// Whom a handshake has shown, or why not; empty if it showed nobody. Later ones of the same session must show
+/// the same certificate.
 #[derive(Clone, Debug, Default)]
 pub struct Seen(Arc<OnceLock<Result<Peer, Refusal>>>);
 
@@ -92,7 +95,7 @@ impl Seen {
 /// Verifies peers, as rustls asks for it. Cheap to clone with another expectation.
 #[derive(Clone)]
 pub struct Verifier {
-    anchors: Arc<[TrustAnchor<'static>]>,
+    chains: Arc<Chains>,
     subjects: Arc<[DistinguishedName]>,
     domain: TrustDomain,
     revoked: Arc<HashSet<String>>,
@@ -113,18 +116,17 @@ impl fmt::Debug for Verifier {
 impl Verifier {
     /// A verifier that trusts one root, less what `members` revokes.
     pub fn new(root: &CertificateDer<'_>, members: &Members) -> Result<Self, IdentityError> {
-        let anchor = webpki::anchor_from_trusted_cert(root)
-            .map_err(|e| rustls::Error::General(e.to_string()))?
-            .to_owned();
-        let subjects = [DistinguishedName::in_sequence(anchor.subject.as_ref())].into();
+        let algorithms = portcullis_relay::provider().signature_verification_algorithms;
+        let chains = Chains::new(root, algorithms)?;
+        let subjects = [DistinguishedName::in_sequence(chains.root().subject.as_ref())].into();
         Ok(Self {
-            anchors: [anchor].into(),
+            chains: Arc::new(chains),
             subjects,
             domain: members.domain.clone(),
             revoked: Arc::new(members.revoked.iter().map(|one| one.serial.clone()).collect()),
             expected: None,
             seen: None,
-            algorithms: portcullis_relay::provider().signature_verification_algorithms,
+            algorithms,
         })
     }
 
@@ -134,7 +136,7 @@ impl Verifier {
         Self { expected: host, ..self.clone() }
     }
 
-    /// The same, for one handshake, whose verdict is left in what is returned beside it.
+    /// The same, for one session, whose verdict is left in what is returned beside it.
     #[must_use]
     pub fn for_one(&self, host: Option<HostName>) -> (Self, Seen) {
         let seen = Seen::default();
@@ -149,12 +151,16 @@ impl Verifier {
         as_server: bool,
         now: UnixTime,
     ) -> Result<(), rustls::Error> {
-        let verdict = self.check(leaf, others, as_server, now);
-        let told = verdict.as_ref().map(drop).map_err(|refusal| told(refusal.clone()));
-        if let Some(Seen(seen)) = &self.seen {
-            let _first = seen.set(verdict);
-        }
-        told
+        let Some(Seen(seen)) = &self.seen else {
+            return self.check(leaf, others, as_server, now).map(drop).map_err(told);
+        };
+        let verdict = match seen.get() {
+            Some(Ok(peer)) => return again(peer, leaf, now).map_err(told),
+            _ => self.check(leaf, others, as_server, now),
+        };
+        let result = verdict.as_ref().map(drop).map_err(|refusal| told(refusal.clone()));
+        let _first = seen.set(verdict);
+        result
     }
 
     /// Verifies a chain at a time. Pure.
@@ -165,7 +171,7 @@ impl Verifier {
         as_server: bool,
         now: UnixTime,
     ) -> Result<Peer, Refusal> {
-        let issuing = self.chain(leaf, others, as_server, now)?;
+        let issuing = self.chains.verify(leaf, others, as_server, now)?;
         let peer = Peer::from(leaf, &issuing)?;
         if peer.id.domain != self.domain {
             return Err(Refusal::OtherDomain(peer.id.domain));
@@ -182,54 +188,16 @@ impl Verifier {
             _ => Ok(peer),
         }
     }
+}
 
-    /// Verifies signatures, constraints, usage and times; returns the host's issuing certificate.
-    fn chain(
-        &self,
-        leaf: &CertificateDer<'_>,
-        others: &[CertificateDer<'_>],
-        as_server: bool,
-        now: UnixTime,
-    ) -> Result<CertificateDer<'static>, Refusal> {
-        let entity = webpki::EndEntityCert::try_from(leaf).map_err(|_| Refusal::Unreadable)?;
-        let verify = |now: UnixTime| {
-            let usage =
-                if as_server { webpki::KeyUsage::server_auth() } else { webpki::KeyUsage::client_auth() };
-            let path = entity.verify_for_usage(
-                self.algorithms.all,
-                &self.anchors,
-                others,
-                now,
-                usage,
-                None,
-                None,
-            )?;
-            let mut above = path.intermediate_certificates();
-            Ok(match (above.next(), above.next()) {
-                (Some(issuing), None) => Some(issuing.der().into_owned()),
-                _ => None,
-            })
-        };
-        let shifted = match verify(now) {
-            Err(webpki::Error::CertExpired { .. }) => now.as_secs().checked_sub(SKEW.as_secs()),
-            Err(webpki::Error::CertNotValidYet { .. }) => now.as_secs().checked_add(SKEW.as_secs()),
-            other => return Self::named(other),
-        };
-        let shifted = UnixTime::since_unix_epoch(Duration::from_secs(shifted.unwrap_or(0)));
-        Self::named(verify(shifted))
+/// Whether a leaf is the one that was verified before.
+fn again(peer: &Peer, leaf: &CertificateDer<'_>, now: UnixTime) -> Result<(), Refusal> {
+    let shown = fingerprint(leaf);
+    if shown != peer.fingerprint {
+        return Err(Refusal::OtherSession { shown });
     }
-
-    fn named(
-        result: Result<Option<CertificateDer<'static>>, webpki::Error>,
-    ) -> Result<CertificateDer<'static>, Refusal> {
-        match result {
-            Ok(issuing) => issuing.ok_or(Refusal::NotFromAHost),
-            Err(webpki::Error::CertExpired { .. }) => Err(Refusal::Expired),
-            Err(webpki::Error::CertNotValidYet { .. }) => Err(Refusal::NotYetValid),
-            Err(webpki::Error::UnknownIssuer) => Err(Refusal::UnknownIssuer),
-            Err(other) => Err(Refusal::Chain(other.to_string())),
-        }
-    }
+    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    if now > peer.end() { Err(Refusal::Expired) } else { Ok(()) }
 }
 
 /// What rustls is told; the peer hears no more than `bad certificate` or the like.
