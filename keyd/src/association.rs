@@ -3,9 +3,11 @@
 //! Outbound: the program is sent to a token; meanwhile the far side is reached and proves itself; the
 //! broker, told whom it is, admits it; only then is the program's connect(2) answered. Inbound: the peer
 //! proves itself first, to a front that stands before the program's listener ([`crate::steer`]), the broker
-//! admits it, and then it is delivered to the listener. So no program ever waits for a slow peer in accept(2), and none gets a byte from a
-//! peer that was not admitted.
+//! admits it, and then it is delivered to the listener. So no program ever waits for a slow peer in accept(2),
+//! and none gets a byte from a peer that was not admitted.
 
+mod bond;
+mod expiry;
 mod inbound;
 mod outbound;
 
@@ -33,12 +35,16 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::{
     diag::{Deaths, Diag},
-    identity::{Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Seen, Validity, Verifier, describe},
+    identity::{
+        Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Refusal, Validity, Verifier, describe,
+    },
     packet::Syn,
     sock,
     steer::Steer,
     token::{Raw, Token, Tokens},
 };
+use bond::Bond;
+use expiry::Expiry;
 use inbound::Front;
 
 /// Threads of the relay.
@@ -64,12 +70,20 @@ struct Named {
     user: String,
     #[serde(default)]
     unit: Option<String>,
-    /// Each association gets a key of its own.
+    /// Each association gets a certificate of its own, and others may follow that belong to it.
     #[serde(default)]
     related: bool,
-    /// The key is that association's.
+    /// The association that this belongs to.
     #[serde(default)]
     of: Option<u64>,
+}
+
+/// What is shown in an association's handshakes.
+enum Shows {
+    /// A certificate of the process.
+    Process { identity: ProcessIdentity, related: bool },
+    /// What another association has shown, which lives.
+    Same(u64, Arc<Bond>),
 }
 
 /// Who this host is, as the broker is told.
@@ -98,6 +112,8 @@ struct Told<'a> {
     fingerprint: &'a str,
     key: &'a str,
     until: i64,
+    own_serial: &'a str,
+    resumed: bool,
     cipher: &'a str,
     kex: &'a str,
 }
@@ -125,23 +141,48 @@ struct Association {
     flow: Id,
     direction: Direction,
     places: Places,
-    seen: Seen,
-    /// What we have shown. Its key stands for a session, if no other association has it.
-    identity: Option<ProcessIdentity>,
+    /// None until somebody speaks TLS.
+    bond: Option<Arc<Bond>>,
+    /// The association that it belongs to.
+    of: Option<u64>,
+    /// The broker was told who is there.
+    shown: bool,
     /// The peer speaks plain, as it may here.
     plain: bool,
     admitted: bool,
     joining: Option<Joining>,
     running: bool,
+    /// Why it was cut.
+    cut: Option<(i32, String)>,
     /// When it must have got to its last step.
     until: Instant,
 }
 
 impl Association {
-    fn new(flow: Id, direction: Direction, places: Places, seen: Seen, patience: Duration) -> Self {
-        let until = Instant::now() + patience + LAST_STEP;
-        let (plain, admitted, joining, running) = (false, false, None, false);
-        Self { flow, direction, places, seen, identity: None, plain, admitted, joining, running, until }
+    fn new(flow: Id, direction: Direction, places: Places, patience: Duration) -> Self {
+        Self {
+            flow,
+            direction,
+            places,
+            bond: None,
+            of: None,
+            shown: false,
+            plain: false,
+            admitted: false,
+            joining: None,
+            running: false,
+            cut: None,
+            until: Instant::now() + patience + LAST_STEP,
+        }
+    }
+
+    /// Whom the peer has shown.
+    fn verdict(&self) -> Option<&Result<Peer, Refusal>> {
+        self.bond.as_ref().and_then(|bond| bond.seen.verdict())
+    }
+
+    fn peer(&self) -> Option<&Peer> {
+        self.verdict().and_then(|verdict| verdict.as_ref().ok())
     }
 
     const fn front(&self) -> Option<u64> {
@@ -188,6 +229,7 @@ pub struct Associations {
     by_token: HashMap<SocketAddr, u64>,
     fronts: HashMap<u64, Front>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
+    expiry: Expiry,
     reports: Vec<Report>,
 }
 
@@ -248,6 +290,7 @@ impl Associations {
             by_token: HashMap::new(),
             fronts: HashMap::new(),
             minted: HashMap::new(),
+            expiry: Expiry::new()?,
             reports: Vec::new(),
         })
     }
@@ -257,6 +300,7 @@ impl Associations {
         let mut read = |fd: BorrowedFd<'a>| fds.push(PollFd::new(fd, PollFlags::POLLIN));
         read(self.engine.as_fd());
         self.tokens.as_fds().for_each(&mut read);
+        read(self.expiry.as_fd());
         if let Some(deaths) = &self.deaths {
             read(deaths.as_fd());
         }
@@ -318,6 +362,9 @@ impl Associations {
         }
         self.join(diag);
         self.expire();
+        for id in self.expiry.due(now()) {
+            self.stop(id, libc::ECONNABORTED, "the peer's certificate has expired");
+        }
     }
 
     /// What the broker is to be told.
@@ -348,26 +395,37 @@ impl Associations {
         self.last
     }
 
+    /// What a process shows, as the broker names it.
+    ///
+    /// # Errors
+    /// `ENOENT` if what it belongs to is over, or was not begun for others to follow.
+    fn shows(&mut self, json: &[u8]) -> io::Result<Shows> {
+        let named: Named = serde_json::from_slice(json)?;
+        if let Some(of) = named.of {
+            let found = self.all.get(&of).filter(|one| one.running);
+            let bond = found.and_then(|one| one.bond.clone()).filter(|bond| bond.is_related());
+            return Ok(Shows::Same(of, bond.ok_or(Errno::ENOENT)?));
+        }
+        let related = named.related;
+        let identity = if related { self.mint(named)? } else { self.identity(json, named)? };
+        Ok(Shows::Process { identity, related })
+    }
+
+    fn mint(&self, named: Named) -> io::Result<ProcessIdentity> {
+        let Named { name, exe, sha256, user, unit, .. } = named;
+        let facts = ProcessFacts { exe, sha256, user, unit };
+        self.host.mint(&name, &facts, Validity::process(now())).map_err(io::Error::other)
+    }
+
     /// An identity for a process, minted now or not long ago.
-    fn identity(&mut self, json: &[u8]) -> io::Result<ProcessIdentity> {
+    fn identity(&mut self, json: &[u8], named: Named) -> io::Result<ProcessIdentity> {
         let now = now();
         if let Some(one) = self.minted.get(json)
             && now < i64::midpoint(one.validity.from, one.validity.until)
         {
             return Ok(one.clone());
         }
-        let Named { name, exe, sha256, user, unit, related, of } = serde_json::from_slice(json)?;
-        let facts = ProcessFacts { exe, sha256, user, unit };
-        let validity = Validity::process(now);
-        if let Some(of) = of {
-            let session = self.all.get(&of).and_then(|one| one.identity.as_ref()).ok_or(Errno::ENOENT)?;
-            let key = Arc::clone(&session.key);
-            return self.host.mint_under(key, &name, &facts, validity).map_err(io::Error::other);
-        }
-        let made = self.host.mint(&name, &facts, validity).map_err(io::Error::other)?;
-        if related {
-            return Ok(made);
-        }
+        let made = self.mint(named)?;
         if self.minted.len() >= MOST_MINTED {
             self.minted.retain(|_, one| now < i64::midpoint(one.validity.from, one.validity.until));
         }
@@ -375,6 +433,19 @@ impl Associations {
             self.minted.insert(json.to_vec(), made.clone());
         }
         Ok(made)
+    }
+
+    /// Ties an association to what it shows. Returns what it belongs to, and whether the peer is a member, too.
+    fn bind(&self, shows: Shows, remote: &Addr) -> (Arc<Bond>, Option<u64>, bool) {
+        let owner =
+            remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
+        let is_member = owner.is_some();
+        match shows {
+            Shows::Process { identity, related } => {
+                (Bond::new(identity, &self.verifier, owner, related), None, is_member)
+            }
+            Shows::Same(of, bond) => (bond, Some(of), is_member),
+        }
     }
 
     fn take_event(&mut self, event: Event) {
@@ -393,10 +464,7 @@ impl Associations {
                     Failure::TooSlow | Failure::NoVerdict => libc::ETIMEDOUT,
                     _ => libc::ECONNREFUSED,
                 };
-                // The verifier's own words are better than what rustls makes of them.
-                let refusal =
-                    self.all.get(&id.get()).and_then(|one| one.seen.verdict()?.as_ref().err().cloned());
-                let mut why = refusal.map_or_else(|| failure.to_string(), |refusal| refusal.to_string());
+                let mut why = self.words(id.get(), &failure);
                 if let Some(leaf) = shown.first() {
                     why = format!("{why}\n{}", describe(leaf));
                 }
@@ -409,21 +477,36 @@ impl Associations {
                     Ending::PeerLost(errno) => errno,
                     _ => libc::ECONNRESET,
                 };
-                self.over(id.get(), errno, &ending.to_string(), (bytes_out, bytes_in));
+                let cut = self.all.get_mut(&id.get()).and_then(|one| one.cut.take());
+                let (errno, why) =
+                    cut.filter(|_| ending == Ending::Cut).unwrap_or_else(|| (errno, ending.to_string()));
+                self.over(id.get(), errno, &why, (bytes_out, bytes_in));
             }
             _ => {}
+        }
+    }
+
+    /// Why an association did not come about. The verifier's own words are better than what rustls makes of them.
+    fn words(&self, id: u64, failure: &Failure) -> String {
+        use rustls::{CertificateError, Error};
+        match (failure, self.all.get(&id).and_then(Association::verdict)) {
+            (Failure::Tls(Error::InvalidCertificate(CertificateError::Other(own))), _) => own.0.to_string(),
+            (Failure::Tls(Error::InvalidCertificate(_)), Some(Err(refusal))) => refusal.to_string(),
+            _ => failure.to_string(),
         }
     }
 
     /// Tells the broker who is there, and waits for its word.
     fn shown(&mut self, id: u64, tls: Option<&Established>) {
         let Some(one) = self.all.get_mut(&id) else { return };
-        one.plain = tls.is_none();
+        (one.shown, one.plain) = (true, tls.is_none());
         if one.plain {
             // The engine takes no plain peer but where one may come.
             return self.tell(id, Kind::Shown, b"{}");
         }
-        let (Some(Ok(peer)), Some(Established { cipher, kex, .. })) = (one.seen.verdict(), tls) else {
+        let (Some(bond), Some(peer), Some(Established { cipher, kex, resumed, .. })) =
+            (&one.bond, one.peer(), tls)
+        else {
             return self.stop(id, libc::EACCES, "the peer showed no certificate");
         };
         let Peer {
@@ -451,6 +534,8 @@ impl Associations {
             fingerprint,
             key,
             until: *until,
+            own_serial: &bond.serial,
+            resumed: *resumed,
             cipher,
             kex,
         };
@@ -468,8 +553,8 @@ impl Associations {
     /// The broker's word: it may go on.
     pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<()> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
-        if !one.plain && !matches!(one.seen.verdict(), Some(Ok(_))) {
-            return Err(Errno::EINVAL.into()); // nobody was shown
+        if !one.shown {
+            return Err(Errno::EINVAL.into()); // nobody
         }
         if one.admitted {
             return Err(Errno::EALREADY.into());
@@ -497,11 +582,9 @@ impl Associations {
         self.verifier = self.host.verifier().map_err(|_| Errno::EBADMSG)?;
         let revoked: HashSet<&str> =
             self.host.members().revoked.iter().map(|one| one.serial.as_str()).collect();
-        let is_revoked = |one: &Association| match one.seen.verdict() {
-            Some(Ok(peer)) => {
-                [&peer.serial, &peer.issuer_serial].into_iter().any(|it| revoked.contains(it.as_str()))
-            }
-            _ => false,
+        let is_revoked = |one: &Association| {
+            let serials = one.peer().map(|peer| [&peer.serial, &peer.issuer_serial]);
+            serials.into_iter().flatten().any(|it| revoked.contains(it.as_str()))
         };
         let ended: Vec<_> = self.all.iter().filter(|(_, one)| is_revoked(one)).map(|(id, _)| *id).collect();
         for id in ended {
@@ -512,9 +595,10 @@ impl Associations {
 
     /// Ends an association wherever it is.
     fn stop(&mut self, id: u64, errno: i32, why: &str) {
-        let Some(one) = self.all.get(&id) else { return };
+        let Some(one) = self.all.get_mut(&id) else { return };
         if one.running {
             // It is over when the engine says so, with what it carried.
+            one.cut = Some((errno, why.to_owned()));
             return self.engine.cut(one.flow, How::Reset);
         }
         self.engine.refuse(one.flow, if one.plain { How::Reset } else { How::Denied });
@@ -525,6 +609,10 @@ impl Associations {
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
         self.settle(id, one.front());
+        self.expiry.forget(id);
+        if one.bond.as_ref().is_some_and(|bond| bond.is_related()) && one.of.is_none() {
+            self.close_session(id);
+        }
         if let Direction::Outbound { token, syn, .. } = &one.direction {
             self.by_token.remove(&token.at);
             if let Some(syn) = syn.as_ref().filter(|_| !one.running && one.joining.is_none()) {
@@ -537,6 +625,18 @@ impl Associations {
         body.extend(one.places.as_bytes());
         body.extend(why.as_bytes());
         self.reports.push((head, body));
+    }
+
+    /// What belonged to an association goes with it: listeners, and what is on its way. What runs, the broker ends.
+    fn close_session(&mut self, id: u64) {
+        let fronts: Vec<_> =
+            self.fronts.iter().filter(|(_, one)| one.of() == Some(id)).map(|(id, _)| *id).collect();
+        for front in fronts {
+            self.release(front);
+        }
+        for one in self.waiting_if(|one| one.of == Some(id)) {
+            self.stop(one, libc::ECONNREFUSED, "the association that it belongs to is over");
+        }
     }
 
     /// Looks at the last steps under way.
@@ -577,8 +677,11 @@ impl Associations {
             self.by_token.remove(&token.at);
         }
         self.engine.splice(one.flow, socket);
-        let front = one.front();
+        let (front, end) = (one.front(), one.peer().map(Peer::end));
         self.settle(id, front);
+        if let Some(end) = end {
+            self.expiry.add(end, id);
+        }
         self.tell(id, Kind::Associated, &[]);
     }
 

@@ -44,6 +44,8 @@ const CALLS: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
     // threads
     libc::SYS_clone3,
     libc::SYS_clone,

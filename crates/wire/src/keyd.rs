@@ -105,8 +105,10 @@ impl TryFrom<u32> for Speech {
 }
 
 /// Keys of the JSON object that names a process: `name` (given by the policy), `exe`, `sha256`, `user`
-/// and, if there is one, `unit`; all texts. `related` (true or false): each association gets a key of its own,
-/// which stands for its session. `of` (a number): the key is that association's, as long as it lives.
+/// and, if there is one, `unit`; all texts. `related` (true or false): each association gets a certificate of
+/// its own, which stands for its session. `of` (a number): this belongs to that association, begun as `related`, as
+/// long as it lives. Both ends must show the certificates that they showed there, whichever opens; what listens, and
+/// what is on its way, ends with it. `ENOENT`: it is over.
 pub const PROCESS: [&str; 7] = ["name", "exe", "sha256", "user", "unit", "related", "of"];
 
 impl Kind {

@@ -20,12 +20,11 @@ use portcullis_wire::{
     Addr,
     keyd::{Flow, Kind, Places, Speech},
 };
-use rustls::sign::SingleCertAndKey;
 use zerocopy::FromZeros;
 
 use super::{
-    Association, Associations, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, ProcessIdentity, Seen,
-    as_domain, fits,
+    Association, Associations, Bond, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, Shows, as_domain,
+    fits,
 };
 use crate::{
     cut::addr,
@@ -57,6 +56,8 @@ pub(super) struct Front {
     owners: Vec<u64>,
     /// Who serves there.
     process: Vec<u8>,
+    /// The association that all who come there belong to.
+    of: Option<u64>,
     /// Whether plain peers may come.
     mixed: bool,
     /// Whether the program was seen to listen: it does so a moment after it was let.
@@ -68,6 +69,10 @@ impl Front {
     pub(super) fn bury(&mut self, dead: &[u64]) -> bool {
         self.owners.retain(|owner| !dead.contains(owner));
         self.owners.is_empty()
+    }
+
+    pub(super) const fn of(&self) -> Option<u64> {
+        self.of
     }
 
     /// Whether the program still listens, and then whether one more may wait for its accept(2).
@@ -94,7 +99,7 @@ impl Associations {
     /// Stands before a program's listener, except for those whom `filter` lets through. Returns the front's number.
     ///
     /// # Errors
-    /// Those of [`fits`], `EOPNOTSUPP` for a socket that is bound to an interface, `EINVAL` for one without a port.
+    /// Those of [`fits`] and of [`Self::shows`], `EOPNOTSUPP` for a socket that is bound to an interface, `EINVAL` for one without a port.
     pub fn serve(
         &mut self,
         program: BorrowedFd<'_>,
@@ -110,7 +115,10 @@ impl Associations {
         }
         let local = named(getsockname(program.as_raw_fd())).and_then(|at| at.socket_addr());
         let local = local.filter(|at| at.port() != 0).ok_or(Errno::EINVAL)?;
-        self.identity(json)?;
+        let of = match self.shows(json)? {
+            Shows::Process { .. } => None,
+            Shows::Same(of, _) => Some(of),
+        };
         let cookie = sock::cookie(program)?;
         let there = self.fronts.iter().find(|(_, one)| one.local == local).map(|(id, _)| *id);
         let id = match there {
@@ -124,6 +132,7 @@ impl Associations {
                     local,
                     owners: Vec::new(),
                     process: Vec::new(),
+                    of,
                     mixed,
                     listened: false,
                 };
@@ -140,7 +149,7 @@ impl Associations {
             front.owners.push(cookie);
             front.listened = false;
         }
-        (front.process, front.mixed) = (json.to_vec(), mixed);
+        (front.process, front.of, front.mixed) = (json.to_vec(), of, mixed);
         for place in &front.places {
             self.steer.set(place, front.socket.as_fd(), filter)?;
         }
@@ -215,7 +224,7 @@ impl Associations {
         let places = Places { local, remote, inner_local: local, inner_remote: Addr::NONE };
         let flow = self.engine.name();
         let direction = Direction::Inbound { front, arrived: Some(wire) };
-        self.insert(flow.get(), Association::new(flow, direction, places, Seen::default(), PATIENCE));
+        self.insert(flow.get(), Association::new(flow, direction, places, PATIENCE));
         if asks {
             self.tell(flow.get(), Kind::Arrived, &[]);
             return Ok(());
@@ -238,9 +247,9 @@ impl Associations {
             self.engine.begin(flow, wire, Role::Plain);
             return Ok(());
         }
-        let side = self.side_for(front, &remote).map(|(side, seen, identity)| {
+        let side = self.side_for(front, &remote).map(|(side, bond, of)| {
             if let Some(one) = self.all.get_mut(&id) {
-                (one.seen, one.identity) = (seen, Some(identity));
+                (one.bond, one.of) = (Some(bond), of);
             }
             side
         });
@@ -257,15 +266,12 @@ impl Associations {
         }
     }
 
-    /// What is shown to a peer, and who judges what it shows.
-    fn side_for(&mut self, front: u64, remote: &Addr) -> io::Result<(ServerSide, Seen, ProcessIdentity)> {
+    /// What is shown to a peer, and what that ties it to.
+    fn side_for(&mut self, front: u64, remote: &Addr) -> io::Result<(ServerSide, Arc<Bond>, Option<u64>)> {
         let json = self.fronts.get(&front).map(|one| one.process.clone());
-        let identity = self.identity(&json.ok_or(Errno::ENOENT)?)?;
-        let owner =
-            remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
-        let (verifier, seen) = self.verifier.for_one(owner);
-        let shown = Arc::new(SingleCertAndKey::from(Arc::clone(&identity.shown)));
-        Ok((ServerSide::new(Arc::new(verifier), shown).map_err(io::Error::other)?, seen, identity))
+        let shows = self.shows(&json.ok_or(Errno::ENOENT)?)?;
+        let (bond, of, _) = self.bind(shows, remote);
+        Ok((bond.server()?, bond, of))
     }
 
     /// Connects to the program's listener for an admitted peer, or has it wait: beyond the backlog the kernel

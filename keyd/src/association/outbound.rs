@@ -4,7 +4,6 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -15,12 +14,12 @@ use nix::{
         setsockopt, socket, sockopt,
     },
 };
-use portcullis_relay::{ClientSide, Role};
+use portcullis_relay::Role;
 use portcullis_wire::{
     Addr,
     keyd::{Flow, Open, Places},
 };
-use rustls::{pki_types::ServerName, sign::SingleCertAndKey};
+use rustls::pki_types::ServerName;
 use zerocopy::FromZeros;
 
 use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, Placed, as_domain, fits};
@@ -33,7 +32,7 @@ impl Associations {
     /// Begins a protected flow for a program's socket. Returns its number, and where the program must connect.
     ///
     /// # Errors
-    /// Those of [`fits`], `EAFNOSUPPORT` for one that cannot reach a token, or what bind(2) and connect(2) say at
+    /// Those of [`fits`] and of [`Self::shows`], `EAFNOSUPPORT` for one that cannot reach a token, or what bind(2) and connect(2) say at
     /// once.
     pub fn open(
         &mut self,
@@ -50,13 +49,10 @@ impl Associations {
         let own = own.as_ref().and_then(SockaddrStorage::as_sockaddr_in6).map(|own| own.ip());
         let bound_to_six = own.is_some_and(|ip| !ip.is_unspecified() && ip.to_ipv4_mapped().is_none());
         let six = is_v6 && (bound_to_six || sock::dual_stack(program).is_err());
-        let identity = self.identity(json)?;
-        let owner = self.host.members().owner(remote.ip()).map(|member| member.name.clone());
-        let is_member = owner.is_some();
-        let (verifier, seen) = self.verifier.for_one(owner);
+        let shows = self.shows(json)?;
         // A member's key daemon says when its own broker has admitted us; a stock TLS server does not.
-        let shown = Arc::new(SingleCertAndKey::from(Arc::clone(&identity.shown)));
-        let side = ClientSide::new(Arc::new(verifier), shown, is_member).map_err(io::Error::other)?;
+        let (bond, of, is_member) = self.bind(shows, &ask.remote);
+        let side = bond.client(is_member)?;
 
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
@@ -77,8 +73,8 @@ impl Associations {
         let name = ServerName::IpAddress(remote.ip().into());
         let flow = self.engine.handshake(wire, Role::Client { side, name });
         let id = flow.get();
-        let mut one = Association::new(flow, direction, places, seen, patience);
-        one.identity = Some(identity);
+        let mut one = Association::new(flow, direction, places, patience);
+        (one.bond, one.of) = (Some(bond), of);
         self.insert(id, one);
         self.by_token.insert(at, id);
         Ok((id, places))

@@ -41,8 +41,6 @@ pub struct ProcessIdentity {
     pub serial: String,
     /// When it ends and should be renewed.
     pub validity: Validity,
-    /// Its key, under which it is renewed if it stands for a session.
-    pub key: Arc<Key>,
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
@@ -156,26 +154,16 @@ impl Host {
         facts: &ProcessFacts,
         validity: Validity,
     ) -> Result<ProcessIdentity, IdentityError> {
-        self.mint_under(Arc::new(Key::generate()?), name, facts, validity)
-    }
-
-    /// Makes a certificate for a process, under a key that a process of its session has had before.
-    pub fn mint_under(
-        &self,
-        key: Arc<Key>,
-        name: &ProcessName,
-        facts: &ProcessFacts,
-        validity: Validity,
-    ) -> Result<ProcessIdentity, IdentityError> {
         let id = SpiffeId {
             domain: self.domain.clone(),
             host: self.facts.host.clone(),
             process: Some(name.clone()),
         };
         let validity = Validity { until: validity.until.min(self.until), ..validity };
+        let key = Key::generate()?;
         let issuer = Issuer::from_ca_cert_der(&self.issuing, self.key.pair())?;
         let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &issuer, validity)?;
         let chain = vec![made.certificate.der().clone(), self.issuing.clone()];
-        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity, key })
+        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity })
     }
 }

@@ -33,8 +33,8 @@ pub const FAR_SIX: &str = "fd00:99::2";
 
 /// Two hosts with a link between them; each has its daemon.
 pub struct World {
-    near_net: File,
-    far_net: File,
+    pub near_net: File,
+    pub far_net: File,
     pub near: Daemon,
     pub far: Daemon,
     pub folder: TempDir,
@@ -226,9 +226,18 @@ pub fn open(daemon: &mut Daemon, fd: &OwnedFd, to: SocketAddr) -> Result<(u64, P
 
 /// Has a listener filtered, so that `plain` come to it as they are, and protected. The front's number and an errno.
 pub fn serve(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32) -> (u64, i32) {
+    serving(daemon, fd, plain, flags, PROCESS)
+}
+
+/// As [`serve`], where nobody may come in plain; the errno.
+pub fn serve_as(daemon: &mut Daemon, fd: &OwnedFd, process: &[u8]) -> i32 {
+    serving(daemon, fd, &[], 0, process).1
+}
+
+fn serving(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32, process: &[u8]) -> (u64, i32) {
     let filter = daemon.filter(fd, 1, plain).unwrap();
     let head = Head { count: 16, flags, ..Head::new(Kind::Serve, 77) };
-    daemon.send(&[head.as_bytes(), PROCESS], &[fd.as_fd(), filter.as_fd()]);
+    daemon.send(&[head.as_bytes(), process], &[fd.as_fd(), filter.as_fd()]);
     loop {
         let answer = daemon.receive(Duration::from_secs(5)).unwrap();
         if answer.head.seq == 77 {

@@ -1,8 +1,9 @@
 //! The relay engine by itself: a pair of it against stunnel, HAProxy and nginx in the same role.
 //! Same certificates, same run, interleaved.
 //!
-//! `tls [stream|connections|pingpong|idle|busy]...`, all but `busy` by default. `TLS_ROUNDS` sets how often each
-//! is measured (5), `TLS_ONLY` names the systems, as `portcullis,nginx`.
+//! `tls [stream|connections|related|pingpong|idle|busy]...`, all but `busy` by default. `TLS_ROUNDS` sets how often
+//! each is measured (5), `TLS_ONLY` names the systems, as `portcullis,nginx`. `related` is a data connection of a
+//! session against a new association, both ours.
 
 mod certificates;
 mod load;
@@ -31,11 +32,13 @@ const IDLE: usize = 10_000;
 struct Table(BTreeMap<(&'static str, &'static str), Vec<f64>>);
 
 /// What is measured: name, unit, and whether more is better.
-const MEASURES: [(&str, &str, bool); 8] = [
+const MEASURES: [(&str, &str, bool); 10] = [
     ("stream", "MB/s", true),
     ("stream cpu", "s/GiB", false),
     ("connections", "1/s", true),
     ("connection cpu", "us", false),
+    ("related", "1/s", true),
+    ("related cpu", "us", false),
     ("pingpong", "us", false),
     ("pingpong cpu", "us", false),
     ("idle", "KiB", false),
@@ -103,6 +106,14 @@ fn one(
         note("connections", count / seconds);
         note("connection cpu", (pair.cpu()? - before) / count * 1e6);
     }
+    if wanted("related") && name == "portcullis" {
+        let pair = Running::start(systems::RELATED, folder, backends.echo)?;
+        load::connections(pair.entry, 0.2)?;
+        let before = pair.cpu()?;
+        let (count, seconds) = load::connections(pair.entry, 2.0)?;
+        note("related", count / seconds);
+        note("related cpu", (pair.cpu()? - before) / count * 1e6);
+    }
     if wanted("pingpong") {
         let pair = Running::start(name, folder, backends.echo)?;
         load::pingpong(pair.entry, 500)?;
@@ -168,6 +179,11 @@ impl Table {
                 }
             }
             writeln!(out)?;
+        }
+        let ratio =
+            |what| Some(self.median(what, "portcullis")? / self.median("connection cpu", "portcullis")?);
+        if let Some(ratio) = ratio("related cpu") {
+            writeln!(out, "a related data connection costs {ratio:.2} of a new association")?;
         }
         Ok(())
     }

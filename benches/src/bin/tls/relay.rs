@@ -28,8 +28,11 @@ pub(crate) fn serve(role: &str, listen: &str, target: &str, folder: &Path) -> Ou
     let target: SocketAddr = target.parse()?;
     let listener = crate::load::listen(listen.parse()?)?;
     listener.set_nonblocking(true)?;
+    let name = || ServerName::try_from(certificates::NAME);
     let part = match role {
-        "client" => Part::Client(certificates::client(folder)?, ServerName::try_from(certificates::NAME)?),
+        "client" => Part::Client(certificates::client(folder)?, name()?),
+        "related client" => Part::Client(certificates::client(folder)?.for_session(), name()?),
+        "related server" => Part::Server(certificates::server(folder)?.for_session()),
         _ => Part::Server(certificates::server(folder)?),
     };
     let engine = Engine::start(Limits::default())?;

@@ -12,6 +12,9 @@ use crate::{Outcome, certificates::NAME, process, say};
 
 pub(crate) const SYSTEMS: [&str; 4] = ["portcullis", "nginx", "haproxy", "stunnel"];
 
+/// Ours, as between the two ends of one session: each handshake resumes the one before.
+pub(crate) const RELATED: &str = "portcullis, related";
+
 /// A pair that is up; dropping it ends it.
 pub(crate) struct Running {
     sides: Vec<Child>,
@@ -178,6 +181,7 @@ fn command(name: &str, role: &str, listen: SocketAddr, to: SocketAddr, folder: &
             command.arg(&file);
         }
         _ => {
+            let role = if name == RELATED { format!("related {role}") } else { role.to_owned() };
             command = Command::new(std::env::current_exe()?);
             command.arg("relay").arg(role).arg(listen.to_string()).arg(to.to_string()).arg(folder);
         }
