@@ -119,7 +119,13 @@ impl Inspector {
     /// credentials.
     #[must_use]
     pub fn is_current(context: &Context, at: &ProcDir) -> bool {
-        at.executable_id().ok() == context.file && at.credentials().is_ok_and(|c| c == context.credentials)
+        Self::is_current_file(context, at) && at.credentials().is_ok_and(|c| c == context.credentials)
+    }
+
+    /// The first half of [`Self::is_current`], for one whose credentials are known otherwise.
+    #[must_use]
+    pub fn is_current_file(context: &Context, at: &ProcDir) -> bool {
+        at.executable_id().ok() == context.file
     }
 
     /// Reads the context of the process behind `pidfd`, whose folder `at` is. `None`: it has ended.

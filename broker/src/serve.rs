@@ -37,6 +37,7 @@ use nix::{
         signalfd::SignalFd,
     },
 };
+use portcullis_backstop::Holder;
 use portcullis_policy::Policy;
 use portcullis_types::{RuleId, Verdict};
 use portcullis_wire::shared::StatePage;
@@ -92,6 +93,8 @@ struct Process {
     at: ProcDir,
     context: Rc<Context>,
     memory: Option<tables::Memory>,
+    /// Who the kernel said it was when the context was last seen to be true.
+    seen: Option<Holder>,
     /// User that its descriptors and memory are counted for.
     counted: u32,
     source: u64,

@@ -36,8 +36,6 @@ pub(super) struct Kernel {
     heard: u64,
     /// Refusals that were known to be missing in the log.
     unrecorded: u64,
-    /// Processes that are in a cgroup of ours.
-    enclosed: HashSet<ProcessKey>,
     /// Calls that the broker put on record and the kernel will: cookie, address, port.
     recorded: Recorded,
     /// Name of those cgroups.
@@ -99,7 +97,6 @@ impl Broker {
                     awake: false,
                     heard: 0,
                     unrecorded: 0,
-                    enclosed: HashSet::new(),
                     recorded: Recorded::default(),
                     cgroup: cgroup_name(&self.state),
                 });
@@ -202,14 +199,16 @@ impl Broker {
     pub(super) fn begin_asking_by_shim(&mut self, key: ProcessKey) {
         self.shimmed.insert(key);
         self.begin_asking(key.pid);
-        let enclosed = self.enclosed(key.pid);
-        if let Some(kernel) = &mut self.kernel {
-            if enclosed {
-                kernel.enclosed.insert(key)
-            } else {
-                kernel.enclosed.remove(&key)
-            };
-        }
+    }
+
+    /// Who a process is now, in the kernel's own words. `None` without a backstop.
+    pub(super) fn look_at(&mut self, key: ProcessKey) -> Option<Holder> {
+        self.kernel.as_mut()?.backstop.identify(key.pid.cast_unsigned()).ok().flatten()
+    }
+
+    /// As [`Self::look_at`], for the process whose call is being judged, and of which the kernel was asked.
+    pub(super) fn asker(&self, key: ProcessKey) -> Option<Holder> {
+        self.kernel.as_ref()?.asking.filter(|asking| asking.tgid == key.pid.cast_unsigned())
     }
 
     /// Whether what is known of the process holds for the thread that asks: one may have credentials of its
@@ -256,7 +255,6 @@ impl Broker {
     pub(super) fn forget_grants(&mut self, key: ProcessKey) {
         self.shimmed.remove(&key);
         if let Some(kernel) = &mut self.kernel {
-            kernel.enclosed.remove(&key);
             let _ = kernel.backstop.revoke(key.pid.cast_unsigned());
         }
     }
@@ -269,7 +267,7 @@ impl Broker {
 
     /// Whether the kernel itself puts connects that a table permits on record.
     pub(super) fn kernel_records(&self, key: ProcessKey) -> bool {
-        self.kernel.as_ref().is_some_and(|k| k.enclosed.contains(&key))
+        self.enclosed(key.pid)
     }
 
     /// The ring has something, and its reader was asleep.
@@ -389,6 +387,7 @@ impl Broker {
             (granted, event.op, event.protocol, association, context)
         {
             let flow = Flow {
+                number: -1,
                 context,
                 op: event.op,
                 protocol: event.protocol,

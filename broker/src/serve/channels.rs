@@ -6,6 +6,7 @@ use std::{
 };
 
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
+use portcullis_backstop::Holder;
 use portcullis_wire::{Flags, OpCode, Reply, Request};
 use zerocopy::IntoBytes;
 
@@ -307,6 +308,7 @@ impl Broker {
                 at,
                 context: Rc::new(context),
                 memory: None,
+                seen: None,
                 counted: writer.uid,
                 source,
                 since: realtime(),
@@ -336,8 +338,21 @@ impl Broker {
     /// Makes sure that what is known of a process is still so; with `anew` reads it in any case.
     /// `false`: the process is gone.
     pub(super) fn refresh(&mut self, key: ProcessKey, anew: bool) -> bool {
-        let Some(process) = self.processes.get(&key) else { return false };
-        if !anew && Inspector::is_current(&process.context, &process.at) {
+        let now = self.look_at(key);
+        self.refresh_as(key, anew, now)
+    }
+
+    /// As [`Self::refresh`]; `now` is what the kernel said before: what changes meanwhile shows the next time.
+    pub(super) fn refresh_as(&mut self, key: ProcessKey, anew: bool, now: Option<Holder>) -> bool {
+        let by_groups = self.in_force.as_ref().is_none_or(|f| f.policy.uses_process_groups());
+        let Some(process) = self.processes.get_mut(&key) else { return false };
+        let same = now.is_some() && now == process.seen && !by_groups;
+        let current = |process: &Process| match same {
+            true => Inspector::is_current_file(&process.context, &process.at),
+            false => Inspector::is_current(&process.context, &process.at),
+        };
+        if !anew && current(process) {
+            process.seen = now.filter(|n| n.uid == process.context.credentials.uid);
             return true;
         }
         self.drain(key); // by the old context
@@ -350,6 +365,7 @@ impl Broker {
         {
             memory.clear(self.in_force.as_ref().map_or(0, |f| f.generation));
         }
+        process.seen = now.filter(|n| n.uid == context.credentials.uid);
         process.context = Rc::new(context);
         true
     }

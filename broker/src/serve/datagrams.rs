@@ -44,6 +44,11 @@ pub(super) struct Datagrams {
 }
 
 impl Datagrams {
+    /// Who has a socket, and as which descriptor.
+    pub(super) fn maker_of(&self, cookie: u64) -> Option<(ProcessKey, i32)> {
+        self.all.get(&cookie).map(|d| (d.owner, d.number))
+    }
+
     /// Whether this socket has sent to that peer, so that the peer may answer.
     pub(super) fn has_asked(&self, cookie: u64, peer: SocketAddr) -> bool {
         self.all.get(&cookie).is_some_and(|d| {

@@ -14,7 +14,7 @@ use portcullis_types::Protocol;
 use super::Broker;
 use crate::{
     decide::FarProcess,
-    process::Context,
+    process::{Context, ProcessKey},
     sys::{diag::Found, monotonic, pidfd_open, proc::ProcDir},
 };
 
@@ -87,12 +87,23 @@ impl Broker {
         let Some(found) = self.diag.find(protocol, to, SocketAddr::new(nobody, 0)) else {
             return FarEnd::default();
         };
-        let known = self.holders_of(found.inode, most);
+        let made = self.maker_of(found.cookie).filter(|_| most != usize::MAX);
+        let known = match made.and_then(|(key, number)| self.holder(key, number, found.inode)) {
+            Some(one) => vec![one],
+            None => self.holders_of(found.inode, most),
+        };
         self.far_end(found, known)
     }
 
     /// The socket at `remote` that is connected to `local` here.
-    pub(super) fn far_client(&mut self, protocol: Protocol, local: SocketAddr, remote: SocketAddr) -> FarEnd {
+    /// As for [`Self::far_listener`], `most` of those who hold it.
+    pub(super) fn far_client(
+        &mut self,
+        protocol: Protocol,
+        local: SocketAddr,
+        remote: SocketAddr,
+        most: usize,
+    ) -> FarEnd {
         let connected = |f: &Found| f.remote.port() != 0 || protocol != Protocol::TCP;
         let found = self.diag.find(protocol, remote, local).filter(connected);
         let Some(found) = found.filter(|f| f.inode != 0) else {
@@ -105,14 +116,13 @@ impl Broker {
         // A wrapped process had to ask before it connected, with this very socket.
         let asked = self.flows.get_mut(found.cookie).map(|f| {
             f.met = true;
-            f.context.key
+            (f.context.key, f.number)
         });
-        let known = match asked {
-            Some(key) if self.refresh(key, false) && self.holds(key.pid, found.inode) => {
-                self.processes.get(&key).map(|p| Rc::clone(&p.context)).into_iter().collect()
-            }
+        let asked = asked.or_else(|| self.datagrams.maker_of(found.cookie).filter(|_| most != usize::MAX));
+        let known = match asked.map(|(key, number)| self.holder(key, number, found.inode)) {
+            Some(Some(one)) => vec![one],
             None if protocol == Protocol::TCP => Vec::new(),
-            Some(_) | None => self.holders_of(found.inode, usize::MAX),
+            _ => self.holders_of(found.inode, most),
         };
         self.far_end(found, known)
     }
@@ -122,8 +132,21 @@ impl Broker {
         FarEnd { found: Some(found), known, user }
     }
 
-    fn holds(&self, pid: i32, inode: u64) -> bool {
-        ProcDir::open(pid).and_then(|at| at.sockets()).is_ok_and(|all| all.iter().any(|(_, i)| *i == inode))
+    /// Who made a socket that others send to, and by which descriptor.
+    fn maker_of(&self, cookie: u64) -> Option<(ProcessKey, i32)> {
+        let listener = self.listeners.get(&cookie).map(|l| (l.maker, l.number));
+        listener.or_else(|| self.datagrams.maker_of(cookie))
+    }
+
+    /// A process, if it still has a socket, most likely as this descriptor.
+    fn holder(&mut self, key: ProcessKey, number: i32, inode: u64) -> Option<Rc<Context>> {
+        if !self.refresh(key, false) {
+            return None;
+        }
+        let process = self.processes.get(&key)?;
+        let anywhere = |at: &ProcDir| at.sockets().is_ok_and(|all| all.iter().any(|(_, i)| *i == inode));
+        let holds = process.at.holds(number, inode) || anywhere(&process.at);
+        holds.then(|| Rc::clone(&process.context))
     }
 
     /// The wrapped processes that hold a socket now, `most` of them.

@@ -31,6 +31,8 @@ const REMEMBERED: Duration = Duration::from_secs(5);
 pub(super) struct Flow {
     pub(super) context: Rc<Context>,
     pub(super) op: Op,
+    /// Its descriptor when it was judged.
+    pub(super) number: i32,
     pub(super) protocol: Protocol,
     pub(super) local: Option<SocketAddr>,
     pub(super) remote: Option<SocketAddr>,

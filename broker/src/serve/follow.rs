@@ -180,6 +180,7 @@ impl Broker {
             Flow {
                 context: Rc::clone(context),
                 op: call.op,
+                number: call.number,
                 protocol: call.protocol,
                 local: call.local,
                 remote: call.remote,

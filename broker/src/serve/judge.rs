@@ -134,7 +134,7 @@ impl Broker {
     /// Judges one call, puts it on record, does what follows, and fills in the answer.
     pub(super) fn judge(&mut self, key: ProcessKey, call: &Call, reply: &mut Reply) {
         reply.generation = self.generation_in_force();
-        if !self.refresh(key, false) || !self.is_the_asker(key) {
+        if !self.refresh_as(key, false, self.asker(key)) || !self.is_the_asker(key) {
             reply.errno = errno(call.op);
             return;
         }
@@ -305,15 +305,13 @@ impl Broker {
         if !self.own.has(remote.ip()) {
             return None;
         }
+        // Where it makes no difference who is there, a few of them are looked up, for the log.
+        let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
+        let indifferent = nobody.permitted && nobody.observed.is_none();
+        let most = if indifferent { SHOWN } else { usize::MAX };
         Some(match (outbound, call.local) {
-            (true, _) | (false, None) => {
-                // Where it makes no difference who listens, a few of them are looked up, for the log.
-                let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
-                let indifferent = nobody.permitted && nobody.observed.is_none();
-                let most = if indifferent { SHOWN } else { usize::MAX };
-                self.far_listener(call.protocol, remote, most)
-            }
-            (false, Some(local)) => self.far_client(call.protocol, local, remote),
+            (true, _) | (false, None) => self.far_listener(call.protocol, remote, most),
+            (false, Some(local)) => self.far_client(call.protocol, local, remote, most),
         })
     }
 

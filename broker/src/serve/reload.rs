@@ -379,6 +379,7 @@ fn adopted(context: Rc<Context>, found: &Found, listening: &HashSet<u16>) -> Flo
     Flow {
         context,
         op,
+        number: -1,
         protocol: Protocol::TCP,
         local: Some(found.local),
         remote: Some(found.remote),

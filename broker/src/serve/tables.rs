@@ -168,13 +168,16 @@ impl Broker {
             return;
         }
         // More than one fill: a process that writes all the while cannot hold the broker here.
+        let mut by_kernel = None;
         for _ in 0..2 * RECORDS {
-            let by_kernel = self.kernel_records(key);
             let Some(memory) = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut()) else { return };
             let Some(record) = memory.ring.pop(&mut memory.taken) else { return };
             memory.heard = monotonic();
             let claim = memory.claim(&record).cloned();
-            if claim.is_some() && record.call == Op::Connect as u8 && by_kernel {
+            if claim.is_some()
+                && record.call == Op::Connect as u8
+                && *by_kernel.get_or_insert_with(|| self.kernel_records(key))
+            {
                 continue; // the kernel's own record of it comes, which no program can forge
             }
             self.record_claim(key, &record, claim.as_ref());
@@ -253,6 +256,7 @@ impl Broker {
             self.flows.open(
                 cookie,
                 Flow {
+                    number: -1,
                     context,
                     op,
                     protocol,

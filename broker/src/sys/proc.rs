@@ -23,6 +23,8 @@ use procfs::FromRead;
 
 /// `FUSE_SUPER_MAGIC` (statfs(2)).
 const FUSE: FsType = FsType(0x6573_5546);
+/// What is read of a file at first, in bytes.
+const BLOCK: usize = 4096;
 /// Most descriptors of one process that are looked through.
 const MOST_DESCRIPTORS: usize = 1 << 16;
 
@@ -104,9 +106,19 @@ impl ProcDir {
     }
 
     fn read(&self, name: &str, most: u64) -> io::Result<Vec<u8>> {
-        let mut into = Vec::with_capacity(4096);
-        self.file(name)?.take(most).read_to_end(&mut into)?;
-        Ok(into)
+        let mut file = self.file(name)?;
+        let room = usize::try_from(most).unwrap_or(usize::MAX);
+        let mut into = vec![0; room.min(BLOCK)];
+        let mut got = 0;
+        // These files come whole, in one read, if there is room for more.
+        loop {
+            got += file.read(into.get_mut(got..).unwrap_or_default())?;
+            if got < into.len() || got >= room {
+                into.truncate(got);
+                return Ok(into);
+            }
+            into.resize((2 * got).min(room), 0);
+        }
     }
 
     /// Parent and start time.

@@ -13,7 +13,7 @@ use crate::{
     explain::{Explanation, Question},
     facts::{Flow, Party, Side},
     load::{self, LoadError},
-    model::{Atom, Rule},
+    model::{Atom, ProcessField, Rule},
     region::Edges,
     source::{Source, to_u32, to_usize},
     view::View,
@@ -29,6 +29,7 @@ pub struct Policy {
     pub(crate) names: Names,
     pub(crate) sources: Vec<Source>,
     addresses: [bool; 2],
+    process_groups: bool,
     compiled: Option<Compiled>,
     edges: Edges,
 }
@@ -78,9 +79,11 @@ impl Policy {
             })
         };
         let addresses = [by_address(Side::From), by_address(Side::To)];
+        let is_group = |a: &Atom| matches!(a, Atom::Process(ProcessField::Group, _));
+        let process_groups = rules.iter().any(|r| r.from.mentions(is_group) || r.to.mentions(is_group));
         let compiled = Compiled::new(&rules);
         let edges = Edges::new(&rules);
-        Self { rules, tests, names, sources, addresses, compiled, edges }
+        Self { rules, tests, names, sources, addresses, process_groups, compiled, edges }
     }
 
     /// Decides one flow. Total, deterministic, and without allocation.
@@ -149,6 +152,12 @@ impl Policy {
     #[must_use]
     pub fn uses_local_addresses(&self) -> bool {
         self.uses_addresses_of(Side::From)
+    }
+
+    /// Whether some rule has a condition on the groups of a process.
+    #[must_use]
+    pub const fn uses_process_groups(&self) -> bool {
+        self.process_groups
     }
 
     /// Whether some rule has a condition on the address of that side.
