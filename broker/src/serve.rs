@@ -81,6 +81,8 @@ enum Source {
     Handed,
     Backstop,
     Guard(u64),
+    Waiting(u64),
+    Accepting(u64),
     Channel(u64),
     Client(u64),
     Process(ProcessKey),
@@ -134,8 +136,12 @@ impl Watch {
     }
 
     fn add(&mut self, fd: impl AsFd, source: Source) -> nix::Result<u64> {
+        self.add_for(fd, EpollFlags::EPOLLIN, source)
+    }
+
+    fn add_for(&mut self, fd: impl AsFd, events: EpollFlags, source: Source) -> nix::Result<u64> {
         let id = self.id();
-        self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, id))?;
+        self.epoll.add(fd, EpollEvent::new(events, id))?;
         self.sources.insert(id, source);
         Ok(id)
     }
@@ -209,7 +215,7 @@ pub(crate) struct Broker {
     handed: Option<Link>,
     /// Filters of the broker before, by their listener's cookie.
     inherited: HashMap<u64, OwnedFd>,
-    guards: HashMap<u64, guard::Guard>,
+    guards: guard::Guards,
     kernel: Option<backstop::Kernel>,
     /// Processes that asked through the shim.
     shimmed: HashSet<ProcessKey>,
@@ -239,6 +245,7 @@ impl Broker {
             self.look_at_backstop();
             self.tend_expiry();
             self.flush_handed();
+            self.tend_waiting();
             self.flush_log();
         }
         self.end();
@@ -285,6 +292,8 @@ impl Broker {
             Source::Handed => self.take_handed(),
             Source::Backstop => self.wake_backstop(),
             Source::Guard(guard) => self.take_held(guard),
+            Source::Waiting(call) => self.take_waiting(call),
+            Source::Accepting(listener) => self.take_accepting(listener),
             Source::Channel(channel) => self.take_message(channel),
             Source::Client(client) => self.take_client(client, events),
             Source::Process(key) => self.bury(key),
@@ -297,6 +306,7 @@ impl Broker {
         let quiet = self.busy.is_empty()
             && self.endings_looked_at.is_none()
             && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
+        let expiry = [expiry, self.next_deadline()].into_iter().flatten().min();
         let soonest = if quiet { expiry } else { Some(POLL) };
         soonest.map_or(EpollTimeout::NONE, |wait| EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX))
     }

@@ -3,16 +3,19 @@
 //! Whoever holds the guard's listener learns from the kernel when no task uses the filter any more
 //! (`POLLHUP`, Linux 5.9): the one sign of a tree's end that daemonising, static programs and closed
 //! descriptors cannot hide. Under the backstop it asks about every call that did not come through the shim;
-//! without it every call passes as yet.
+//! without it, about every judged call.
 
 use std::{io, os::fd::OwnedFd};
 
 use nix::errno::Errno;
 use portcullis_guard::{
     filter::{Trust, assemble},
+    landlock,
     listener::{self, Privileges},
 };
 use portcullis_wire::gate;
+
+use crate::link::Hold;
 
 /// What holds the tree, after [`install`].
 #[derive(Debug)]
@@ -23,18 +26,25 @@ pub enum Guard {
     Taken,
 }
 
-/// Puts the guard under the calling process and all its descendants. `held`: the backstop holds it already, and a
-/// broker will answer.
+/// Puts the guard under the calling process and all its descendants. Unless `hold` is nothing, a broker will answer.
 ///
 /// no_new_privs is set only if the kernel asks for it, so that setuid programs go on working under root.
 ///
 /// # Errors
 /// As seccomp(2).
-pub fn install(held: bool) -> io::Result<Guard> {
+pub fn install(hold: Hold) -> io::Result<Guard> {
     let code = u16::try_from(libc::BPF_RET | libc::BPF_K).map_err(io::Error::other)?;
     let open = [libc::sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
-    // What leaves from the shim's page is checked by the backstop.
-    let filter = if held { assemble(Trust::Page(gate::PAGE)) } else { open.to_vec() };
+    let filter = match hold {
+        // What leaves from the shim's page is checked by the backstop.
+        Hold::Backstop => assemble(Trust::Page(gate::PAGE)),
+        Hold::Proxy => assemble(Trust::Nobody),
+        Hold::Nothing => open.to_vec(),
+    };
+    // First, since the guard asks about Landlock too.
+    if hold == Hold::Proxy {
+        lock_connect()?;
+    }
     let mut outcome = listener::install(&filter, Privileges::Kept);
     if is(&outcome, Errno::EACCES) {
         outcome = listener::install(&filter, Privileges::NoNew);
@@ -43,6 +53,17 @@ pub fn install(held: bool) -> io::Result<Guard> {
         return Ok(Guard::Taken);
     }
     outcome.map(Guard::Listener)
+}
+
+/// Takes connect(2) of TCP from the tree, where the kernel can; it is made by proxy.
+fn lock_connect() -> io::Result<()> {
+    match landlock::forbid_connect() {
+        Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
+            listener::give_up_privileges()?;
+            landlock::forbid_connect().map(drop)
+        }
+        done => done.map(drop),
+    }
 }
 
 fn is(outcome: &io::Result<OwnedFd>, errno: Errno) -> bool {

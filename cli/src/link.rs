@@ -47,6 +47,18 @@ pub enum Say {
     },
 }
 
+/// What there is to hold a tree beside the shim.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hold {
+    /// The backstop holds it already; the guard will.
+    Backstop,
+    /// The guard alone: judged calls are made by proxy.
+    Proxy,
+    /// Nothing: this user may not look into its own processes (Yama, ptrace(2)).
+    Nothing,
+}
+
 /// What the supervisor answers.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -64,8 +76,8 @@ pub enum Answer {
     Conflict(String),
     /// To `Hello`: there is no broker, and why.
     Failed(String),
-    /// To `Enclose`: whether the backstop holds it.
-    Enclosed(bool),
+    /// To `Enclose`: what there is to hold it beside the shim.
+    Enclosed(Hold),
     /// To `Tree`: it is being watched.
     Watched,
 }

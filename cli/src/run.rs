@@ -23,7 +23,7 @@ use portcullis_wire::frame::{ENV_BROKER, ENV_DOOR, LOWEST_FD};
 use crate::{
     COULD_NOT, Mode, StateArg,
     guard::{self, Guard},
-    link::{self, Answer, Link, Say},
+    link::{self, Answer, Hold, Link, Say},
     output::Out,
     place::{Place, PlaceError},
     supervise,
@@ -163,10 +163,10 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     let (link, welcome) = reach(&place, &hello, args)?;
     let door = place_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
-    let held = enclose(&link, &pidfd)?;
-    let guard = guard::install(held).map_err(failed("install the guard's filter"))?;
+    let hold = enclose(&link, &pidfd)?;
+    let guard = guard::install(hold).map_err(failed("install the guard's filter"))?;
     let by_number = match &guard {
-        Guard::Listener(listener) if held => Some(listener.as_raw_fd()),
+        Guard::Listener(listener) if hold != Hold::Nothing => Some(listener.as_raw_fd()),
         _ => None,
     };
     let tree = Say::Tree { guarded: matches!(guard, Guard::Listener(_)), listener: by_number };
@@ -186,11 +186,11 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     Ok(environment(&welcome, door, args.name.as_deref()))
 }
 
-/// Asks the supervisor to put this process under the backstop; whether it did.
-fn enclose(link: &Link, pidfd: &OwnedFd) -> Result<bool, RunError> {
+/// Asks the supervisor to put this process under the backstop, and what there is to hold it.
+fn enclose(link: &Link, pidfd: &OwnedFd) -> Result<Hold, RunError> {
     link.send(&Say::Enclose, &[pidfd.as_raw_fd()]).map_err(failed("ask for the backstop"))?;
     match link.receive::<Answer>().map_err(failed("ask for the backstop"))? {
-        Some((Answer::Enclosed(held), _)) => Ok(held),
+        Some((Answer::Enclosed(hold), _)) => Ok(hold),
         Some((Answer::Failed(why), _)) => Err(RunError::NoBroker(why)),
         _ => Err(RunError::NoBroker("it ended before the program began".into())),
     }

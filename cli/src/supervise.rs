@@ -35,7 +35,7 @@ use self::parts::{Health, Parts};
 pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
 use crate::{
     COULD_NOT, Mode,
-    link::{self, Answer, Link, Say},
+    link::{self, Answer, Hold, Link, Say},
     output::Out,
     place::Place,
     run::{RunError, failed},
@@ -112,8 +112,8 @@ struct Visitor {
     /// What it expects, once it has said so.
     hello: Option<(Option<PathBuf>, Option<Mode>)>,
     welcomed: bool,
-    /// The process, once it is under the backstop.
-    enclosed: Option<OwnedFd>,
+    /// The process, and what there is to hold it.
+    enclosed: Option<(OwnedFd, Hold)>,
 }
 
 struct Supervisor {
@@ -301,11 +301,14 @@ impl Supervisor {
                 Ok(Some((Say::Enclose, fds))) if visitor.welcomed && visitor.enclosed.is_none() => {
                     let pidfd = fds.into_iter().next();
                     let answer = match pidfd.as_ref().map(|p| self.enclose(p)) {
-                        Some(Ok(held)) => Answer::Enclosed(held),
+                        Some(Ok(hold)) => Answer::Enclosed(hold),
                         Some(Err(error)) => Answer::Failed(error.to_string()),
                         None => continue,
                     };
-                    visitor.enclosed = pidfd;
+                    visitor.enclosed = pidfd.zip(match answer {
+                        Answer::Enclosed(hold) => Some(hold),
+                        _ => None,
+                    });
                     if visitor.link.send(&answer, &[]).is_ok() {
                         self.visitors.push(visitor);
                     }
@@ -326,17 +329,23 @@ impl Supervisor {
         }
     }
 
-    /// Puts a process under the backstop.
-    fn enclose(&mut self, pidfd: &OwnedFd) -> io::Result<bool> {
+    /// Puts a process under the backstop, if there is one.
+    fn enclose(&mut self, pidfd: &OwnedFd) -> io::Result<Hold> {
         let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
         let pid = info.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse().ok());
-        self.parts.backing.enclose(pid.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)
+        if self.parts.backing.enclose(pid.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)? {
+            return Ok(Hold::Backstop);
+        }
+        // Whoever makes calls for it must be able to take its descriptors; whether it has this one is no matter.
+        let barred = sys::pidfd_getfd(pidfd, 0).is_err_and(|e| e.raw_os_error() == Some(libc::EPERM));
+        Ok(if barred { Hold::Nothing } else { Hold::Proxy })
     }
 
     /// Takes the guard's listener out of a process that sends nothing any more, and lets the broker serve it.
     fn take_listener(&mut self, visitor: &Visitor, number: i32) -> Option<OwnedFd> {
-        let listener = sys::pidfd_getfd(visitor.enclosed.as_ref()?, number).ok()?;
-        self.parts.handover.add_tree(&listener).ok()?;
+        let (process, hold) = visitor.enclosed.as_ref()?;
+        let listener = sys::pidfd_getfd(process, number).ok()?;
+        self.parts.handover.add_tree(&listener, *hold == Hold::Proxy).ok()?;
         Some(listener)
     }
 

@@ -29,11 +29,11 @@ pub enum Asked {
     /// bind(2).
     Bind { fd: i32, address: Span },
     /// listen(2).
-    Listen { fd: i32 },
-    /// accept(2), accept4(2).
-    Accept { fd: i32 },
+    Listen { fd: i32, backlog: i32 },
+    /// accept(2), accept4(2); `name` is where the peer's address goes, `length` its length.
+    Accept { fd: i32, name: u64, length: u64, flags: i32 },
     /// sendto(2).
-    SendTo { fd: i32, flags: i32, address: Span },
+    SendTo { fd: i32, flags: i32, data: Span, address: Span },
     /// sendmsg(2); `at` is a `struct msghdr`.
     SendMessage { fd: i32, flags: i32, at: u64 },
     /// sendmmsg(2); `at` are `count` of `struct mmsghdr`.
@@ -44,6 +44,8 @@ pub enum Asked {
     Memory { pid: i32 },
     /// pidfd_getfd(2).
     TakeDescriptor { pidfd: i32, number: i32 },
+    /// landlock_create_ruleset(2).
+    Landlock { attributes: Span, flags: u64 },
     /// A call that the filter's table does not have.
     Unknown,
 }
@@ -62,9 +64,13 @@ pub fn asked(call: &Notification) -> Asked {
         libc::SYS_socket => Asked::Socket { domain: int(a), kind: int(b), protocol: int(c) },
         libc::SYS_connect => Asked::Connect { fd: int(a), address: span(b, c) },
         libc::SYS_bind => Asked::Bind { fd: int(a), address: span(b, c) },
-        libc::SYS_listen => Asked::Listen { fd: int(a) },
-        libc::SYS_accept | libc::SYS_accept4 => Asked::Accept { fd: int(a) },
-        libc::SYS_sendto => Asked::SendTo { fd: int(a), flags: int(d), address: span(e, f) },
+        libc::SYS_listen => Asked::Listen { fd: int(a), backlog: int(b) },
+        libc::SYS_accept => Asked::Accept { fd: int(a), name: b, length: c, flags: 0 },
+        libc::SYS_accept4 => Asked::Accept { fd: int(a), name: b, length: c, flags: int(d) },
+        libc::SYS_sendto => {
+            let data = Span { at: b, length: c };
+            Asked::SendTo { fd: int(a), flags: int(d), data, address: span(e, f) }
+        }
         libc::SYS_sendmsg => Asked::SendMessage { fd: int(a), flags: int(c), at: b },
         libc::SYS_sendmmsg => Asked::SendMessages {
             fd: int(a),
@@ -75,6 +81,9 @@ pub fn asked(call: &Notification) -> Asked {
         libc::SYS_ptrace => Asked::Trace { request: a.cast_signed(), pid: int(b) },
         libc::SYS_process_vm_readv | libc::SYS_process_vm_writev => Asked::Memory { pid: int(a) },
         libc::SYS_pidfd_getfd => Asked::TakeDescriptor { pidfd: int(a), number: int(b) },
+        libc::SYS_landlock_create_ruleset => {
+            Asked::Landlock { attributes: Span { at: a, length: b }, flags: c }
+        }
         _ => Asked::Unknown,
     }
 }
@@ -125,13 +134,48 @@ fn v6(rest: &[u8]) -> Option<SocketAddr> {
     Some(SocketAddr::V6(SocketAddrV6::new(ip, port, u32::from_be_bytes(*flow), scope)))
 }
 
-/// Name and its length out of a `struct msghdr` (56 bytes on 64-bit hosts).
+/// Length of a `struct msghdr` on 64-bit hosts; one of sendmmsg(2)'s has eight bytes more.
+pub const HEADER: usize = 56;
+
+/// A `struct msghdr`, as far as sending goes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Header {
+    /// Whom to.
+    pub name: Span,
+    /// Its parts; `length` is their number.
+    pub parts: Span,
+    /// Control messages.
+    pub control: Span,
+}
+
+/// Reads a `struct msghdr`.
 #[must_use]
-pub fn message_name(header: &[u8]) -> Option<Span> {
-    let (at, rest) = header.split_first_chunk()?;
-    let (length, _) = rest.split_first_chunk()?;
-    let length = i32::from_ne_bytes(*length).max(0).cast_unsigned();
-    Some(Span { at: u64::from_ne_bytes(*at), length: u64::from(length) })
+pub fn header(bytes: &[u8; HEADER]) -> Header {
+    let [name, length, parts, count, control, controls, _] = words(bytes);
+    let [w, x, y, z, ..] = length.to_le_bytes(); // an int, and padding
+    let length = i32::from_le_bytes([w, x, y, z]).max(0).cast_unsigned();
+    Header {
+        name: Span { at: name, length: u64::from(length) },
+        parts: Span { at: parts, length: count },
+        control: Span { at: control, length: controls },
+    }
+}
+
+/// Reads as many `struct iovec` as there are.
+#[must_use]
+pub fn parts(bytes: &[u8]) -> Vec<Span> {
+    let word = |half: &[u8]| half.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
+    let span =
+        |one: &[u8]| one.split_at_checked(8).map(|(at, length)| Span { at: word(at), length: word(length) });
+    bytes.chunks_exact(16).filter_map(span).collect()
+}
+
+fn words(bytes: &[u8; HEADER]) -> [u64; 7] {
+    let mut words = [0; 7];
+    for (to, from) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *to = from.first_chunk().map_or(0, |word| u64::from_le_bytes(*word));
+    }
+    words
 }
 
 /// The protocol as a policy sees it, of a socket that is about to be made.
@@ -193,12 +237,19 @@ mod tests {
     }
 
     #[test]
-    fn a_null_name_is_none() {
-        let mut header = [0u8; 56];
-        assert_eq!(message_name(&header), Some(Span { at: 0, length: 0 }));
-        header[0] = 8;
-        header[8] = 16;
-        assert_eq!(message_name(&header), Some(Span { at: 8, length: 16 }));
-        assert_eq!(message_name(&header[..10]), None);
+    fn a_message_is_taken_apart() {
+        let mut bytes = [0u8; HEADER];
+        let nothing = Span { at: 0, length: 0 };
+        assert_eq!(header(&bytes), Header { name: nothing, parts: nothing, control: nothing });
+        (bytes[0], bytes[8], bytes[12]) = (8, 16, 0xff); // the padding says nothing
+        (bytes[16], bytes[24], bytes[32], bytes[40]) = (9, 2, 10, 24);
+        let span = |at, length| Span { at, length };
+        let wanted = Header { name: span(8, 16), parts: span(9, 2), control: span(10, 24) };
+        assert_eq!(header(&bytes), wanted);
+        bytes[8..12].copy_from_slice(&(-1i32).to_le_bytes());
+        assert_eq!(header(&bytes).name, span(8, 0));
+        let two: Vec<u8> = [1u64, 2, 3, 4].iter().flat_map(|n| n.to_le_bytes()).collect();
+        assert_eq!(parts(&two), [span(1, 2), span(3, 4)]);
+        assert_eq!(parts(&two[..31]), [span(1, 2)]);
     }
 }

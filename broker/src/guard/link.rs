@@ -5,7 +5,9 @@
 //! | letter | numbers | descriptors | from |
 //! |---|---|---|---|
 //! | `B` | | the backstop, as `portcullis_backstop::load_for_another` gives it | supervisor |
-//! | `T` | | guards' listeners, one of each tree | supervisor |
+//! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
+//! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
+//! | `K` | | the book of held calls (`portcullis_guard::book`), after all trees | supervisor |
 //! | `D` | | the broker's ends of doors | supervisor |
 //! | `F` | tags, eight bytes each | what exchanges the lists of these listeners' filters | both |
 //! | `X` | a tag | none: that filter is no more | broker |
@@ -33,8 +35,15 @@ pub const MOST: usize = 128;
 pub enum Handed {
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
     Backstop(Vec<OwnedFd>),
-    /// Guards' listeners.
-    Trees(Vec<OwnedFd>),
+    /// Guards' listeners, of trees whose calls are made by proxy or go on under the backstop.
+    Trees {
+        /// By proxy.
+        by_proxy: bool,
+        /// One of each tree.
+        listeners: Vec<OwnedFd>,
+    },
+    /// The book of held calls.
+    Book(Vec<OwnedFd>),
     /// Ends of doors: connected for as long as the supervisor lives, whatever becomes of a broker.
     Doors(Vec<OwnedFd>),
     /// By a listener's tag: what exchanges the list of its locked filter.
@@ -128,7 +137,10 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
     let raw = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (letter, tags, fds): (u8, Vec<u64>, Vec<RawFd>) = match handed {
         Handed::Backstop(fds) => (b'B', Vec::new(), raw(fds)),
-        Handed::Trees(fds) => (b'T', Vec::new(), raw(fds)),
+        Handed::Trees { by_proxy, listeners } => {
+            (if *by_proxy { b'P' } else { b'T' }, Vec::new(), raw(listeners))
+        }
+        Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
         Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
         Handed::Filters(all) => {
             (b'F', all.iter().map(|f| f.0).collect(), all.iter().map(|f| f.1.as_raw_fd()).collect())
@@ -149,7 +161,8 @@ fn read(letter: u8, tags: &[u8], fds: Vec<OwnedFd>) -> io::Result<Handed> {
     let mut tags = tags.iter().map(|t| u64::from_ne_bytes(*t));
     Ok(match letter {
         b'B' => Handed::Backstop(fds),
-        b'T' => Handed::Trees(fds),
+        b'T' | b'P' => Handed::Trees { by_proxy: letter == b'P', listeners: fds },
+        b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),
         b'W' => Handed::Watch(fds),
         b'F' if tags.len() == fds.len() && rest.is_empty() => Handed::Filters(tags.zip(fds).collect()),
@@ -175,9 +188,11 @@ mod tests {
         let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         ours.send(Handed::Backstop(vec![fd(), fd(), fd()]));
         ours.send(Handed::Filters((0..MOST as u64).map(|tag| (tag, fd())).collect()));
+        ours.send(Handed::Trees { by_proxy: true, listeners: vec![fd()] });
         ours.send(Handed::Forget(7));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Filters(all))) if all.len() == MOST));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, .. }))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
         assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567"] {

@@ -3,11 +3,16 @@
 use std::{fs, io};
 
 use nix::{
-    sys::uio::{RemoteIoVec, process_vm_readv},
+    sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev},
     unistd::Pid,
 };
 
-use super::calls::{ADDRESS, Span};
+use super::calls::{ADDRESS, HEADER, Header, Span, header, parts};
+
+/// Most bytes of one message that is sent by proxy: what UDP can carry (RFC 768), and fast open's first piece.
+pub const MOST_BYTES: usize = 1 << 16;
+/// Most parts of one message (`UIO_MAXIOV`).
+const MOST_PARTS: usize = 1024;
 
 /// Copies memory of a thread's process; shorter where the rest cannot be read.
 ///
@@ -17,6 +22,51 @@ pub fn read(tid: i32, at: u64, into: &mut [u8]) -> io::Result<usize> {
     let base = usize::try_from(at).map_err(io::Error::other)?;
     let from = [RemoteIoVec { base, len: into.len() }];
     Ok(process_vm_readv(Pid::from_raw(tid), &mut [io::IoSliceMut::new(into)], &from)?)
+}
+
+/// Writes to memory of a thread's process; `false` if it is not all writable.
+#[must_use]
+pub fn write(tid: i32, at: u64, bytes: &[u8]) -> bool {
+    let Ok(base) = usize::try_from(at) else { return false };
+    let to = [RemoteIoVec { base, len: bytes.len() }];
+    process_vm_writev(Pid::from_raw(tid), &[io::IoSlice::new(bytes)], &to) == Ok(bytes.len())
+}
+
+/// Copies a `struct msghdr`.
+#[must_use]
+pub fn read_header(tid: i32, at: u64) -> Option<Header> {
+    let mut bytes = [0; HEADER];
+    matches!(read(tid, at, &mut bytes), Ok(HEADER)).then(|| header(&bytes))
+}
+
+/// Copies what a message consists of, its parts joined.
+///
+/// # Errors
+/// The errno that the kernel would give: `EFAULT`, `EMSGSIZE`.
+pub fn read_parts(tid: i32, span: Span) -> Result<Vec<u8>, i32> {
+    let count = usize::try_from(span.length).ok().filter(|n| *n <= MOST_PARTS).ok_or(libc::EMSGSIZE)?;
+    let mut all = Vec::new();
+    for part in parts(&read_span(tid, Span { at: span.at, length: 16 * count as u64 })?) {
+        let bytes = read_span(tid, part)?;
+        if all.len() + bytes.len() > MOST_BYTES {
+            return Err(libc::EMSGSIZE);
+        }
+        all.extend(bytes);
+    }
+    Ok(all)
+}
+
+/// Copies all of a span.
+///
+/// # Errors
+/// As [`read_parts`].
+pub fn read_span(tid: i32, span: Span) -> Result<Vec<u8>, i32> {
+    let length = usize::try_from(span.length).ok().filter(|n| *n <= MOST_BYTES).ok_or(libc::EMSGSIZE)?;
+    let mut bytes = vec![0; length];
+    if length > 0 && !matches!(read(tid, span.at, &mut bytes), Ok(n) if n == length) {
+        return Err(libc::EFAULT);
+    }
+    Ok(bytes)
 }
 
 /// Copies an address; empty if it cannot be read, since the kernel will then say so itself.
@@ -38,6 +88,14 @@ pub fn process_of(tid: i32) -> Option<(i32, u32, u32)> {
         line.split_whitespace().next()?.parse::<u32>().ok()
     };
     Some((i32::try_from(field("Tgid:")?).ok()?, field("Uid:")?, field("Gid:")?))
+}
+
+/// Whether descriptor `number` of a thread is the socket with this inode. Threads share their descriptors as a
+/// rule, but need not (unshare(2), `CLONE_FILES`).
+#[must_use]
+pub fn holds(tid: i32, number: i32, inode: u64) -> bool {
+    fs::read_link(format!("/proc/{tid}/fd/{number}"))
+        .is_ok_and(|link| link.as_os_str() == format!("socket:[{inode}]").as_str())
 }
 
 /// Whether an instruction is one of the C library's own.
@@ -73,6 +131,14 @@ mod tests {
         assert_eq!(read_address(me, span), text);
         assert!(read_address(me, Span { at: 8, length: 16 }).is_empty());
         assert!(read_address(me, Span { at: 0, length: 16 }).is_empty());
+        let mut text = *b"portcullis";
+        assert!(write(me, text.as_mut_ptr() as u64, b"PORT") && text == *b"PORTcullis");
+        assert!(!write(me, 8, b"x"));
+        assert_eq!(read_span(me, Span { at: 8, length: 1 }), Err(libc::EFAULT));
+        assert_eq!(read_span(me, Span { at: 8, length: 1 << 40 }), Err(libc::EMSGSIZE));
+        let vector = [text.as_ptr() as u64, 4, text.as_ptr() as u64 + 4, 6];
+        let parts = read_parts(me, Span { at: vector.as_ptr() as u64, length: 2 });
+        assert_eq!(parts.unwrap(), text);
         let (tgid, uid, _) = process_of(nix::unistd::gettid().as_raw()).unwrap();
         assert_eq!((tgid, uid), (me, nix::unistd::getuid().as_raw()));
     }

@@ -181,7 +181,13 @@ impl Broker {
                 "network namespaces cannot be told apart (Linux 5.14 can): no verdict is cached".to_owned(),
             );
         }
-        if self.kernel.is_none() {
+        if self.kernel.is_none() && self.handed.is_some() {
+            gaps.push(
+                "no backstop: judged calls are made by proxy, which costs time, and a program with threads can \
+                 win a race to send datagrams that nobody judged"
+                    .to_owned(),
+            );
+        } else if self.kernel.is_none() {
             gaps.push(
                 "no guard and no backstop: a program that does not pass through the shim (static, raw system \
                  calls) is not held"

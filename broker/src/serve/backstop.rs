@@ -233,6 +233,12 @@ impl Broker {
         path.split('/').any(|part| part == kernel.cgroup)
     }
 
+    /// Whether nothing but the guard holds a process that asks through the shim, so that all its calls are made
+    /// by proxy.
+    pub(super) fn is_held_alone(&self, key: ProcessKey) -> bool {
+        self.guards.by_proxy() && !self.kernel_records(key)
+    }
+
     /// What really holds a process, for `ps`.
     pub(super) fn held_by_kernel(&self, key: ProcessKey) -> Vec<String> {
         let mut all = Vec::new();

@@ -232,7 +232,7 @@ impl Broker {
                 self.drain(key);
                 self.busy.insert(key);
             }
-            OpCode::Outcome => self.record_outcome(key, request),
+            OpCode::Outcome => self.record_outcome(key, request, "shim"),
             OpCode::Open => {}
         }
     }
@@ -332,6 +332,7 @@ impl Broker {
         }
         self.busy.remove(&key);
         self.forget_grants(key);
+        self.forget_held(key);
         self.forget_datagrams(key);
     }
 

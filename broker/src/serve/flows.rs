@@ -232,7 +232,7 @@ impl Broker {
     }
 
     /// Puts on record that a permitted call failed by itself.
-    pub(super) fn record_outcome(&mut self, key: ProcessKey, request: &Request) {
+    pub(super) fn record_outcome(&mut self, key: ProcessKey, request: &Request, via: &'static str) {
         let known = self.flows.by_seq.get(&request.audit_seq).copied();
         let cookie = known.filter(|c| self.flows.get(*c).is_some_and(|f| f.context.key == key));
         if let Some(cookie) = cookie {
@@ -247,7 +247,7 @@ impl Broker {
             reason: Some(&name),
             association: cookie,
             more: &[("of", More::Number(request.audit_seq)), ("errno", More::Number(number))],
-            ..Line::bare(realtime(), "outcome", "shim")
+            ..Line::bare(realtime(), "outcome", via)
         });
     }
 }

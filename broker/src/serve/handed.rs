@@ -18,7 +18,10 @@ impl Broker {
         while let Some(from) = &self.handed {
             match from.receive() {
                 Ok(Some(Handed::Backstop(descriptors))) => self.take_backstop(descriptors),
-                Ok(Some(Handed::Trees(listeners))) => listeners.into_iter().for_each(|it| self.add_guard(it)),
+                Ok(Some(Handed::Trees { by_proxy, listeners })) => {
+                    listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy));
+                }
+                Ok(Some(Handed::Book(book))) => book.iter().for_each(|it| self.take_book(it)),
                 Ok(Some(Handed::Doors(doors))) => doors.into_iter().for_each(|it| self.add_door(it)),
                 Ok(Some(Handed::Filters(some))) => self.inherited.extend(some),
                 Ok(Some(Handed::Watch(kept))) => self.keepsake = Keepsake::from(kept),

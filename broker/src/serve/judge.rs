@@ -88,7 +88,16 @@ impl Broker {
             return self.note("protocol", &format!("call number {} is unknown", request.call), &[]);
         };
         let call = self.call_from(key, op, request, attached);
+        if self.is_held_alone(key) {
+            reply.flags |= Flags::HELD;
+            if op == Op::Accept && self.has_arrived(key, &call) {
+                return;
+            }
+        }
         self.judge(key, &call, reply);
+        if reply.errno == 0 {
+            self.expect_call(key, &call);
+        }
     }
 
     fn call_from(&self, key: ProcessKey, op: Op, request: &Request, attached: Option<OwnedFd>) -> Call {

@@ -115,7 +115,7 @@ impl Broker {
             keepsake: Keepsake::default(),
             handed: config.handed.map(Into::into),
             inherited: HashMap::new(),
-            guards: HashMap::new(),
+            guards: super::guard::Guards::default(),
             kernel: None,
             shimmed: HashSet::new(),
             last_refusal: None,

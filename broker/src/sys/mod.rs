@@ -6,6 +6,7 @@ pub mod memory;
 pub mod message;
 pub mod privileges;
 pub mod proc;
+pub mod proxy;
 pub mod socket;
 
 use std::{

@@ -12,13 +12,17 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
 };
 use portcullis_broker::guard::link::{Handed, Link, MOST};
+use portcullis_guard::book;
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Handover {
     /// To the broker that runs.
     link: Option<Link>,
-    trees: Vec<OwnedFd>,
+    /// Guards' listeners, and whether the calls of their trees are made by proxy.
+    trees: Vec<(OwnedFd, bool)>,
+    /// The book of held calls.
+    book: Option<OwnedFd>,
     doors: Vec<OwnedFd>,
     /// By a listener's tag.
     filters: HashMap<u64, OwnedFd>,
@@ -44,9 +48,15 @@ impl Handover {
         if let Some(descriptors) = backstop {
             ours.send(Handed::Backstop(descriptors));
         }
-        for some in self.trees.chunks(MOST) {
-            ours.send(Handed::Trees(again(some)?));
+        for (tree, by_proxy) in &self.trees {
+            ours.send(Handed::Trees { by_proxy: *by_proxy, listeners: vec![tree.try_clone()?] });
         }
+        let book = match self.book.take() {
+            Some(book) => book,
+            None => book::make()?,
+        };
+        ours.send(Handed::Book(vec![book.try_clone()?]));
+        self.book = Some(book);
         for some in self.doors.chunks(MOST) {
             ours.send(Handed::Doors(again(some)?));
         }
@@ -71,10 +81,10 @@ impl Handover {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn add_tree(&mut self, listener: &OwnedFd) -> io::Result<()> {
+    pub fn add_tree(&mut self, listener: &OwnedFd, by_proxy: bool) -> io::Result<()> {
         let copy = listener.try_clone()?;
-        self.trees.push(listener.try_clone()?);
-        self.tell(Handed::Trees(vec![copy]));
+        self.trees.push((listener.try_clone()?, by_proxy));
+        self.tell(Handed::Trees { by_proxy, listeners: vec![copy] });
         Ok(())
     }
 
@@ -124,7 +134,7 @@ impl Handover {
 
     /// Forgets trees that have ended, and doors that nobody has any more.
     pub fn tidy(&mut self) {
-        self.trees.retain(|fd| !is_over(fd.as_fd()));
+        self.trees.retain(|(fd, _)| !is_over(fd.as_fd()));
         self.doors.retain(|fd| !is_over(fd.as_fd()));
     }
 }

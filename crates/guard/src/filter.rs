@@ -19,6 +19,9 @@ pub enum Rule {
     Domain,
     /// Always ask.
     Ask,
+    /// Ask, but only where nobody is trusted: calls are then made by proxy, and a program's own Landlock
+    /// rules for the network would not hold whoever makes them.
+    AskIfNobody,
     /// Fail with this errno, as a kernel without the call would.
     Fail(u16),
 }
@@ -44,6 +47,7 @@ pub const TABLE: &[(c_long, Rule)] = &[
     (libc::SYS_process_vm_readv, Rule::Ask),
     (libc::SYS_process_vm_writev, Rule::Ask),
     (libc::SYS_pidfd_getfd, Rule::Ask),
+    (libc::SYS_landlock_create_ruleset, Rule::AskIfNobody),
 ];
 
 const ENOSYS: u16 = 38;
@@ -182,6 +186,8 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
             out.push(always(To::Ask));
         }
         Rule::Ask => out.push(always(To::Ask)),
+        Rule::AskIfNobody if trust == Trust::Nobody => out.push(always(To::Ask)),
+        Rule::AskIfNobody => out.push(always(To::Allow)),
         Rule::Fail(errno) => out.push(always(To::Errno(errno))),
     }
     out

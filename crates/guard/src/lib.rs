@@ -4,5 +4,7 @@
 //!
 //! [`filter`] says which calls, as data; [`listener`] installs it and speaks to the kernel's end.
 
+pub mod book;
 pub mod filter;
+pub mod landlock;
 pub mod listener;

@@ -19,6 +19,15 @@ pub enum Privileges {
     NoNew,
 }
 
+/// Sets `PR_SET_NO_NEW_PRIVS`.
+///
+/// # Errors
+/// As prctl(2).
+pub fn give_up_privileges() -> io::Result<()> {
+    // SAFETY: prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) reads no memory.
+    check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into()).map(drop)
+}
+
 /// Puts the filter under the calling thread and all that it will start; the kernel asks at the
 /// descriptor that is returned (close-on-exec).
 ///
@@ -29,8 +38,7 @@ pub fn install(filter: &[sock_filter], privileges: Privileges) -> io::Result<Own
     let len = u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
     let program = sock_fprog { len, filter: filter.as_ptr().cast_mut() };
     if privileges == Privileges::NoNew {
-        // SAFETY: prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) reads no memory.
-        check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())?;
+        give_up_privileges()?;
     }
     // SAFETY: `program` and the instructions it points to outlive the call, which only reads them.
     let fd = check(unsafe {

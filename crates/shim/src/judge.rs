@@ -1,5 +1,7 @@
 //! Whether a call may go on: the verdict table first, then the broker.
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use libc::c_int;
 use portcullis_wire::{
     Addr, Flags, OpCode, Reply, Request,
@@ -81,13 +83,17 @@ pub struct Permit {
     pub audit_seq: u64,
 }
 
+/// The kernel holds every judged call of this process and its children until the broker has judged it there.
+static HELD: AtomicBool = AtomicBool::new(false);
+
 /// Judges one call.
 ///
 /// # Errors
 /// The errno that the program gets: the broker's, or [`Op::unanswered`].
 pub fn judge(call: &Call) -> Result<Permit, Errno> {
     start::ensure();
-    if known(call) {
+    let held_there = call.op != Op::Receive && call.flags & Flags::INHERITED == 0;
+    if (held_there && HELD.load(Ordering::Relaxed)) || known(call) {
         return Ok(Permit::default());
     }
     let mut request = Request::new(OpCode::Judge, 0);
@@ -101,7 +107,12 @@ pub fn judge(call: &Call) -> Result<Permit, Errno> {
     request.local = call.local;
     request.remote = call.remote;
     match channel::ask(&mut request, call.fd) {
-        Ok(reply) => permit(&reply, call.op),
+        Ok(reply) => {
+            if Flags(reply.flags).has(Flags::HELD) {
+                HELD.store(true, Ordering::Relaxed);
+            }
+            permit(&reply, call.op)
+        }
         Err(
             Silence::NoBroker | Silence::NoDescriptor | Silence::Lost | Silence::TimedOut | Silence::Garbage,
         ) => Err(call.op.unanswered()),

@@ -97,6 +97,9 @@ impl Flags {
     pub const WOULD_REFUSE: u32 = 1 << 11;
     /// Reply: the kernel filters what this socket receives; the shim need not look at senders.
     pub const FILTERED: u32 = 1 << 12;
+    /// Reply: the kernel holds every judged call of this process until the broker has judged it there: asking
+    /// before costs time and gains nothing.
+    pub const HELD: u32 = 1 << 13;
 
     /// Whether all bits of `mask` are set.
     #[must_use]
