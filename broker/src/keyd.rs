@@ -83,6 +83,17 @@ pub enum News {
         /// Its addresses.
         places: Places,
     },
+    /// It runs since an earlier broker was there.
+    Live {
+        /// Number of the association.
+        id: u64,
+        /// Low 32 bits of the front's number, if the peer opened it.
+        front: Option<u32>,
+        /// Its addresses.
+        places: Places,
+        /// A JSON object: `peer` as in `Shown`, `process` as it was given, `since` in seconds since the Unix epoch.
+        what: String,
+    },
     /// It carries data.
     Associated {
         /// Number of the association.
@@ -120,6 +131,10 @@ impl News {
             }
             Kind::Arrived => {
                 Some(Self::Arrived { id, front: head.flags, places: Places::read_from_bytes(rest).ok()? })
+            }
+            Kind::Live => {
+                let (places, what) = Places::read_from_prefix(rest).ok()?;
+                Some(Self::Live { id, front, places, what: String::from_utf8(what.to_vec()).ok()? })
             }
             Kind::Associated => Some(Self::Associated { id, places: Places::read_from_bytes(rest).ok()? }),
             Kind::Over => {
@@ -387,7 +402,7 @@ impl Keyd {
         };
         match kind {
             Kind::Stranger => {}
-            Kind::Shown | Kind::Arrived | Kind::Associated | Kind::Over => {
+            Kind::Shown | Kind::Arrived | Kind::Live | Kind::Associated | Kind::Over => {
                 self.news.push(News::read(kind, &head, rest).ok_or(io::ErrorKind::InvalidData)?);
                 return Ok(Some(None));
             }
@@ -486,6 +501,15 @@ impl Keyd {
     /// `EBADMSG` if the trust domain's root did not sign it.
     pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
         self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
+    }
+
+    /// Asks for what has outlived an earlier broker: [`News::Live`] for each association that runs, that and
+    /// [`News::Over`] for each that has ended since, `Over` alone for who waited for that broker's word.
+    ///
+    /// # Errors
+    /// `BrokenPipe` and the like.
+    pub fn list(&mut self) -> io::Result<()> {
+        self.ask(Head::new(Kind::List, 0), &[], &[]).map(drop)
     }
 
     /// Takes the news of protected flows that have arrived; never waits.

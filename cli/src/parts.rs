@@ -39,6 +39,8 @@ pub struct KeydArgs {
     #[arg(long)]
     broker_fd: i32,
     #[arg(long)]
+    brokers_fd: i32,
+    #[arg(long)]
     ready_fd: i32,
 }
 
@@ -79,11 +81,12 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
     }
 }
 
-/// Is the key daemon until the broker's end of the pair is closed.
+/// Is the key daemon until the broker has gone and the supervisor, who would send another, too.
 pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
-    let config = inherit(&[args.broker_fd, args.ready_fd]).and_then(|()| {
-        let (broker, ready) = (sys::adopt(args.broker_fd)?, Some(sys::adopt(args.ready_fd)?));
-        Ok(portcullis_keyd::Config { broker, state: args.state.clone(), ready })
+    let config = inherit(&[args.broker_fd, args.brokers_fd, args.ready_fd]).and_then(|()| {
+        let (broker, brokers) = (sys::adopt(args.broker_fd)?, Some(sys::adopt(args.brokers_fd)?));
+        let ready = Some(sys::adopt(args.ready_fd)?);
+        Ok(portcullis_keyd::Config { broker, brokers, state: args.state.clone(), ready })
     });
     match config.map(portcullis_keyd::run) {
         Ok(Ok(())) => 0,

@@ -9,6 +9,7 @@
 mod bond;
 mod expiry;
 mod inbound;
+mod lasting;
 mod outbound;
 
 use std::{
@@ -46,6 +47,7 @@ use crate::{
 use bond::Bond;
 use expiry::Expiry;
 use inbound::Front;
+use lasting::MOST_ENDED;
 
 /// Threads of the relay.
 const THREADS: usize = 2;
@@ -147,6 +149,12 @@ struct Association {
     of: Option<u64>,
     /// The broker was told who is there.
     shown: bool,
+    /// As the broker named its process, and was told of its peer; when it began to carry data.
+    process: Vec<u8>,
+    told: Vec<u8>,
+    since: i64,
+    /// It has outlived its broker, and the next one was not told of it yet.
+    unknown: bool,
     /// The peer speaks plain, as it may here.
     plain: bool,
     admitted: bool,
@@ -167,6 +175,10 @@ impl Association {
             bond: None,
             of: None,
             shown: false,
+            process: Vec::new(),
+            told: Vec::new(),
+            since: 0,
+            unknown: false,
             plain: false,
             admitted: false,
             joining: None,
@@ -230,6 +242,10 @@ pub struct Associations {
     fronts: HashMap<u64, Front>,
     minted: HashMap<Vec<u8>, ProcessIdentity>,
     expiry: Expiry,
+    /// There is no broker.
+    bereaved: bool,
+    /// Told of when somebody asks for what has outlived a broker.
+    ended: Vec<Report>,
     reports: Vec<Report>,
 }
 
@@ -291,6 +307,8 @@ impl Associations {
             fronts: HashMap::new(),
             minted: HashMap::new(),
             expiry: Expiry::new()?,
+            bereaved: false,
+            ended: Vec::new(),
             reports: Vec::new(),
         })
     }
@@ -370,6 +388,11 @@ impl Associations {
     /// What the broker is to be told.
     pub fn reports(&mut self) -> Vec<Report> {
         std::mem::take(&mut self.reports)
+    }
+
+    /// Has reports told later.
+    pub fn keep(&mut self, reports: impl Iterator<Item = Report>) {
+        self.reports.splice(0..0, reports);
     }
 
     /// What the kernel marks our packets with.
@@ -541,6 +564,9 @@ impl Associations {
         };
         let told = serde_json::to_vec(&told).unwrap_or_default();
         self.tell(id, Kind::Shown, &told);
+        if let Some(one) = self.all.get_mut(&id) {
+            one.told = told;
+        }
     }
 
     /// Reports an association to the broker: its addresses, and what follows them.
@@ -624,7 +650,12 @@ impl Associations {
         let mut body = Over { sent, received }.as_bytes().to_vec();
         body.extend(one.places.as_bytes());
         body.extend(why.as_bytes());
-        self.reports.push((head, body));
+        if one.unknown {
+            self.ended.extend([one.live(id), (head, body)]);
+            self.ended.truncate(MOST_ENDED);
+        } else {
+            self.reports.push((head, body));
+        }
     }
 
     /// What belonged to an association goes with it: listeners, and what is on its way. What runs, the broker ends.
@@ -672,7 +703,7 @@ impl Associations {
     /// All is proved: bytes may pass.
     fn start(&mut self, id: u64, socket: OwnedFd) {
         let Some(one) = self.all.get_mut(&id) else { return };
-        one.running = true;
+        (one.running, one.since) = (true, now());
         if let Direction::Outbound { token, .. } = &one.direction {
             self.by_token.remove(&token.at);
         }

@@ -23,7 +23,7 @@ use nix::{
 use portcullis_wire::keyd::{
     FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Speech, Stage, Stranger, permitted,
 };
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::{
     KeydError,
@@ -42,6 +42,9 @@ use crate::{
 pub struct Config {
     /// One end of a `SOCK_SEQPACKET` pair; whoever holds the other gives the orders.
     pub broker: OwnedFd,
+    /// Where each further broker's pair comes from, as one descriptor with one byte. As long as its other end is open,
+    /// associations that run outlive a broker.
+    pub brokers: Option<OwnedFd>,
     /// The host's folder. If it holds `host.crt` and what belongs to it, flows can be protected.
     pub state: Option<PathBuf>,
     /// Gets `ready\n` once the daemon serves, or one line that says why it cannot; then it is closed.
@@ -51,14 +54,14 @@ pub struct Config {
 /// How long after a report attempts without one may stay untold.
 const MISSED_AFTER: Duration = Duration::from_millis(1100);
 
-/// Serves the broker until it closes the connection.
+/// Serves the broker until it closes the connection, and no other comes.
 ///
 /// Takes the calling process over: its user, capabilities and sandbox change for good.
 ///
 /// # Errors
 /// [`KeydError`] if privileges cannot be given up, or if the broker does what is not permitted.
 pub fn run(config: Config) -> Result<(), KeydError> {
-    let Config { broker, state, ready } = config;
+    let Config { broker, brokers, state, ready } = config;
     let prepared = prepare(state);
     if let Some(ready) = ready {
         let line = prepared.as_ref().map_or_else(|e| format!("{e}\n"), |_| "ready\n".to_owned());
@@ -66,10 +69,9 @@ pub fn run(config: Config) -> Result<(), KeydError> {
         let _ = nix::unistd::write(&ready, line.as_bytes());
     }
     let (diag, associations) = prepared?;
-    match serve(&broker, diag, associations) {
-        Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => Ok(()),
-        ended => ended,
-    }
+    let server =
+        Server { broker: Some(broker), brokers, diag, watch: None, associations, stage: Stage::Hello };
+    serve(server)
 }
 
 /// Opens what needs privileges, then gives them up.
@@ -90,8 +92,10 @@ fn prepare(state: Option<PathBuf>) -> Result<(Option<Diag>, Option<Associations>
     Ok((diag, associations.map_err(KeydError::Tokens)?))
 }
 
-struct Server<'a> {
-    broker: &'a OwnedFd,
+struct Server {
+    /// None: it has gone, and another may come.
+    broker: Option<OwnedFd>,
+    brokers: Option<OwnedFd>,
     diag: Option<Diag>,
     watch: Option<Watch>,
     associations: Option<Associations>,
@@ -118,8 +122,7 @@ impl Answer {
     }
 }
 
-fn serve(broker: &OwnedFd, diag: Option<Diag>, associations: Option<Associations>) -> Result<(), KeydError> {
-    let mut server = Server { broker, diag, watch: None, associations, stage: Stage::Hello };
+fn serve(mut server: Server) -> Result<(), KeydError> {
     let mut look_for_missed: Option<Instant> = None;
     loop {
         let due = server.associations.as_ref().and_then(Associations::deadline);
@@ -129,8 +132,11 @@ fn serve(broker: &OwnedFd, diag: Option<Diag>, associations: Option<Associations
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let (asked, reported) = {
-            let mut fds = vec![PollFd::new(broker.as_fd(), PollFlags::POLLIN)];
-            let watched = server.watch.as_ref().map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN));
+            let Some(asks) = server.broker.as_ref().or(server.brokers.as_ref()) else { return Ok(()) };
+            let mut fds = vec![PollFd::new(asks.as_fd(), PollFlags::POLLIN)];
+            // Without a broker, what filters report waits where it is.
+            let watch = server.watch.as_ref().filter(|_| server.broker.is_some());
+            let watched = watch.map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN));
             let has_watch = watched.is_some();
             fds.extend(watched);
             if let Some(associations) = &server.associations {
@@ -143,24 +149,74 @@ fn serve(broker: &OwnedFd, diag: Option<Diag>, associations: Option<Associations
             let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
             (ready(0), has_watch && ready(1))
         };
-        if asked && !server.answer_one()? {
+        let stays = match server.work(asked, reported, &mut look_for_missed) {
+            Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => false,
+            done => done?,
+        };
+        if !stays && !server.bereave() {
             return Ok(());
-        }
-        server.turn()?;
-        let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
-        if (reported || due) && server.report()? {
-            look_for_missed = Some(Instant::now() + MISSED_AFTER);
-        } else if due {
-            look_for_missed = None;
         }
     }
 }
 
-impl Server<'_> {
+impl Server {
+    /// Does what has become possible. `false`: the broker has closed the connection.
+    fn work(
+        &mut self,
+        asked: bool,
+        reported: bool,
+        look_for_missed: &mut Option<Instant>,
+    ) -> Result<bool, KeydError> {
+        if asked && !(if self.broker.is_some() { self.answer_one()? } else { self.welcome()? }) {
+            return Ok(false);
+        }
+        self.turn()?;
+        let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
+        if (reported || due) && self.report()? {
+            *look_for_missed = Some(Instant::now() + MISSED_AFTER);
+        } else if due {
+            *look_for_missed = None;
+        }
+        Ok(true)
+    }
+
+    /// Goes on without a broker, if another may come: what runs goes on, and nothing new begins.
+    fn bereave(&mut self) -> bool {
+        (self.broker, self.stage) = (None, Stage::Hello);
+        if let Some(all) = &mut self.associations {
+            all.bereave();
+        }
+        self.brokers.is_some()
+    }
+
+    /// Takes the pair of a broker that has come. `false`: none will.
+    fn welcome(&mut self) -> Result<bool, KeydError> {
+        let Some(brokers) = &self.brokers else { return Ok(false) };
+        match receive(brokers.as_fd(), &mut [0; 2]) {
+            Ok(Some((1, descriptors))) => self.broker = descriptors.into_iter().next(),
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            Ok(_) | Err(Errno::ECONNRESET) => {
+                self.brokers = None;
+                return Ok(false);
+            }
+            Err(e) => return Err(KeydError::Broker(e.into())),
+        }
+        if let Some(all) = self.associations.as_mut().filter(|_| self.broker.is_some()) {
+            all.welcome();
+        }
+        Ok(true)
+    }
+
+    /// Sends to the broker, if there is one.
+    fn tell(&self, parts: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> Result<(), KeydError> {
+        self.broker.as_ref().map_or(Ok(()), |broker| send(broker.as_fd(), parts, descriptors))
+    }
+
     /// Takes one request and answers it. `false`: the broker has closed the connection.
     fn answer_one(&mut self) -> Result<bool, KeydError> {
+        let Some(broker) = &self.broker else { return Ok(false) };
         let mut frame = vec![0; FRAME];
-        let (length, descriptors) = match receive(self.broker.as_fd(), &mut frame) {
+        let (length, descriptors) = match receive(broker.as_fd(), &mut frame) {
             Ok(Some(message)) => message,
             Ok(None) => return Err(KeydError::TooLong),
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(true),
@@ -181,7 +237,7 @@ impl Server<'_> {
         let kept = self.watch.as_ref().filter(|_| answer.keep).map(Watch::keep);
         let descriptors: Vec<_> =
             answer.descriptor.iter().map(AsFd::as_fd).chain(kept.into_iter().flatten()).collect();
-        send(self.broker.as_fd(), &[reply.as_bytes(), &answer.body], &descriptors)?;
+        self.tell(&[reply.as_bytes(), &answer.body], &descriptors)?;
         Ok(true)
     }
 
@@ -248,10 +304,11 @@ impl Server<'_> {
             | Kind::Admit
             | Kind::Refuse
             | Kind::Members
+            | Kind::List
             | Kind::Speak => {
                 return self.associate(kind, head, rest, (attached.next(), attached.next()), misfit);
             }
-            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over | Kind::Arrived => {
+            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over | Kind::Arrived | Kind::Live => {
                 return Err(misfit);
             }
         };
@@ -297,6 +354,10 @@ impl Server<'_> {
                 let filter = filter.ok_or(misfit)?;
                 all.serve(program, filter.as_fd(), head.count, rest, mixed, diag).map(tagged)
             }
+            (Kind::List, None) => {
+                all.list();
+                Ok(Answer::default())
+            }
             (Kind::Release, None) => {
                 all.release(head.tag);
                 Ok(Answer::default())
@@ -320,8 +381,13 @@ impl Server<'_> {
             return Ok(());
         };
         all.turn(diag);
-        for (head, body) in all.reports() {
-            send(self.broker.as_fd(), &[head.as_bytes(), &body], &[])?;
+        let Some(broker) = &self.broker else { return Ok(()) };
+        let mut reports = all.reports().into_iter();
+        while let Some((head, body)) = reports.next() {
+            if let Err(e) = send(broker.as_fd(), &[head.as_bytes(), &body], &[]) {
+                all.keep(std::iter::once((head, body)).chain(reports));
+                return Err(e);
+            }
         }
         Ok(())
     }
@@ -335,38 +401,24 @@ impl Server<'_> {
 
     /// Tells the broker whom filters dropped. Whether there was anybody.
     fn report(&mut self) -> Result<bool, KeydError> {
-        let Some(watch) = &mut self.watch else {
+        let Some(watch) = self.watch.as_mut().filter(|_| self.broker.is_some()) else {
             return Ok(false);
         };
         let epoch = epoch();
-        let mut any = false;
         let mut missed = watch.missed();
+        let mut strangers = Vec::new();
         while let Some(stranger) = watch.next(epoch) {
-            any = true;
-            report(self.broker, &Stranger { missed: std::mem::take(&mut missed), ..stranger })?;
+            strangers.push(Stranger { missed: std::mem::take(&mut missed), ..stranger });
         }
         if missed > 0 {
-            any = true;
-            let none = portcullis_wire::Addr::NONE;
-            let stranger = Stranger {
-                time: 0,
-                missed,
-                protocol: 0,
-                reserved: [0; 7],
-                source: none,
-                destination: none,
-                tag: 0,
-            };
-            report(self.broker, &stranger)?;
+            strangers.push(Stranger { missed, ..Stranger::new_zeroed() });
         }
-        Ok(any)
+        for stranger in &strangers {
+            let head = Head { tag: stranger.tag, ..Head::new(Kind::Stranger, 0) };
+            self.tell(&[head.as_bytes(), stranger.as_bytes()], &[])?;
+        }
+        Ok(!strangers.is_empty())
     }
-}
-
-fn report(broker: &OwnedFd, stranger: &Stranger) -> Result<(), KeydError> {
-    let mut head = Head::new(Kind::Stranger, 0);
-    head.tag = stranger.tag;
-    send(broker.as_fd(), &[head.as_bytes(), stranger.as_bytes()], &[])
 }
 
 /// Unix time, in nanoseconds, at which CLOCK_MONOTONIC was 0.

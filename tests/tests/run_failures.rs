@@ -79,11 +79,13 @@ fn a_killed_broker_is_back_before_anybody_waits_long() {
     let mut scene = scene(host);
     for _ in 0..5 {
         assert_eq!(scene.call().0, "connected");
+        let keyd = part(host, "keyd");
         kill(part(host, "broker"), Signal::SIGKILL).unwrap();
         let (how, time) = scene.call();
         assert!(how == "connected" || is_refusal(&how), "{how}");
         assert!(time < Duration::from_secs(3), "{time:?}");
         scene.is_served();
+        assert_eq!(part(host, "keyd"), keyd, "the key daemon outlives the broker");
     }
 }
 

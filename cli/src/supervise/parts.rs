@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    io::Read,
+    io::{IoSlice, Read},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{fs::PermissionsExt, process::CommandExt},
@@ -15,7 +15,7 @@ use nix::{
     fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
     sys::{
         signal::{Signal, kill},
-        socket::{AddressFamily, SockFlag, SockType, socketpair},
+        socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair},
     },
     unistd::{Pid, geteuid, pipe2},
 };
@@ -71,6 +71,8 @@ pub struct Parts {
     doors: OwnedFd,
     control: OwnedFd,
     keyd: Option<Part>,
+    /// Where the key daemon learns of each further broker; it ends when this is closed and no broker is left.
+    leads: Option<OwnedFd>,
     broker: Option<Part>,
     /// What the kernel does for them.
     pub backing: Backing,
@@ -101,6 +103,7 @@ impl Parts {
             doors,
             control,
             keyd: None,
+            leads: None,
             broker: None,
             backing: Backing::new(args.state.clone(), geteuid().is_root() && !args.no_backstop),
             handover: Handover::default(),
@@ -134,23 +137,12 @@ impl Parts {
         }
         self.next = None;
         if let Err(error) = self.start() {
-            self.fell(&format!("cannot start: {error}"));
+            self.fell(&format!("cannot start: {error}"), false);
         }
     }
 
     fn start(&mut self) -> io::Result<()> {
-        let mut broker_end = None;
-        if geteuid().is_root() {
-            // One pair per pair of daemons: what one has asked, another must not get the answer to.
-            let (ours, theirs) =
-                socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-            let mut command = command("keyd");
-            let _pass = Pass::on(&theirs)?;
-            command.arg("--state").arg(&self.args.state);
-            command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
-            self.keyd = Some(spawn(command, None)?);
-            broker_end = Some(ours);
-        }
+        let broker_end = if geteuid().is_root() { Some(self.start_keyd()?) } else { None };
         let mut command = command("broker");
         command.arg("--state").arg(&self.args.state).arg("--policy").arg(&self.args.policy);
         command.args(["--mode", self.args.mode.as_str()]);
@@ -177,7 +169,6 @@ impl Parts {
         if self.fresh && !self.served {
             command.arg("--fresh");
         }
-        // The key daemon ends with the broker, whose end of their pair it reads.
         self.broker = Some(spawn(command, Some(life))?);
         if !self.served
             && let Some(descriptors) = backstop(&mut self.backing)
@@ -185,6 +176,29 @@ impl Parts {
             self.handover.add_backstop(descriptors);
         }
         Ok(())
+    }
+
+    /// Starts the key daemon, or leads it to a new broker, whose end of their pair is the result.
+    fn start_keyd(&mut self) -> io::Result<OwnedFd> {
+        let pair = || socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        // One pair for each broker: what one has asked, another must not get the answer to.
+        let (ours, theirs) = pair()?;
+        if let (Some(_), Some(leads)) = (&self.keyd, &self.leads) {
+            let descriptors = [theirs.as_raw_fd()];
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            let rights = [ControlMessage::ScmRights(&descriptors)];
+            sendmsg::<()>(leads.as_raw_fd(), &[IoSlice::new(b"B")], &rights, flags, None)?;
+            return Ok(ours);
+        }
+        let (leads, led) = pair()?;
+        let mut command = command("keyd");
+        let _pass = [Pass::on(&theirs)?, Pass::on(&led)?];
+        command.arg("--state").arg(&self.args.state);
+        command.args(["--broker-fd", &theirs.as_raw_fd().to_string()]);
+        command.args(["--brokers-fd", &led.as_raw_fd().to_string()]);
+        self.keyd = Some(spawn(command, None)?);
+        self.leads = Some(leads);
+        Ok(ours)
     }
 
     /// Takes what the parts say of themselves.
@@ -227,20 +241,24 @@ impl Parts {
                 *slot = None;
             }
         }
+        let keyd_lives = self.served && self.keyd.is_some();
         let Some((why, age)) = dead.into_iter().next() else { return };
         if age > STEADY {
             self.delay = FIRST_DELAY;
         }
-        self.fell(&why);
+        self.fell(&why, keyd_lives);
     }
 
-    /// One of the two is gone. They begin together, so the other ends too; programs ask anew.
-    fn fell(&mut self, why: &str) {
+    /// One of the two is gone. A broker ends with its key daemon, which knows what it has asked; programs ask anew.
+    /// A key daemon outlives its broker, and so do the flows that it protects.
+    fn fell(&mut self, why: &str, keyd_lives: bool) {
         log(why);
         self.handover.end();
+        let lasting = self.keyd.take_if(|_| keyd_lives);
         for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
             part.end(FAREWELL);
         }
+        self.keyd = lasting;
         if self.served {
             self.health = Health::Starting;
             self.next = Some(Instant::now() + self.delay);

@@ -5,9 +5,8 @@
 //! [`Kind::Stranger`] (its `seq` is 0). Descriptors travel as `SCM_RIGHTS`, in the order named at the kind.
 //!
 //! Holding the other end of the pair is the whole authority: whoever started both daemons made it.
-//! The key daemon ends the connection at anything that [`permitted`] does not list. It keeps nothing
-//! that a restart of it would lose: what a filter needs to be changed later is a descriptor in the
-//! broker's hands.
+//! The key daemon ends at anything that [`permitted`] does not list. What a filter needs to be changed later is a
+//! descriptor in the broker's hands. Associations that run outlive a broker, and end with the key daemon.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -65,6 +64,10 @@ pub enum Kind {
     /// Here is a list of members (`members.toml`), attached as a file; associations with whom it revokes
     /// end. Answer: `count` is 1 if it is newer than the one in force, else 0. `EBADMSG`: not signed.
     Members = 11,
+    /// Tell of what has outlived an earlier broker: `Live` for each association that runs, `Live` and `Over` for
+    /// each that has ended since, `Over` alone for who waited for that broker's word. Answer: nothing more; the
+    /// reports follow.
+    List = 12,
     /// Say what a peer that has `Arrived` (`tag`) may speak: `count` is a [`Speech`].
     Speak = 13,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
@@ -82,6 +85,10 @@ pub enum Kind {
     /// Report: somebody came to a listener that serves plain peers as well ([`Head::MIXED`]), and waits until
     /// [`Kind::Speak`] says what it may speak; [`Places`] follows. `flags` as in `Shown`.
     Arrived = 68,
+    /// Report: an association (`tag`) runs since an earlier broker was there. `count` and `flags` are as in `Shown`.
+    /// [`Places`] and a JSON object follow: `peer` is what `Shown` said, `process` whose association it is
+    /// ([`PROCESS`]), `since` when it began to carry data, in seconds since the Unix epoch.
+    Live = 69,
 }
 
 /// What a peer may speak at a listener that serves plain peers as well. A member of the trust domain speaks
@@ -113,7 +120,7 @@ pub const PROCESS: [&str; 7] = ["name", "exe", "sha256", "user", "unit", "relate
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
@@ -124,12 +131,14 @@ impl Kind {
         Self::Admit,
         Self::Refuse,
         Self::Members,
+        Self::List,
         Self::Speak,
         Self::Stranger,
         Self::Shown,
         Self::Associated,
         Self::Over,
         Self::Arrived,
+        Self::Live,
     ];
 }
 
@@ -159,7 +168,7 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
         (Stage::Hello, Kind::Hello)
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
             | (Stage::Protecting, Kind::Open | Kind::Serve | Kind::Release)
-            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::Speak)
+            | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::List | Kind::Speak)
     )
 }
 
@@ -416,7 +425,10 @@ mod tests {
         let on_one_screen: [(Stage, &[Kind]); 3] = [
             (Stage::Hello, &[Hello]),
             (Stage::Serving, &[Filter, Refill, Cut]),
-            (Stage::Protecting, &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, Speak]),
+            (
+                Stage::Protecting,
+                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, List, Speak],
+            ),
         ];
         for (stage, listed) in on_one_screen {
             for kind in Kind::ALL {

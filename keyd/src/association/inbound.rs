@@ -192,6 +192,9 @@ impl Associations {
                 let wire = took(number);
                 // What is refused, also by an error, is reset; the engine sets this anew.
                 sock::reset_on_close(wire.as_fd());
+                if self.bereaved {
+                    continue; // nobody could admit it
+                }
                 if one.room(diag).is_none() {
                     drop(wire);
                     if one.listened {
@@ -222,9 +225,10 @@ impl Associations {
         let asks = one.mixed && !is_member;
         setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
         let places = Places { local, remote, inner_local: local, inner_remote: Addr::NONE };
-        let flow = self.engine.name();
+        let (flow, process) = (self.engine.name(), one.process.clone());
         let direction = Direction::Inbound { front, arrived: Some(wire) };
-        self.insert(flow.get(), Association::new(flow, direction, places, PATIENCE));
+        let new = Association { process, ..Association::new(flow, direction, places, PATIENCE) };
+        self.insert(flow.get(), new);
         if asks {
             self.tell(flow.get(), Kind::Arrived, &[]);
             return Ok(());

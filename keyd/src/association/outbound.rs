@@ -74,7 +74,7 @@ impl Associations {
         let flow = self.engine.handshake(wire, Role::Client { side, name });
         let id = flow.get();
         let mut one = Association::new(flow, direction, places, patience);
-        (one.bond, one.of) = (Some(bond), of);
+        (one.bond, one.of, one.process) = (Some(bond), of, json.to_vec());
         self.insert(id, one);
         self.by_token.insert(at, id);
         Ok((id, places))

@@ -82,6 +82,11 @@ impl Daemon {
     }
 
     pub fn starting(ready: Option<OwnedFd>, state: Option<std::path::PathBuf>) -> Self {
+        Self::led(None, ready, state)
+    }
+
+    /// One that is led from broker to broker.
+    pub fn led(brokers: Option<OwnedFd>, ready: Option<OwnedFd>, state: Option<std::path::PathBuf>) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         // SAFETY: the child does nothing but run the daemon, which takes no lock that a thread of the
@@ -92,13 +97,14 @@ impl Daemon {
             }
             ForkResult::Child => {
                 // Sockets of other tests would live on in here.
-                let kept = [Some(theirs.as_raw_fd()), ready.as_ref().map(AsRawFd::as_raw_fd)];
+                let kept =
+                    [Some(&theirs), ready.as_ref(), brokers.as_ref()].map(|fd| fd.map(AsRawFd::as_raw_fd));
                 for fd in (3..4096).filter(|fd| !kept.contains(&Some(*fd))) {
                     // SAFETY: nothing in this process uses a descriptor that is not kept; `ours` is forgotten.
                     unsafe { libc::close(fd) };
                 }
                 std::mem::forget(ours);
-                let status = match run(Config { broker: theirs, state, ready }) {
+                let status = match run(Config { broker: theirs, brokers, state, ready }) {
                     Ok(()) => 0,
                     Err(e) => {
                         let _ = writeln!(std::io::stderr(), "keyd: {e}: {e:?}");
@@ -211,6 +217,35 @@ impl Daemon {
         let hello = it.ask(Kind::Hello, 0, 0, &[], &[]).expect("an answer");
         assert_eq!(hello.head.flags, Head::FILTERS | Head::DESTROYS | Head::PROTECTS);
         it
+    }
+
+    /// The same, and what leads it to further brokers.
+    pub fn lasting(folder: &std::path::Path) -> (Self, OwnedFd) {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let mut it = Self::led(Some(theirs), None, Some(folder.to_owned()));
+        it.ask(Kind::Hello, 0, 0, &[], &[]).expect("an answer");
+        (it, ours)
+    }
+
+    /// Its broker dies.
+    pub fn bereave(&mut self) {
+        let (_closed, other) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        self.broker = other;
+        self.reports.clear();
+    }
+
+    /// Another broker comes.
+    pub fn lead(&mut self, leads: &OwnedFd) {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let (raw, letter) = ([theirs.as_raw_fd()], [IoSlice::new(b"B")]);
+        let rights = [ControlMessage::ScmRights(&raw)];
+        sendmsg::<()>(leads.as_raw_fd(), &letter, &rights, MsgFlags::empty(), None).unwrap();
+        self.broker = ours;
+        let hello = self.ask(Kind::Hello, 0, 0, &[], &[]).expect("an answer");
+        assert_ne!(hello.head.flags & Head::PROTECTS, 0);
     }
 
     pub fn filter(&mut self, socket: impl AsFd, tag: u64, nets: &[Net]) -> Result<OwnedFd, i32> {
