@@ -148,6 +148,33 @@ fn mosquitto_passes_messages_on() {
 }
 
 #[test]
+fn an_outgoing_connection_that_a_program_is_started_with_is_judged_as_such() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    let inetd = ["tcpsvd", "-l", "server", "10.77.0.2", "7", "cat"];
+    let _inetd = Running::start(server.plain(&inetd));
+    server.wait_for_port(7);
+    // Whoever opened it hands it on, as a proxy command does.
+    let script = "import os, socket\n\
+        s = socket.create_connection(('10.77.0.2', 7))\n\
+        s.sendall(b'hello\\n')\n\
+        os.dup2(s.fileno(), 0)\n\
+        os.execv('/usr/bin/head', ['head', '-n1'])";
+    let handed_on = || Finished::of(&mut client.run(&["/usr/bin/python3", "-c", script])).stdout;
+    client.policy("allow tcp/7(*, IPv4{10.77.0.2});");
+    assert_eq!(handed_on(), "hello\n");
+    client.record("it goes on", |r| {
+        r["exe"] == "/usr/bin/head" && r["op"] == "connect" && r["verdict"] == "permit"
+    });
+    let python = std::fs::canonicalize("/usr/bin/python3").unwrap();
+    client.policy(&format!("allow tcp/7(process{{exe=\"{}\"}}, IPv4{{10.77.0.2}});", python.display()));
+    assert_eq!(handed_on(), "");
+    client.record("it does not", |r| {
+        r["exe"] == "/usr/bin/head" && r["op"] == "connect" && r["verdict"] == "refuse"
+    });
+}
+
+#[test]
 fn a_connection_that_inetd_hands_over_is_judged_when_the_program_starts() {
     let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();

@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
+    ops::RangeInclusive,
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -21,7 +22,7 @@ use crate::{
     Mode,
     decide::{self, Far, Judgement, Question, errno},
     process::{Context, ProcessKey},
-    sys::{pidfd_getfd, realtime, socket::Facts},
+    sys::{diag::state, pidfd_getfd, realtime, socket::Facts},
 };
 
 /// One call to judge, however it came here.
@@ -87,10 +88,14 @@ impl Broker {
             reply.errno = libc::EACCES;
             return self.note("protocol", &format!("call number {} is unknown", request.call), &[]);
         };
-        let call = self.call_from(key, op, request, attached);
+        let mut call = self.call_from(key, op, request, attached);
+        let inherited = Flags(request.flags).has(Flags::INHERITED);
+        if op == Op::Accept && inherited && self.was_opened_here(&call) {
+            call.op = Op::Connect;
+        }
         if self.is_held_alone(key) {
             reply.flags |= Flags::HELD;
-            if op == Op::Accept && self.has_arrived(key, &call) {
+            if call.op == Op::Accept && self.has_arrived(key, &call) {
                 return;
             }
         }
@@ -98,6 +103,20 @@ impl Broker {
         if reply.errno == 0 {
             self.expect_call(key, &call);
         }
+    }
+
+    /// Whether this host opened a connection that a program was started with, and did not accept it: as is on
+    /// record, or as nobody listens where it is and its port is one that the kernel chose.
+    fn was_opened_here(&mut self, call: &Call) -> bool {
+        if let Some(flow) = call.flow_cookie().and_then(|cookie| self.flows.get(cookie)) {
+            return flow.op == Op::Connect;
+        }
+        let (Some(local), Some(remote)) = (call.local, call.remote) else { return false };
+        let here = call.facts().is_some_and(|f| f.namespace == self.namespace);
+        let nobody = SocketAddr::new(remote.ip(), 0);
+        let listens = self.diag.find(call.protocol, local, nobody).is_some_and(|f| f.state == state::LISTEN);
+        let chosen = chosen_ports();
+        here && !listens && chosen.contains(&local.port()) && !chosen.contains(&remote.port())
     }
 
     fn call_from(&self, key: ProcessKey, op: Op, request: &Request, attached: Option<OwnedFd>) -> Call {
@@ -410,6 +429,13 @@ impl Broker {
         };
         self.consider(context, &call).judgement
     }
+}
+
+/// Ports that connect(2) takes by itself (ip(7), `ip_local_port_range`).
+fn chosen_ports() -> RangeInclusive<u16> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let mut ends = text.split_ascii_whitespace().filter_map(|end| end.parse().ok());
+    ends.next().unwrap_or(32768)..=ends.next().unwrap_or(60999)
 }
 
 /// The protocol that a frame without a socket claims.
