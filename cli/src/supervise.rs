@@ -226,17 +226,25 @@ impl Supervisor {
         }
     }
 
+    /// Whether it stays when nobody is left.
+    const fn is_service(&self) -> bool {
+        self.args.socket_fd.is_none()
+    }
+
     /// Whether nobody is left to serve.
     fn is_done(&self) -> bool {
         let idle = self.trees.is_empty() && self.visitors.is_empty();
-        let service = self.args.socket_fd.is_none();
         let abandoned = self.used || self.born.elapsed() > UNUSED || self.parts.health().is_failed();
-        self.told_to_end || (idle && !service && abandoned)
+        self.told_to_end || (idle && !self.is_service() && abandoned)
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        let timeout = self.parts.wake_in().unwrap_or(Duration::from_secs(1)).min(Duration::from_secs(5));
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        let waits_for_first = !self.used && !self.is_service() && self.visitors.is_empty();
+        let unused = waits_for_first.then(|| UNUSED.saturating_sub(self.born.elapsed()));
+        let soonest = [self.parts.wake_in(), unused].into_iter().flatten().min();
+        // Rounded up, so that it is due by then.
+        let timeout = soonest.map(|wait| PollTimeout::try_from(wait + Duration::from_millis(1)));
+        let timeout = timeout.map_or(PollTimeout::NONE, |wait| wait.unwrap_or(PollTimeout::MAX));
         let mut fds = vec![
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
