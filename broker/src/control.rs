@@ -81,10 +81,10 @@ pub struct ProcessRow {
     pub unit: Option<String>,
     /// Command line, bounded and escaped.
     pub cmdline: String,
-    /// What holds it: `shim`, and per socket `filter`; later `guard`, `backstop`.
+    /// What holds it: `shim`, `guard`, `backstop`, and `filter` if a listening socket of its has one.
     pub held_by: Vec<String>,
-    /// Since when the broker knows it, RFC 3339.
-    pub since: String,
+    /// Since when the broker knows it, RFC 3339; `null` if it has not asked anything yet.
+    pub since: Option<String>,
     /// Live associations that are known.
     pub associations: Vec<AssociationRow>,
     /// Listening sockets.

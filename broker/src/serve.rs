@@ -14,6 +14,7 @@ mod guard;
 mod handed;
 mod judge;
 mod listeners;
+mod members;
 mod reload;
 mod sessions;
 mod start;

@@ -221,6 +221,41 @@ fn without_a_policy_nothing_runs() {
     assert!(absent.stderr.contains("`/no/such.pol`"), "{}", absent.stderr);
 }
 
+/// A tree of which only the last process asks anything.
+fn tree_with_one_that_asks(host: &Host) -> Running {
+    let ask = "python3 -c 'import socket; s = socket.create_server((\"127.0.0.1\", 0)); print(\"up\", flush=True); input()'";
+    let it = host.start(&["sh", "-c", &format!("sleep 1000 & env -i sleep 1001 & {ask}; true")]);
+    it.line("up");
+    it
+}
+
+fn every_process_is_listed(host: &Host, held_by: &str) {
+    let _other = sleeper(&self::host());
+    let it = tree_with_one_that_asks(host);
+    let listed = host.portcullis(&["ps"]).success();
+    let rows: Vec<&str> = listed.lines().skip(1).filter(|l| !l.starts_with("         ")).collect();
+    // The shell, two that sleep, the one that asks; and none of another folder's.
+    assert_eq!(rows.len(), 4, "{listed}");
+    assert!(rows.iter().all(|row| row.contains(held_by)), "{listed}");
+    for command in ["sleep 1000", "sleep 1001"] {
+        assert!(rows.iter().any(|row| row.ends_with(command)), "{command}: {listed}");
+    }
+    drop(it);
+}
+
+#[test]
+fn ps_lists_those_that_have_asked_nothing_too() {
+    every_process_is_listed(&host(), "shim,guard,backstop");
+}
+
+#[test]
+fn ps_lists_an_ordinary_users_processes_too() {
+    let here = host();
+    let host = here.as_user(65534);
+    host.policy(ALLOW_ALL);
+    every_process_is_listed(&host, "shim");
+}
+
 #[test]
 fn a_name_is_a_label_in_ps() {
     let host = host();

@@ -17,7 +17,7 @@ use super::{Broker, Source, flows::Flow};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
     escape::sentence,
-    process::ProcessKey,
+    process::{Context, ProcessKey},
 };
 
 /// Longest request, in bytes.
@@ -119,19 +119,25 @@ impl Broker {
         }
     }
 
-    fn rows(&self) -> Vec<ProcessRow> {
-        let mut keys: Vec<ProcessKey> = self.processes.keys().copied().collect();
-        keys.sort();
+    fn rows(&mut self) -> Vec<ProcessRow> {
         let mut flows: HashMap<ProcessKey, Vec<AssociationRow>> = HashMap::new();
         for (cookie, flow) in self.flows.iter() {
             flows.entry(flow.context.key).or_default().push(association(cookie, flow));
         }
-        keys.into_iter().filter_map(|key| self.row(key, flows.remove(&key).unwrap_or_default())).collect()
+        // Those who have asked, and all others of their trees.
+        let asked: Vec<ProcessKey> = self.processes.keys().copied().collect();
+        let mut all: Vec<Rc<Context>> = asked.into_iter().filter_map(|key| self.context_of(key)).collect();
+        for pid in self.members() {
+            if !self.by_pid.contains_key(&pid) {
+                all.extend(self.look_up(pid).map(Rc::new));
+            }
+        }
+        all.sort_by_key(|context| context.key);
+        all.into_iter().map(|c| self.row(&c, flows.remove(&c.key).unwrap_or_default())).collect()
     }
 
-    fn row(&self, key: ProcessKey, associations: Vec<AssociationRow>) -> Option<ProcessRow> {
-        let process = self.processes.get(&key)?;
-        let context = Rc::clone(&process.context);
+    fn row(&self, context: &Context, associations: Vec<AssociationRow>) -> ProcessRow {
+        let key = context.key;
         let listeners: Vec<ListenerRow> = self
             .listeners
             .values()
@@ -142,11 +148,12 @@ impl Broker {
                 held_by: l.held_by().to_owned(),
             })
             .collect();
-        let mut held_by = self.held_by_kernel(key);
+        let mut held_by = self.held_by(key);
         if listeners.iter().any(|l| l.held_by == "kernel-filter") {
             held_by.push("filter".to_owned());
         }
-        Some(ProcessRow {
+        let process = self.processes.get(&key);
+        ProcessRow {
             pid: key.pid,
             start: key.start,
             exe: context.exe().map(sentence),
@@ -156,12 +163,12 @@ impl Broker {
             unit: context.facts.unit.as_deref().map(sentence),
             cmdline: sentence(&context.facts.cmdline),
             held_by,
-            since: rfc3339(process.since),
+            since: process.map(|p| rfc3339(p.since)),
             associations,
             listeners,
-            permitted: process.permitted,
-            refused: process.refused,
-        })
+            permitted: process.map_or(0, |p| p.permitted),
+            refused: process.map_or(0, |p| p.refused),
+        }
     }
 
     fn status(&self) -> Status {

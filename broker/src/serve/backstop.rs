@@ -11,7 +11,7 @@ use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region, cgroup_n
 use portcullis_types::{Assurance, Generation, Lane, Op, Protocol, RuleId};
 use portcullis_wire::shared::Entry;
 
-use super::{Broker, Source, flows::Flow, judge::Call, word};
+use super::{Broker, Source, far::is_wrapped, flows::Flow, judge::Call, word};
 use crate::{
     Mode,
     audit::{Line, More},
@@ -240,9 +240,9 @@ impl Broker {
     }
 
     /// What really holds a process, for `ps`.
-    pub(super) fn held_by_kernel(&self, key: ProcessKey) -> Vec<String> {
+    pub(super) fn held_by(&self, key: ProcessKey) -> Vec<String> {
         let mut all = Vec::new();
-        if self.shimmed.contains(&key) {
+        if self.shimmed.contains(&key) || is_wrapped(key.pid) {
             all.push("shim".to_owned());
         }
         let filtered = || {

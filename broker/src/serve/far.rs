@@ -5,7 +5,6 @@ use std::{
     fs,
     io::Read,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd,
     rc::Rc,
 };
 
@@ -15,7 +14,7 @@ use super::Broker;
 use crate::{
     decide::FarProcess,
     process::{Context, ProcessKey},
-    sys::{diag::Found, monotonic, pidfd_open, proc::ProcDir},
+    sys::{diag::Found, monotonic, proc::ProcDir},
 };
 
 /// How long it is remembered who holds a listening socket, in nanoseconds. Each holder is checked
@@ -184,20 +183,6 @@ impl Broker {
             .collect()
     }
 
-    /// All processes in which the shim is, with their sockets: for a broker that was restarted.
-    pub(super) fn wrapped_processes(&mut self) -> Vec<(Rc<Context>, Held)> {
-        let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
-        let pids: Vec<i32> = all.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
-        pids.into_iter()
-            .filter_map(|pid| {
-                let (pidfd, at) = (pidfd_open(pid).ok()?, ProcDir::open(pid).ok()?);
-                let held = at.sockets().ok().filter(|held| !held.is_empty())?;
-                let context = is_wrapped(pid).then(|| self.inspector.read(pid, pidfd.as_fd(), &at))??;
-                Some((Rc::new(context), held))
-            })
-            .collect()
-    }
-
     /// What is known of a wrapped process that holds a socket.
     fn known_holder(&mut self, pid: i32, inode: u64) -> Option<Rc<Context>> {
         if let Some(key) = self.by_pid.get(&pid).copied()
@@ -206,16 +191,15 @@ impl Broker {
             return self.processes.get(&key).map(|p| Rc::clone(&p.context));
         }
         // A child that has not asked anything itself yet.
-        let pidfd = pidfd_open(pid).ok()?;
         let at = ProcDir::open(pid).ok()?;
-        let context = self.inspector.read(pid, pidfd.as_fd(), &at)?;
+        let context = self.look_up(pid)?;
         at.sockets().ok()?.iter().any(|(_, i)| *i == inode).then(|| Rc::new(context))
     }
 }
 
 /// Whether the shim is in a process, as far as its mappings tell. What a process could pretend by
 /// this it would only be told the truth about: its facts are the kernel's in any case.
-fn is_wrapped(pid: i32) -> bool {
+pub(super) fn is_wrapped(pid: i32) -> bool {
     let mut maps = String::new();
     let read =
         fs::File::open(format!("/proc/{pid}/maps")).and_then(|f| f.take(1 << 22).read_to_string(&mut maps));

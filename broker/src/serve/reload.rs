@@ -327,7 +327,7 @@ impl Broker {
             return;
         }
         let mut listeners = Vec::new();
-        for (context, held) in self.wrapped_processes() {
+        for (context, held) in self.members_with_sockets() {
             for (number, inode) in held {
                 let Some(found) = by_inode.get(&inode) else { continue };
                 if found.state == state::LISTEN {

@@ -178,6 +178,14 @@ impl ProcDir {
         Ok(parse_cgroup(&String::from_utf8_lossy(&self.read("cgroup", 1 << 16)?)))
     }
 
+    /// The first `most` bytes of the environment that its image was given, variables separated by NUL.
+    ///
+    /// # Errors
+    /// Gone, or not to be looked at without more rights.
+    pub fn environment(&self, most: u64) -> io::Result<Vec<u8>> {
+        self.read("environ", most)
+    }
+
     /// The first `most` bytes of the command line, arguments separated by NUL.
     ///
     /// # Errors
