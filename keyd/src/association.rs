@@ -204,6 +204,11 @@ impl Association {
         }
     }
 
+    /// Whether a peer waits until the broker says what it may speak.
+    const fn has_arrived(&self) -> bool {
+        matches!(self.direction, Direction::Inbound { arrived: Some(_), .. })
+    }
+
     /// Writes into a report whether the peer opened it, and where.
     fn name(&self, head: Head) -> Head {
         let Some(front) = self.front() else { return head };

@@ -61,7 +61,13 @@ fn a_stranger_gets_no_syn_ack_and_is_reported_once() {
     let before = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
     {
         // Long enough for the SYN to be sent again.
-        let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+        let socket = socket(
+            AddressFamily::Inet,
+            SockType::Stream,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
         bind(socket.as_raw_fd(), &SockaddrStorage::from(source)).unwrap();
         let _ = connect(socket.as_raw_fd(), &SockaddrStorage::from(to));
         keyd.wait_for_strangers(2, Duration::from_millis(3500));

@@ -149,7 +149,7 @@ fn what_is_not_tcp_is_refused_by_name() {
     let filter = world.near.filter(&tcp, 1, &[]).unwrap();
     let fds = [mptcp.as_fd(), filter.as_fd()];
     assert_eq!(world.near.ask(Kind::Serve, 0, 0, PROCESS, &fds).unwrap().head.errno, libc::EPROTONOSUPPORT);
-    let udp = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::empty(), None).unwrap();
+    let udp = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).unwrap();
     assert_eq!(open(&mut world.near, &udp, far(2121)).unwrap_err(), libc::EPROTONOSUPPORT);
 }
 

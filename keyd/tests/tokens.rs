@@ -89,7 +89,7 @@ fn the_far_sides_failure_is_the_programs_errno() {
     let (_, client, _) = world.client("10.99.0.77:9".parse().unwrap());
     assert_eq!(result(&client), libc::EHOSTUNREACH, "nobody has the address");
     assert!(begun.elapsed() < Duration::from_secs(4));
-    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     assert_eq!(open(&mut world.near, &fd, "192.0.2.1:9".parse().unwrap()).unwrap_err(), libc::ENETUNREACH);
     // A peer that speaks no TLS.
     let plain = world.on_far(|| TcpListener::bind((FAR, 2121)).unwrap());
@@ -208,9 +208,13 @@ fn nothing_that_a_program_says_is_on_the_wire() {
 fn a_syn_to_a_token_from_another_socket_takes_nothing() {
     let mut world = World::new();
     let (_, listener) = world.listener(&format!("{FAR}:2121"));
-    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let fd =
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
+            .unwrap();
     let (_, places) = open(&mut world.near, &fd, far(2121)).unwrap();
-    let thief = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let thief =
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
+            .unwrap();
     assert_eq!(connect(thief.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
     assert_eq!(result(&thief), libc::ECONNREFUSED);
     assert_eq!(connect(fd.as_raw_fd(), &raw(&places.inner_remote)), Err(Errno::EINPROGRESS));
@@ -282,8 +286,8 @@ fn a_protected_port_is_reached_past_its_front_by_the_daemon_alone_and_by_whom_it
 fn sockets_that_share_a_port_have_one_front() {
     let mut world = World::new();
     let shared = |world: &World| {
-        let fd =
-            world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+        let fd = world
+            .on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
         setsockopt(&fd, sockopt::ReusePort, &true).unwrap();
         bind(fd.as_raw_fd(), &SockaddrStorage::from(far(2121))).unwrap();
         fd
@@ -347,7 +351,13 @@ fn sockets_of_other_shapes_are_served_or_refused_by_name() {
     let mut world = World::new();
     // A dual-stack listener, and a v6 socket that goes to a v4-mapped address.
     let (_, listener) = world.listener("[::]:2222");
-    let fd = socket(AddressFamily::Inet6, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let fd = socket(
+        AddressFamily::Inet6,
+        SockType::Stream,
+        SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
     setsockopt(&fd, sockopt::Ipv6V6Only, &true).unwrap();
     let mapped = format!("[::ffff:{FAR}]:2222").parse().unwrap();
     let (_, places) = open(&mut world.near, &fd, mapped).unwrap();
@@ -361,12 +371,13 @@ fn sockets_of_other_shapes_are_served_or_refused_by_name() {
     assert_eq!(&got, b"hello");
     // In another network namespace.
     let elsewhere =
-        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
     assert_eq!(open(&mut world.near, &elsewhere, far(2222)).unwrap_err(), libc::EXDEV);
     let fd = world.bound(&format!("{FAR}:2223"));
     assert_eq!(serve(&mut world.near, &fd, &[], 0).1, libc::EXDEV);
     // One without a port.
-    let fd = world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap());
+    let fd =
+        world.on_far(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap());
     assert_eq!(serve(&mut world.far, &fd, &[], 0).1, libc::EINVAL);
     // One that is limited to an interface.
     let fd = world.bound(&format!("{FAR}:2224"));
@@ -378,7 +389,9 @@ fn sockets_of_other_shapes_are_served_or_refused_by_name() {
 fn a_source_port_that_the_program_has_bound_is_the_wires_too() {
     let mut world = World::new();
     let (_, _listener) = world.listener(&format!("{FAR}:2121"));
-    let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+    let fd =
+        socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC, None)
+            .unwrap();
     let own: SocketAddr = format!("{NEAR}:20").parse().unwrap();
     bind(fd.as_raw_fd(), &SockaddrStorage::from(own)).unwrap();
     let ask = Open { remote: Addr::from(far(2121)), local: Addr::from(own), ..Open::new_zeroed() };

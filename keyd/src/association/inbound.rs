@@ -36,7 +36,8 @@ use crate::{
 /// Most connections taken from one listener before others have their turn.
 const TURN: usize = 64;
 
-/// Most peers of one address that are not running yet, so that one host cannot take all the places.
+/// Most peers of one address that wait for broker or program, so that one host cannot take all the places. Those
+/// in their handshake displace one another.
 const MOST_OF_ONE: usize = 128;
 
 /// Least backlog of a front.
@@ -216,7 +217,9 @@ impl Associations {
         if local.port != one.local.port() {
             return Err(Errno::EACCES.into()); // it came to the front's own address
         }
-        let of_one = self.waiting().filter(|(_, other)| other.places.remote.ip() == remote.ip());
+        let waits = |other: &Association| other.shown || other.has_arrived();
+        let of_one =
+            self.waiting().filter(|(_, other)| waits(other) && other.places.remote.ip() == remote.ip());
         if of_one.count() >= MOST_OF_ONE {
             return Err(Errno::EAGAIN.into());
         }

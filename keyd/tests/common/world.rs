@@ -117,7 +117,13 @@ impl World {
 
     /// A program on the near host begins to connect.
     pub fn client(&mut self, to: SocketAddr) -> (u64, OwnedFd, Places) {
-        let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_NONBLOCK, None).unwrap();
+        let fd = socket(
+            AddressFamily::Inet,
+            SockType::Stream,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+            None,
+        )
+        .unwrap();
         let (id, places) = open(&mut self.near, &fd, to).unwrap();
         let begun = connect(fd.as_raw_fd(), &raw(&places.inner_remote));
         assert_eq!(begun, Err(Errno::EINPROGRESS));
