@@ -57,7 +57,7 @@ use crate::{
         monotonic,
         privileges::Spare,
         proc::ProcDir,
-        realtime,
+        realtime, watchdog,
     },
 };
 
@@ -231,14 +231,17 @@ pub(crate) struct Broker {
 impl Broker {
     /// Serves until told to end.
     pub(crate) fn serve(&mut self) -> Result<(), BrokerError> {
+        watchdog::watch().map_err(BrokerError::kernel("sigaction"))?;
         let mut events = vec![EpollEvent::empty(); 8192];
         while !self.stop {
             let wait = self.patience();
+            watchdog::rest();
             let got = match self.watch.epoll.wait(&mut events, wait) {
                 Ok(got) => got,
                 Err(Errno::EINTR) => 0,
                 Err(error) => return Err(BrokerError::kernel("epoll_wait")(error)),
             };
+            watchdog::work();
             self.renew_lease();
             self.take_turns(events.get(..got).unwrap_or_default());
             self.look_at_busy_rings();

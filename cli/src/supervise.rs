@@ -250,10 +250,11 @@ impl Supervisor {
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.visitors.iter().map(|v| PollFd::new(v.link.as_fd(), PollFlags::POLLIN)));
-        // A guard's listener reports POLLHUP; its notifications are not ours to take. A pidfd is readable
-        // at its process's end.
+        // A guard's listener reports POLLHUP; its notifications are not ours to take, but for a broker that does
+        // not come back. A pidfd is readable at its process's end.
+        let absent = self.parts.is_absent();
         fds.extend(self.trees.iter().map(|t| {
-            let events = if t.guarded { PollFlags::empty() } else { PollFlags::POLLIN };
+            let events = if t.guarded && !absent { PollFlags::empty() } else { PollFlags::POLLIN };
             PollFd::new(t.watched.as_fd(), events)
         }));
         let handover: Vec<_> = self.parts.handover.watched().collect();
@@ -266,6 +267,8 @@ impl Supervisor {
             Err(errno) => return Err(errno.into()),
         }
         let fired: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let trees = fds.iter().skip(2 + self.visitors.len()).take(self.trees.len());
+        let held: Vec<bool> = trees.map(|fd| fd.revents() == Some(PollFlags::POLLIN)).collect();
         drop(fds);
         let mut fired = fired.into_iter();
         let (arrived, signalled) = (fired.next().unwrap_or(false), fired.next().unwrap_or(false));
@@ -274,7 +277,15 @@ impl Supervisor {
         let mut ended = ended.into_iter();
         let handed = fired.by_ref().take(handovers).fold(false, |any, one| any | one);
         let before = self.trees.len();
-        self.trees.retain(|_| !ended.next().unwrap_or(false));
+        let mut held = held.into_iter();
+        self.trees.retain(|tree| {
+            let (fired, held) = (ended.next().unwrap_or(false), held.next().unwrap_or(false));
+            let only_held = tree.guarded && held;
+            if only_held {
+                handover::refuse(&tree.watched);
+            }
+            !fired || only_held
+        });
         if self.trees.len() != before {
             self.parts.backing.tidy();
         }

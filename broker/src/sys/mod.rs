@@ -8,6 +8,7 @@ pub mod privileges;
 pub mod proc;
 pub mod proxy;
 pub mod socket;
+pub mod watchdog;
 
 use std::{
     io,

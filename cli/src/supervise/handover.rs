@@ -12,7 +12,10 @@ use nix::{
     sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
 };
 use portcullis_broker::guard::link::{Handed, Link, MOST};
-use portcullis_guard::book;
+use portcullis_guard::{
+    book,
+    listener::{self, Answer},
+};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -136,6 +139,19 @@ impl Handover {
     pub fn tidy(&mut self) {
         self.trees.retain(|(fd, _)| !is_over(fd.as_fd()));
         self.doors.retain(|fd| !is_over(fd.as_fd()));
+    }
+}
+
+/// Refuses what a tree is held in, while no broker is there.
+pub fn refuse(tree: &OwnedFd) {
+    while let Ok(call) = listener::receive(tree.as_fd()) {
+        let errno = if i64::from(call.nr) == libc::SYS_connect { libc::ECONNREFUSED } else { libc::EACCES };
+        let _interrupted = listener::answer(tree.as_fd(), call.id, Answer::Fail(errno));
+        let mut one = [PollFd::new(tree.as_fd(), PollFlags::POLLIN)];
+        let _none = poll(&mut one, PollTimeout::ZERO);
+        if one.first().and_then(PollFd::revents) != Some(PollFlags::POLLIN) {
+            return;
+        }
     }
 }
 

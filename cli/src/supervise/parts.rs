@@ -16,6 +16,7 @@ use nix::{
     sys::{
         signal::{Signal, kill},
         socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid},
     },
     unistd::{Pid, geteuid, pipe2},
 };
@@ -51,6 +52,10 @@ const FIRST_DELAY: Duration = Duration::from_millis(20);
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// A part that lived this long starts again with the first delay.
 const STEADY: Duration = Duration::from_secs(10);
+/// How long a part may be stopped (`SIGSTOP`): a little longer than a program waits for an answer.
+const STOPPED: Duration = Duration::from_secs(6);
+/// After how long without a broker held calls are refused instead of kept waiting.
+const ABSENT: Duration = Duration::from_secs(2);
 /// How long a part may take to end.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -58,6 +63,8 @@ const FAREWELL: Duration = Duration::from_secs(3);
 struct Part {
     child: Child,
     born: Instant,
+    /// Since when it is stopped.
+    stopped: Option<Instant>,
     /// Read end of its ready pipe, until it has said how it is.
     ready: Option<fs::File>,
     said: Vec<u8>,
@@ -85,6 +92,8 @@ pub struct Parts {
     /// Whether the broker ever served; before that, a death is a failure.
     served: bool,
     fresh: bool,
+    /// Since when nobody serves.
+    absent: Option<Instant>,
 }
 
 impl Parts {
@@ -112,6 +121,7 @@ impl Parts {
             next: Some(Instant::now()),
             served: false,
             fresh,
+            absent: None,
         })
     }
 
@@ -122,7 +132,15 @@ impl Parts {
 
     /// When [`Self::tend`] has something to do.
     pub fn wake_in(&self) -> Option<Duration> {
-        self.next.map(|at| at.saturating_duration_since(Instant::now()))
+        let stopped = [&self.keyd, &self.broker].into_iter().flatten().filter_map(|p| p.stopped);
+        let absent = self.absent.map(|since| since + ABSENT).filter(|at| *at > Instant::now());
+        let next = stopped.map(|since| since + STOPPED).chain(self.next).chain(absent).min();
+        next.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// Whether no broker has served for so long that those who are held are not to wait any more.
+    pub fn is_absent(&self) -> bool {
+        self.absent.is_some_and(|since| since.elapsed() >= ABSENT)
     }
 
     /// Pipes at which a part will say how it is.
@@ -132,6 +150,7 @@ impl Parts {
 
     /// Starts what is due.
     pub fn tend(&mut self) {
+        self.end_stopped();
         if self.next.is_none_or(|at| at > Instant::now()) {
             return;
         }
@@ -217,6 +236,7 @@ impl Parts {
         if self.health == Health::Starting && keyd_is_there && ready(&self.broker) {
             self.health = Health::Serving;
             self.served = true;
+            self.absent = None;
         }
     }
 
@@ -227,9 +247,23 @@ impl Parts {
         }
     }
 
-    /// Notices who has died.
+    /// A part that somebody has stopped serves nobody: another takes its place.
+    fn end_stopped(&mut self) {
+        for part in [&mut self.keyd, &mut self.broker].into_iter().flatten() {
+            if part.stopped.is_some_and(|since| since.elapsed() >= STOPPED) {
+                log("a part was stopped for too long and is killed");
+                part.stopped = None;
+                let _dead = part.child.kill();
+            }
+        }
+    }
+
+    /// Notices who has died, or was stopped.
     pub fn bury(&mut self) {
         self.read_pipes();
+        for part in [&mut self.keyd, &mut self.broker].into_iter().flatten() {
+            part.look();
+        }
         let mut dead = Vec::new();
         for (name, slot) in [("keyd", &mut self.keyd), ("broker", &mut self.broker)] {
             if let Some(part) = slot
@@ -259,6 +293,7 @@ impl Parts {
             part.end(FAREWELL);
         }
         self.keyd = lasting;
+        self.absent.get_or_insert_with(Instant::now);
         if self.served {
             self.health = Health::Starting;
             self.next = Some(Instant::now() + self.delay);
@@ -278,6 +313,17 @@ impl Parts {
 }
 
 impl Part {
+    /// Notices that it was stopped, or goes on.
+    fn look(&mut self) {
+        let Ok(pid) = i32::try_from(self.child.id()) else { return };
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WCONTINUED | WaitPidFlag::WNOHANG;
+        match waitid(Id::Pid(Pid::from_raw(pid)), flags) {
+            Ok(WaitStatus::Stopped(..)) => self.stopped = Some(Instant::now()),
+            Ok(WaitStatus::Continued(_)) => self.stopped = None,
+            _ => {}
+        }
+    }
+
     fn signal(&self, signal: Signal) {
         if let Ok(pid) = i32::try_from(self.child.id()) {
             // Not buried yet, so the id is still its own.
@@ -339,7 +385,14 @@ fn spawn(mut command: Command, life: Option<OwnedFd>) -> io::Result<Part> {
     let pass = Pass::on(&write)?;
     let child = command.spawn()?;
     drop(pass);
-    Ok(Part { child, born: Instant::now(), ready: Some(fs::File::from(read)), said: Vec::new(), _life: life })
+    Ok(Part {
+        child,
+        born: Instant::now(),
+        stopped: None,
+        ready: Some(fs::File::from(read)),
+        said: Vec::new(),
+        _life: life,
+    })
 }
 
 /// Writes a line to the state folder's log, which is our standard error.
