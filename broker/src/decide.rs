@@ -7,7 +7,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use portcullis_policy::{
-    CertificateFact, Decision, Effect, Flow, Party, Policy, ProcessFact, ProcessFacts, Region, Side,
+    CertificateFact, CertificateFacts, Decision, Effect, Flow, Party, Policy, ProcessFact, ProcessFacts,
+    Region, Side,
 };
 use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId, Verdict};
 
@@ -34,6 +35,29 @@ pub enum Far<'a> {
     Local(&'a [FarProcess<'a>]),
 }
 
+/// What is known of certificates at the two ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Papers<'a> {
+    /// This host's, with the judged process in it; `None` if the host has no keys.
+    pub mine: Option<&'a CertificateFacts>,
+    /// What the far end has shown.
+    pub shown: Option<&'a CertificateFacts>,
+    /// The far address is a member's of the trust domain: flows with it are protected.
+    pub member: bool,
+}
+
+impl<'a> Papers<'a> {
+    /// A host without keys.
+    pub const NONE: Self = Self { mine: None, shown: None, member: false };
+
+    const fn near(&self) -> CertificateFact<'a> {
+        match self.mine {
+            Some(facts) => CertificateFact::Shown(facts),
+            None => CertificateFact::None,
+        }
+    }
+}
+
 /// One flow to judge.
 #[derive(Clone, Copy, Debug)]
 pub struct Question<'a> {
@@ -53,6 +77,8 @@ pub struct Question<'a> {
     pub far_addr: Option<IpAddr>,
     /// The far end.
     pub far: Far<'a>,
+    /// Certificates.
+    pub papers: Papers<'a>,
 }
 
 /// What becomes of it.
@@ -151,7 +177,7 @@ fn near<'a>(question: &Question<'a>) -> Party<'a> {
     Party {
         addr: question.near,
         process: ProcessFact::Known(question.me),
-        certificate: CertificateFact::None,
+        certificate: question.papers.near(),
     }
 }
 
@@ -163,9 +189,25 @@ fn local(policy: &Policy, question: &Question<'_>, process: ProcessFact<'_>) -> 
 
 fn remote(policy: &Policy, question: &Question<'_>) -> Judgement {
     let near = near(question);
-    let far =
-        Party { addr: question.far_addr, process: ProcessFact::Unknown, certificate: CertificateFact::None };
-    let (decision, region) = policy.evaluate_region(&flow(question, &near, &far));
+    let far = |certificate| Party { addr: question.far_addr, process: ProcessFact::Unknown, certificate };
+    if let Some(facts) = question.papers.shown {
+        let shown = far(CertificateFact::Shown(facts));
+        return settle(policy, question, policy.evaluate(&flow(question, &near, &shown)), false);
+    }
+    let pending = far(CertificateFact::Pending);
+    let tcp = question.protocol == Protocol::TCP;
+    if tcp && question.papers.member {
+        let asked = policy.evaluate(&flow(question, &near, &pending));
+        let in_plain = asked.rule.and_then(|id| policy.get(id)).is_some_and(|r| r.lane == Some(Lane::Plain));
+        if asked.permits() && !in_plain {
+            return protect(question, &asked);
+        }
+    }
+    let plain = far(CertificateFact::None);
+    let (decision, region) = policy.evaluate_region(&flow(question, &near, &plain));
+    if tcp && decision.verdict == Verdict::Protect {
+        return protect(question, &decision);
+    }
     let mut judgement = settle(policy, question, decision, false);
     if judgement.permitted
         && !judgement.related
@@ -174,17 +216,37 @@ fn remote(policy: &Policy, question: &Question<'_>) -> Judgement {
     {
         judgement.region = Some(region);
     }
-    if !judgement.permitted && judgement.rule.is_none() && question.protocol == Protocol::TCP {
-        let shown = Party { certificate: CertificateFact::Pending, ..far };
-        let asked = policy.evaluate(&flow(question, &near, &shown));
+    if !judgement.permitted && judgement.rule.is_none() && tcp {
+        let asked = policy.evaluate(&flow(question, &near, &pending));
         if asked.verdict == Verdict::Protect {
-            judgement.verdict = Verdict::Protect;
-            judgement.rule = asked.rule;
-            judgement.lane = asked.lane;
-            judgement.reason = Some(format!("needs certificate; lane {} not available", asked.lane));
+            return protect(question, &asked);
         }
     }
     judgement
+}
+
+/// The flow may go on once the far end has proved itself, and is then judged by what it has shown.
+fn protect(question: &Question<'_>, decision: &Decision) -> Judgement {
+    let lane = if decision.lane == Lane::Plain { Lane::Tls } else { decision.lane };
+    let reason = match (lane, question.papers.mine) {
+        (Lane::Tls, Some(_)) => None,
+        (Lane::Tls, None) => Some(
+            "needs certificate; lane tls not available: this host has no keys (see `portcullis ca host`)",
+        ),
+        _ => Some("needs certificate, by a lane that is not available"),
+    };
+    Judgement {
+        permitted: reason.is_none(),
+        verdict: Verdict::Protect,
+        rule: decision.rule,
+        lane,
+        assurance: Assurance::Certificate,
+        related: decision.related,
+        denied: false,
+        observed: decision.observed.filter(|_| decision.observe_only),
+        reason: reason.map(str::to_owned),
+        region: None,
+    }
 }
 
 fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_only: bool) -> Judgement {
@@ -209,11 +271,13 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
             _ => "no rule permits it".to_owned(),
         }),
     };
-    // On lanes other than plain a permit is one without a handshake, which this host cannot give.
-    let plain = decision.lane == Lane::Plain;
-    let permitted = decision.verdict == Verdict::Permit && plain;
-    let reason = if decision.verdict == Verdict::Permit && !plain {
-        Some(format!("lane {} not available", decision.lane))
+    // On lanes other than plain a permit is one without a handshake, unless one has been.
+    let shown = question.papers.shown.is_some();
+    let lane = if shown && decision.lane == Lane::Plain { Lane::Tls } else { decision.lane };
+    let can = lane == Lane::Plain || (shown && lane == Lane::Tls);
+    let permitted = decision.verdict == Verdict::Permit && can;
+    let reason = if decision.verdict == Verdict::Permit && !can {
+        Some(format!("lane {lane} not available"))
     } else {
         reason
     };
@@ -221,8 +285,8 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
         permitted,
         verdict: decision.verdict,
         rule: decision.rule,
-        lane: decision.lane,
-        assurance: decision.assurance,
+        lane,
+        assurance: if shown { Assurance::Certificate } else { decision.assurance },
         related: decision.related,
         denied,
         observed: decision.observed.filter(|_| decision.observe_only),
@@ -240,7 +304,8 @@ pub fn suggest(policy: &Policy, question: &Question<'_>) -> Option<String> {
         Far::Local([FarProcess::User { uid, name }, ..]) => ProcessFact::UserOnly { uid: *uid, user: name },
         Far::Local([]) | Far::Remote => ProcessFact::Unknown,
     };
-    let far = Party { addr: question.far_addr, process, certificate: CertificateFact::None };
+    let certificate = question.papers.shown.map_or(CertificateFact::None, CertificateFact::Shown);
+    let far = Party { addr: question.far_addr, process, certificate };
     policy.explain(&flow(question, &near, &far)).permit_with
 }
 
@@ -314,6 +379,7 @@ mod tests {
             near: None,
             far_addr: Some(far.parse().unwrap()),
             far: end,
+            papers: Papers::NONE,
         }
     }
 
@@ -361,6 +427,38 @@ mod tests {
             assert!(!refused.permitted && refused.rule.is_some(), "{port}");
             assert!(refused.reason.unwrap().contains("lane tls not available"));
         }
+    }
+
+    #[test]
+    fn between_members_all_is_protected_unless_the_rule_says_plain() {
+        let policy = policy(
+            "allow tcp/80(*, *); allow tcp/81(*, *) using plain; allow tcp/82(*, x509{ver>5}) related;\
+             allow tcp/83(*, x509{name=\"*.example.com\"}) using ipsec;",
+        );
+        let me = process("/usr/bin/curl", "u");
+        let own = CertificateFacts { names: vec!["a.example.com".to_owned()], ..CertificateFacts::default() };
+        let with = |port, member, shown| {
+            let papers = Papers { mine: Some(&own), shown, member };
+            judge(&policy, &Question { papers, ..ask(&me, true, "192.0.2.1", port, Far::Remote) })
+        };
+        let lane = |port, member| {
+            let it = with(port, member, None);
+            (it.permitted, it.verdict, it.lane)
+        };
+        assert_eq!(lane(80, true), (true, Verdict::Protect, Lane::Tls));
+        assert_eq!(lane(80, false), (true, Verdict::Permit, Lane::Plain));
+        assert_eq!(lane(81, true), (true, Verdict::Permit, Lane::Plain));
+        assert_eq!(lane(82, false), (true, Verdict::Protect, Lane::Tls));
+        assert!(!lane(83, true).0, "a lane that is not there is a refusal");
+        assert!(!lane(84, true).0);
+        // And again, by what was shown.
+        let old = CertificateFacts { ver: Some(5), ..own.clone() };
+        let new = CertificateFacts { ver: Some(6), ..own.clone() };
+        assert!(!with(82, true, Some(&old)).permitted);
+        let admitted = with(82, true, Some(&new));
+        assert!(admitted.permitted && admitted.related);
+        assert_eq!((admitted.lane, admitted.assurance), (Lane::Tls, Assurance::Certificate));
+        assert!(with(80, true, Some(&old)).permitted);
     }
 
     #[test]

@@ -419,7 +419,7 @@ impl Keyd {
 }
 
 /// Protected flows.
-#[allow(dead_code, reason = "the broker does not ask for them yet")]
+#[expect(dead_code, reason = "the broker lets no front serve plain peers")]
 impl Keyd {
     /// Who this host is. `None`: it has no keys, and flows cannot be protected.
     #[must_use]
@@ -477,12 +477,13 @@ impl Keyd {
         self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
     }
 
-    /// Lets an association that was shown go on.
+    /// Lets an association that was shown go on. Returns its addresses.
     ///
     /// # Errors
     /// `ENOENT` if it is over.
-    pub fn admit(&mut self, id: u64) -> io::Result<()> {
-        self.ask(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[]).map(drop)
+    pub fn admit(&mut self, id: u64) -> io::Result<Places> {
+        let Answer { rest, .. } = self.asked(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[])?;
+        Ok(Places::read_from_bytes(&rest).unwrap_or_default())
     }
 
     /// Ends an association, shown or running.
@@ -499,8 +500,21 @@ impl Keyd {
     ///
     /// # Errors
     /// `EBADMSG` if the trust domain's root did not sign it.
-    pub fn members(&mut self, file: BorrowedFd<'_>) -> io::Result<bool> {
-        self.ask(Head::new(Kind::Members, 0), &[], &[file]).map(|(head, _)| head.count == 1)
+    pub fn members(&mut self, list: &str) -> io::Result<bool> {
+        let mut file = File::from(memfd_create(c"members", MFdFlags::MFD_CLOEXEC)?);
+        file.write_all(list.as_bytes())?;
+        self.ask(Head::new(Kind::Members, 0), &[], &[file.as_fd()]).map(|(head, _)| head.count == 1)
+    }
+
+    /// Waits until something has arrived. `false`: nothing has, or it has ended.
+    pub fn wait(&mut self, within: Duration) -> bool {
+        !self.broken && !within.is_zero() && matches!(self.receive(within), Ok(Some(_)))
+    }
+
+    /// Whether something has arrived that was not taken yet.
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        !self.news.is_empty() || !self.reports.is_empty()
     }
 
     /// Asks for what has outlived an earlier broker: [`News::Live`] for each association that runs, that and

@@ -13,6 +13,7 @@ mod follow;
 mod guard;
 mod handed;
 mod judge;
+mod lanes;
 mod listeners;
 mod members;
 mod reload;
@@ -211,6 +212,7 @@ pub(crate) struct Broker {
     flows: flows::Flows,
     holders: far::Holders,
     keyd: Option<Keyd>,
+    lanes: lanes::Lanes,
     keepsake: Keepsake,
     /// To the supervisor, which hands over what outlives a broker.
     handed: Option<Link>,
@@ -248,6 +250,10 @@ impl Broker {
             self.tend_endings();
             self.look_at_backstop();
             self.tend_expiry();
+            self.tend_certificates();
+            if self.keyd.as_ref().is_some_and(Keyd::has_news) {
+                self.take_keyd();
+            }
             self.flush_handed();
             self.tend_waiting();
             self.flush_log();
@@ -307,6 +313,7 @@ impl Broker {
     /// How long nothing has to be done unasked.
     fn patience(&self) -> EpollTimeout {
         let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
+        let expiry = [expiry, self.next_certificate_end()].into_iter().flatten().min();
         let quiet = self.busy.is_empty()
             && self.endings_looked_at.is_none()
             && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
@@ -362,6 +369,7 @@ impl Broker {
 
     /// Writes what is still in the rings.
     fn end(&mut self) {
+        self.finish_lanes();
         let keys: Vec<_> = self.processes.keys().copied().collect();
         for key in keys {
             self.drain(key);

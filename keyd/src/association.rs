@@ -581,6 +581,11 @@ impl Associations {
         self.reports.push((head, [one.places.as_bytes(), what].concat()));
     }
 
+    /// Its addresses, as far as they are known.
+    pub fn places(&self, id: u64) -> Option<Places> {
+        self.all.get(&id).map(|one| one.places)
+    }
+
     /// The broker's word: it may go on.
     pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<()> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;

@@ -366,7 +366,10 @@ impl Server {
                 let speech = Speech::try_from(head.count).map_err(|_| misfit)?;
                 all.speak(head.tag, speech).map(plain)
             }
-            (Kind::Admit, None) => all.admit(head.tag, diag).map(plain),
+            (Kind::Admit, None) => all.admit(head.tag, diag).map(|()| Answer {
+                body: all.places(head.tag).map(|it| it.as_bytes().to_vec()).unwrap_or_default(),
+                ..Answer::default()
+            }),
             (Kind::Refuse, None) => {
                 all.refuse(head.tag, i32::try_from(head.count).unwrap_or(libc::ECONNREFUSED)).map(plain)
             }

@@ -73,6 +73,13 @@ impl Host {
         host
     }
 
+    /// Its addresses on the link.
+    #[must_use]
+    pub fn addresses(&self) -> [std::net::IpAddr; 2] {
+        let [.., last] = self.address.octets();
+        [self.address.into(), format!("fd77::{last}").parse().unwrap()]
+    }
+
     /// A path in this host's own folder.
     #[must_use]
     pub fn path(&self, name: impl AsRef<Path>) -> PathBuf {

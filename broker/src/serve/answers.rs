@@ -103,6 +103,7 @@ impl Broker {
             },
             Request::Why { seq } => self.why(*seq),
             Request::Shutdown => {
+                self.finish_lanes();
                 self.drain_all();
                 self.flush_log();
                 self.stop = true;

@@ -116,7 +116,7 @@ impl Broker {
 
     /// Lets a call that was judged and permitted pass the backstop. `by_region`: a region that covers it
     /// has been granted. `false`: it could not be, and the kernel will refuse it.
-    pub(super) fn grant_call(&mut self, call: &Call, by_region: bool) -> bool {
+    pub(super) fn grant_call(&mut self, call: &Call, token: Option<SocketAddr>, by_region: bool) -> bool {
         let namespace = self.namespace;
         let Some(kernel) = &mut self.kernel else { return true };
         let Some(holder) = kernel.asking else { return false };
@@ -127,7 +127,7 @@ impl Broker {
             netns => holder.in_netns(netns),
         };
         let (op, at) = match call.op {
-            Op::Connect | Op::Send => (call.op, call.remote),
+            Op::Connect | Op::Send => (call.op, token.or(call.remote)),
             Op::Bind => (call.op, call.local),
             Op::Socket => (call.op, Some(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0))),
             Op::Listen => {

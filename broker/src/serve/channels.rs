@@ -224,8 +224,7 @@ impl Broker {
                 self.send(id, &reply, &[]);
             }
             OpCode::Name => {
-                // No socket is on a token in this lane: what the kernel says is true.
-                (reply.local, reply.remote) = (request.local, request.remote);
+                self.name_frame(key, request, attached, &mut reply);
                 self.send(id, &reply, &[]);
             }
             OpCode::Doorbell => {

@@ -149,7 +149,7 @@ impl Broker {
     }
 
     /// The wrapped processes that hold a socket now, `most` of them.
-    fn holders_of(&mut self, inode: u64, most: usize) -> Vec<Rc<Context>> {
+    pub(super) fn holders_of(&mut self, inode: u64, most: usize) -> Vec<Rc<Context>> {
         if inode == 0 {
             return Vec::new();
         }

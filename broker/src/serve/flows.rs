@@ -179,6 +179,10 @@ impl Broker {
         let cookie = ended.socket.cookie;
         match self.flows.forget(cookie) {
             Some(flow) => {
+                if flow.lane == Lane::Tls {
+                    // What it has carried is known when the key daemon says that it is over.
+                    return self.session_ended(cookie);
+                }
                 let (local, remote) = (ended.socket.local, ended.socket.remote);
                 if flow.op == Op::Connect && !flow.met && self.own.has(remote.ip()) {
                     self.flows.keep_closed(local, remote, Rc::clone(&flow.context));
@@ -191,6 +195,7 @@ impl Broker {
             if listener.is_filtered() {
                 self.forget_filter(cookie);
             }
+            self.leave_front(cookie, listener.front);
             self.forget_listener_grant(cookie);
         }
         self.session_ended(cookie);

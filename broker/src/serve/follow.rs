@@ -44,13 +44,20 @@ impl Broker {
         let would = (!judgement.permitted && self.mode == Mode::Audit) || observed.is_some();
         let verdict = if would {
             "would-refuse"
+        } else if judgement.permitted && call.association.is_none() {
+            word(judgement.verdict)
         } else if judgement.permitted {
             word(Verdict::Permit)
         } else {
             // What asks for protection that this host cannot give is a refusal.
             word(Verdict::Refuse)
         };
-        let shown = finding.far.as_ref().and_then(FarEnd::shown);
+        let peer = call.association.and_then(|id| self.lanes.peer(id));
+        let certificate = peer.as_ref().map(|peer| peer.certificate());
+        let shown = match &peer {
+            Some(peer) => Some(peer.told.id.clone()),
+            None => finding.far.as_ref().and_then(FarEnd::shown),
+        };
         let shared = finding.shared.map(|n| format!("the process is in {n} sessions at once"));
         let observed_why = observed.as_ref().map(|_| "a rule under audit would refuse it");
         let parents;
@@ -64,7 +71,12 @@ impl Broker {
         if let Some(shared) = &shared {
             more.push(("shared", More::Text(shared)));
         }
-        if verdict != "permit" {
+        if let (Some(peer), Some(certificate)) = (&peer, &certificate) {
+            more.push(("peer_cert", More::Text(certificate)));
+            more.push(("cipher", More::Text(&peer.told.cipher)));
+            more.push(("kex", More::Text(&peer.told.kex)));
+        }
+        if !matches!(verdict, "permit" | "protect") {
             more.push(("cmdline", More::Text(&context.facts.cmdline)));
             parents = context
                 .ancestors
@@ -123,8 +135,13 @@ impl Broker {
             match (call.op, &finding.scope) {
                 (Op::Listen, Some(scope)) if self.mode == Mode::Enforce => {
                     let local = call.local.unwrap_or_else(|| SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 0));
-                    if self.add_listener(key, call.number, facts, local, scope.clone(), socket.as_fd()) {
-                        reply.flags |= Flags::FILTERED;
+                    match self.add_listener(key, call.number, facts, local, scope.clone(), socket.as_fd()) {
+                        Ok(true) => reply.flags |= Flags::FILTERED,
+                        Ok(false) => {}
+                        Err(why) => {
+                            reply.errno = decide::errno(Op::Listen);
+                            self.record_unprotected(context, local, facts.cookie, &why);
+                        }
                     }
                 }
                 (Op::Connect | Op::Accept, _) => {
@@ -156,8 +173,13 @@ impl Broker {
             return; // accept was asked with the listener: the flow's own socket is not known
         }
         let judgement = &finding.judgement;
+        if let Some(id) = call.association {
+            self.taken(id, context, facts, finding, seq);
+        }
         if judgement.permitted
             && judgement.related
+            // What a certificate must prove first becomes a control when it has.
+            && finding.opened.is_none()
             && let Some(remote) = call.remote
         {
             let outbound = call.op == Op::Connect;
@@ -170,6 +192,7 @@ impl Broker {
                 maker: (context.key, call.number),
                 rule_id: judgement.rule,
                 lane: judgement.lane,
+                association: call.association,
             });
         }
         if self.flows.is_full() {
@@ -182,7 +205,10 @@ impl Broker {
                 op: call.op,
                 number: call.number,
                 protocol: call.protocol,
-                local: call.local,
+                local: match &finding.opened {
+                    Some(opened) => opened.places.local.socket_addr(),
+                    None => call.local,
+                },
                 remote: call.remote,
                 rule,
                 session: finding.session.as_ref().map(|c| c.cookie),
@@ -221,6 +247,7 @@ impl Broker {
         };
         let outbound = call.op.is_outbound();
         let Some(context) = self.context_of(key) else { return false };
+        let papers = self.papers(&force.policy, &context, call);
         if force.policy.uses_addresses_of(if outbound { Side::From } else { Side::To }) {
             // The same must hold from (or at) whichever own address the next flow has.
             let same_family = |ip: &IpAddr| ip.is_ipv4() == remote.is_ipv4();
@@ -229,7 +256,8 @@ impl Broker {
                 return false;
             }
             for near in own {
-                let mut question = self.question(&force.policy, &context, call, outbound, Far::Remote);
+                let mut question =
+                    self.question(&force.policy, &context, call, outbound, Far::Remote, papers.lend());
                 question.near = Some(near);
                 let there = decide::judge(&force.policy, &question);
                 let (true, true, Some(other)) =
@@ -257,9 +285,10 @@ impl Broker {
         self.cache(key, entry, rule.cloned())
     }
 
-    /// What no cached region may contain: this host, where both ends are known.
+    /// What no cached region may contain: this host, where both ends are known, and members, who are protected.
     fn holes(&self) -> Vec<IpNet> {
-        let mut holes: Vec<IpNet> = self.own.iter().map(IpNet::from).collect();
+        let mut holes: Vec<IpNet> =
+            self.own.iter().chain(self.lanes.members.addresses()).map(IpNet::from).collect();
         for always in ["127.0.0.0/8", "0.0.0.0/8", "::/127"] {
             holes.extend(always.parse::<IpNet>());
         }

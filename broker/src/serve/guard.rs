@@ -265,6 +265,7 @@ impl Broker {
                     socket: None,
                     number: -1,
                     via: "guard",
+                    association: None,
                 };
                 self.judge_held(&held, &call).map_or_else(Outcome::Answer, |_| CONTINUE)
             }

@@ -14,13 +14,14 @@ use super::{
     Broker,
     far::{FarEnd, SHOWN, loopback_for},
     flows::Flow,
+    lanes::Opened,
     listeners::Scope,
     now_seconds,
     sessions::Control,
 };
 use crate::{
     Mode,
-    decide::{self, Far, Judgement, Question, errno},
+    decide::{self, Far, Judgement, Papers, Question, errno},
     process::{Context, ProcessKey},
     sys::{diag::state, pidfd_getfd, realtime, socket::Facts},
 };
@@ -38,6 +39,8 @@ pub(super) struct Call {
     pub(super) number: i32,
     /// What brought it here, for the record.
     pub(super) via: &'static str,
+    /// The protected flow that it is about, once there is one.
+    pub(super) association: Option<u64>,
 }
 
 /// What was found out about one call.
@@ -52,11 +55,16 @@ pub(super) struct Finding {
     pub(super) scope: Option<Scope>,
     /// The smallest rule that would permit it.
     pub(super) allow: Option<String>,
+    /// Its protection has begun.
+    pub(super) opened: Option<Opened>,
+    /// It is permitted, and fails as it would natively.
+    pub(super) errno: Option<i32>,
 }
 
 impl Finding {
-    const fn of(judgement: Judgement) -> Self {
-        Self { judgement, far: None, session: None, shared: None, scope: None, allow: None }
+    pub(super) const fn of(judgement: Judgement) -> Self {
+        let (far, session, shared, scope, allow) = (None, None, None, None, None);
+        Self { judgement, far, session, shared, scope, allow, opened: None, errno: None }
     }
 }
 
@@ -89,6 +97,7 @@ impl Broker {
             return self.note("protocol", &format!("call number {} is unknown", request.call), &[]);
         };
         let mut call = self.call_from(key, op, request, attached);
+        self.see_through(&mut call);
         let inherited = Flags(request.flags).has(Flags::INHERITED);
         if op == Op::Accept && inherited && self.was_opened_here(&call) {
             call.op = Op::Connect;
@@ -156,6 +165,7 @@ impl Broker {
             socket,
             number: request.fd,
             via: "shim",
+            association: None,
         }
     }
 
@@ -173,6 +183,7 @@ impl Broker {
             let why = self.log.error().unwrap_or("unknown").to_owned();
             finding = Finding::of(Judgement::refusal(format!("the audit log cannot be written: {why}")));
         }
+        self.protect(&context, call, &mut finding);
         let permitted = finding.judgement.permitted || self.mode == Mode::Audit;
         let rule = self.rule_text(finding.judgement.rule);
         let seq = self.record(&context, call, &finding, rule.as_ref());
@@ -194,9 +205,19 @@ impl Broker {
         if !finding.judgement.permitted && permitted {
             reply.flags |= Flags::WOULD_REFUSE;
         }
-        if permitted {
+        if let Some(opened) = &finding.opened {
+            self.put_on_record(opened.id, seq);
+            if !permitted {
+                self.end_association(opened.id);
+            }
+        }
+        if permitted && let Some(native) = finding.errno {
+            reply.errno = native;
+        } else if permitted {
+            self.rewrite(call, &finding, reply);
             self.follow(key, &context, call, &finding, rule, seq, reply);
-            self.grant_call(call, Flags(reply.flags).has(Flags::CACHED));
+            let token = finding.opened.as_ref().and_then(|it| it.places.inner_remote.socket_addr());
+            self.grant_call(call, token, Flags(reply.flags).has(Flags::CACHED));
         } else {
             reply.errno = errno(call.op);
         }
@@ -216,7 +237,8 @@ impl Broker {
             }),
             Op::Listen => self.consider_listen(context, call),
             Op::Socket => {
-                let question = self.question(&force.policy, context, call, true, Far::Remote);
+                let papers = self.papers(&force.policy, context, call);
+                let question = self.question(&force.policy, context, call, true, Far::Remote, papers.lend());
                 Finding::of(decide::judge(&force.policy, &question))
             }
             Op::Connect | Op::Accept | Op::Send | Op::Receive => {
@@ -242,14 +264,16 @@ impl Broker {
             return Finding { allow, ..Finding::of(Judgement::refusal(reason)) };
         }
         let session = listening.sessions.first().cloned();
-        let by_session = session
-            .as_ref()
-            .filter(|_| matches!(&listening.scope, Scope::Some { nets, .. } if nets.is_empty()));
+        let by_session = session.as_ref().filter(|_| listening.scope.is_of_sessions());
         let judgement = Judgement {
             permitted: true,
             verdict: Verdict::Permit,
             rule: by_session.and_then(|c| c.rule_id),
-            assurance: if by_session.is_some() { Assurance::Address } else { Assurance::None },
+            assurance: match by_session {
+                Some(control) if control.association.is_some() => Assurance::Certificate,
+                Some(_) => Assurance::Address,
+                None => Assurance::None,
+            },
             reason: None,
             ..Judgement::refusal(String::new())
         };
@@ -274,8 +298,21 @@ impl Broker {
                 ..Judgement::refusal(String::new())
             });
         }
-        let far = self.far_end_of(policy, context, call, remote, outbound);
-        let mut judgement = self.ask(policy, context, call, outbound, far.as_ref());
+        let papers = self.papers(policy, context, call);
+        let papers = papers.lend();
+        let far = match call.association {
+            Some(_) => None,
+            None => self.far_end_of(policy, context, call, remote, outbound),
+        };
+        let mut judgement = self.ask(policy, context, call, outbound, far.as_ref(), papers);
+        if !outbound
+            && call.association.is_none()
+            && judgement.verdict == Verdict::Protect
+            && judgement.permitted
+        {
+            judgement.permitted = false;
+            judgement.reason = Some("needs certificate, and it came in plain".to_owned());
+        }
         let is_datagram = call.protocol != Protocol::TCP;
         if !judgement.permitted
             && !judgement.denied
@@ -284,7 +321,7 @@ impl Broker {
             && call.local.is_some_and(|l| l.port() != 0)
         {
             // A server's answer: legal if the peer's question was.
-            let answer = self.ask(policy, context, call, false, far.as_ref());
+            let answer = self.ask(policy, context, call, false, far.as_ref(), papers);
             if answer.permitted {
                 judgement = Judgement { region: None, ..answer };
             }
@@ -293,12 +330,13 @@ impl Broker {
         if !finding.judgement.permitted
             && !finding.judgement.denied
             && call.protocol == Protocol::TCP
-            && let Some(by) = self.related(context, remote, finding.far.as_ref())
+            && let Some(by) = self.related(context, call, remote, finding.far.as_ref())
         {
             finding.shared = (by.of > 1).then_some(by.of);
+            let protected = by.control.association.is_some() && call.association.is_none();
             finding.judgement = Judgement {
                 permitted: true,
-                verdict: Verdict::Permit,
+                verdict: if protected { Verdict::Protect } else { Verdict::Permit },
                 rule: by.control.rule_id,
                 lane: by.control.lane,
                 assurance: by.assurance,
@@ -310,7 +348,7 @@ impl Broker {
         if !finding.judgement.permitted || finding.judgement.observed.is_some() {
             let processes = finding.far.as_ref().map(FarEnd::processes);
             let end = processes.as_deref().map_or(Far::Remote, Far::Local);
-            let question = self.question(policy, context, call, outbound, end);
+            let question = self.question(policy, context, call, outbound, end, papers);
             finding.allow = decide::suggest(policy, &question);
         }
         finding
@@ -334,7 +372,8 @@ impl Broker {
             return None;
         }
         // Where it makes no difference who is there, a few of them are looked up, for the log.
-        let nobody = self.ask(policy, context, call, outbound, Some(&FarEnd::default()));
+        let nobody = FarEnd::default();
+        let nobody = self.ask(policy, context, call, outbound, Some(&nobody), Papers::NONE);
         let indifferent = nobody.permitted && nobody.observed.is_none();
         let most = if indifferent { SHOWN } else { usize::MAX };
         Some(match (outbound, call.local) {
@@ -350,10 +389,11 @@ impl Broker {
         call: &Call,
         outbound: bool,
         far: Option<&FarEnd>,
+        papers: Papers<'_>,
     ) -> Judgement {
         let processes = far.map(FarEnd::processes);
         let end = processes.as_deref().map_or(Far::Remote, Far::Local);
-        decide::judge(policy, &self.question(policy, context, call, outbound, end))
+        decide::judge(policy, &self.question(policy, context, call, outbound, end, papers))
     }
 
     pub(super) fn question<'a>(
@@ -363,6 +403,7 @@ impl Broker {
         call: &Call,
         outbound: bool,
         far: Far<'a>,
+        papers: Papers<'a>,
     ) -> Question<'a> {
         let bound = call.local.map(|l| l.ip()).filter(|ip| !ip.is_unspecified());
         let near = bound.or_else(|| {
@@ -379,6 +420,7 @@ impl Broker {
             near,
             far_addr: call.remote.map(|r| loopback_for(r).ip()),
             far,
+            papers,
         }
     }
 
@@ -406,6 +448,7 @@ impl Broker {
             near: None,
             far_addr: Some(remote).filter(|ip| !ip.is_unspecified()),
             far: Far::Remote,
+            papers: Papers::NONE,
         };
         decide::suggest(&force.policy, &question)
     }
@@ -426,8 +469,14 @@ impl Broker {
             socket: None,
             number: -1,
             via: "broker",
+            association: None,
         };
-        self.consider(context, &call).judgement
+        let mut judgement = self.consider(context, &call).judgement;
+        if judgement.permitted && judgement.verdict == Verdict::Protect {
+            judgement.permitted = false;
+            judgement.reason = Some("needs certificate, and it goes in plain".to_owned());
+        }
+        judgement
     }
 }
 

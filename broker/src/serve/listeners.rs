@@ -7,17 +7,27 @@ use std::{
 };
 
 use portcullis_policy::{CertificateFact, ListenerScope, Party, ProcessFact};
-use portcullis_types::{Assurance, Protocol, Verdict};
+use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
 use portcullis_wire::keyd::{Net, Stranger};
 
-use super::{Broker, now_seconds};
+use super::{Broker, judge::Call, now_seconds};
 use crate::{
     Mode,
     audit::{Line, More},
+    decide::{self, Far},
     keyd::Filter,
     process::{Context, ProcessKey},
     sys::{diag::Found, pidfd_getfd, pidfd_open, proc::ProcDir, realtime, socket::Facts},
 };
+
+/// Connections that may wait at a front until they are looked at.
+const BACKLOG: u32 = 1024;
+
+/// A front's number as news of its peers tell it.
+const fn low(front: u64) -> u32 {
+    let [a, b, c, d, ..] = front.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
+}
 
 /// Who may come.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -28,7 +38,16 @@ pub(super) enum Scope {
     Some {
         nets: Vec<SomeNet>,
         sessions: Vec<u64>,
+        /// Others may, by their certificates.
+        certificate: bool,
     },
+}
+
+impl Scope {
+    /// Whether only peers of sessions may come.
+    pub(super) fn is_of_sessions(&self) -> bool {
+        matches!(self, Self::Some { nets, certificate: false, .. } if nets.is_empty())
+    }
 }
 
 /// A prefix from which somebody may come.
@@ -45,6 +64,10 @@ pub(super) struct Listener {
     pub(super) scope: Scope,
     pub(super) context: Rc<Context>,
     filter: Option<Filter>,
+    /// The key daemon's front before it, where peers prove who they are.
+    pub(super) front: Option<u64>,
+    /// Why there is none, if there should be.
+    pub(super) unprotected: Option<String>,
     /// A filter is under it that cannot be exchanged any more (its handle is lost).
     stuck: bool,
     generation: u64,
@@ -68,7 +91,9 @@ impl Listener {
         match &self.scope {
             Scope::Nobody => "closed",
             Scope::Anyone => "anyone",
-            Scope::Some { nets, .. } if nets.is_empty() => "session",
+            scope if scope.is_of_sessions() => "session",
+            Scope::Some { nets, .. } if nets.is_empty() => "certificates",
+            Scope::Some { certificate: true, .. } => "certificates and addresses",
             Scope::Some { .. } => "addresses",
         }
     }
@@ -93,14 +118,17 @@ impl Broker {
         let Some(force) = self.in_force.clone() else {
             return Listening { scope: Scope::Nobody, sessions: Vec::new(), reason: Some(self.no_policy()) };
         };
+        let call = self.arriving(protocol, local, None);
+        let papers = self.papers(&force.policy, context, &call);
         let party = Party {
             addr: Some(local.ip()),
             process: ProcessFact::Known(&context.facts),
-            certificate: CertificateFact::None,
+            certificate: papers.lend().mine.map_or(CertificateFact::None, CertificateFact::Shown),
         };
         let by_rules = force.policy.listener(&party, protocol, local.port(), now_seconds());
         let mut nets = Vec::new();
         let mut reason = None;
+        let mut by_certificate = false;
         match by_rules {
             ListenerScope::Anyone => {
                 return Listening { scope: Scope::Anyone, sessions: Vec::new(), reason: None };
@@ -112,18 +140,21 @@ impl Broker {
                 if processes {
                     nets.extend(self.own_nets());
                 }
+                by_certificate = certificate && protocol == Protocol::TCP && self.lanes.who.is_some();
                 if nets.is_empty() && certificate {
-                    reason = Some("needs certificate; lane tls not available".to_owned());
+                    reason =
+                        Some("needs certificate; lane tls not available: this host has no keys".to_owned());
                 }
             }
         }
         let sessions = if protocol == Protocol::TCP { self.sessions_of(context) } else { Vec::new() };
-        if nets.is_empty() && sessions.is_empty() {
+        if nets.is_empty() && sessions.is_empty() && !by_certificate {
             let reason = reason.or_else(|| Some("no rule lets anyone reach it there".to_owned()));
             return Listening { scope: Scope::Nobody, sessions, reason };
         }
         let cookies = sessions.iter().map(|c| c.cookie).collect();
-        Listening { scope: Scope::Some { nets, sessions: cookies }, sessions, reason: None }
+        let scope = Scope::Some { nets, sessions: cookies, certificate: by_certificate };
+        Listening { scope, sessions, reason: None }
     }
 
     /// Prefixes of this host's own addresses, where a process is at the other end.
@@ -135,13 +166,14 @@ impl Broker {
     }
 
     /// What the kernel is to let through.
-    fn nets_of(&self, scope: &Scope) -> Vec<Net> {
-        match scope {
-            Scope::Nobody => Vec::new(),
+    fn nets_of(&self, listener: &Listener) -> Vec<Net> {
+        let mut all = match &listener.scope {
+            Scope::Nobody => return Vec::new(),
             Scope::Anyone => Net::everyone().to_vec(),
-            Scope::Some { nets, sessions } => {
+            Scope::Some { nets, sessions, .. } => {
                 let mut all: Vec<Net> = nets.iter().map(|n| Net::new(n.0, n.1)).collect();
-                for control in sessions.iter().filter_map(|c| self.sessions.get(*c)) {
+                let in_plain = |control: &&super::sessions::Control| control.association.is_none();
+                for control in sessions.iter().filter_map(|c| self.sessions.get(*c)).filter(in_plain) {
                     let ip = control.remote.ip().to_canonical();
                     let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
                     if !all.contains(&net) {
@@ -150,7 +182,13 @@ impl Broker {
                 }
                 all
             }
+        };
+        for (ip, in_plain) in self.members_for(listener) {
+            let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
+            all.retain(|other| *other != net);
+            all.push(if in_plain { net } else { net.refused() });
         }
+        all
     }
 
     /// Takes a listener on, and puts a filter under its socket unless anyone may come. The scope is
@@ -163,8 +201,8 @@ impl Broker {
         local: SocketAddr,
         scope: Scope,
         socket: BorrowedFd<'_>,
-    ) -> bool {
-        let Some(context) = self.context_of(key) else { return false };
+    ) -> Result<bool, String> {
+        let Some(context) = self.context_of(key) else { return Ok(false) };
         let earlier = self.listeners.remove(&facts.cookie);
         let mut listener = Listener {
             maker: key,
@@ -174,13 +212,24 @@ impl Broker {
             scope,
             context,
             stuck: earlier.as_ref().is_some_and(|l| l.stuck),
+            front: earlier.as_ref().and_then(|l| l.front),
+            unprotected: None,
             filter: earlier.and_then(|l| l.filter),
             generation: self.generation_in_force(),
         };
         self.fit(facts.cookie, &mut listener, Some(socket));
+        // Where nobody can come in plain, a listener without a front would be there for nobody.
+        let in_plain = match &listener.scope {
+            Scope::Anyone => true,
+            Scope::Some { nets, .. } => !nets.is_empty() || !self.needs_front(&listener),
+            Scope::Nobody => false,
+        };
+        if let Some(why) = listener.unprotected.clone().filter(|_| !in_plain) {
+            return Err(why);
+        }
         let filtered = listener.filter.is_some();
         self.listeners.insert(facts.cookie, listener);
-        filtered
+        Ok(filtered)
     }
 
     /// After a restart: takes on a listener of a wrapped process, with the filter that it has.
@@ -196,6 +245,8 @@ impl Broker {
             local: found.local,
             scope: listening.scope,
             context: Rc::clone(context),
+            front: None,
+            unprotected: None,
             filter: self.inherited.remove(&found.cookie).map(Filter::from),
             stuck: false,
             generation: self.generation_in_force(),
@@ -206,15 +257,24 @@ impl Broker {
 
     /// Puts the listener's scope into the kernel, as far as this host can.
     fn fit(&mut self, cookie: u64, listener: &mut Listener, socket: Option<BorrowedFd<'_>>) {
-        let nets = self.nets_of(&listener.scope);
-        let Some(keyd) = self.keyd.as_mut().filter(|k| k.filters()) else { return };
+        let nets = self.nets_of(listener);
+        let protects = self.needs_front(listener);
+        let Some(keyd) = self.keyd.as_mut().filter(|k| k.filters()) else {
+            if protects {
+                listener.unprotected = Some("the key daemon is away".to_owned());
+            }
+            return;
+        };
         if let Some(filter) = &listener.filter {
             if let Err(error) = keyd.refill(filter, &nets) {
                 self.note("broker", &format!("the filter of a listener could not be changed: {error}"), &[]);
             }
-            return;
+            return self.fit_front(cookie, listener, socket, protects);
         }
-        if listener.scope == Scope::Anyone || listener.stuck {
+        if (listener.scope == Scope::Anyone && !protects) || listener.stuck {
+            if protects {
+                listener.unprotected = Some("its filter is another's".to_owned());
+            }
             return;
         }
         let found: Option<OwnedFd> = match socket {
@@ -227,12 +287,144 @@ impl Broker {
             Ok(filter) => {
                 self.leave_filter(cookie, &filter);
                 listener.filter = Some(filter);
+                self.fit_front(cookie, listener, Some(socket), protects);
             }
             Err(error) => {
                 listener.stuck = error.raw_os_error() == Some(libc::EALREADY);
+                listener.unprotected = protects.then(|| error.to_string());
                 self.note("broker", &format!("a listener could not be filtered: {error}"), &[]);
             }
         }
+    }
+
+    /// A call that would arrive at a listener.
+    const fn arriving(&self, protocol: Protocol, local: SocketAddr, remote: Option<SocketAddr>) -> Call {
+        let (local, op) = (Some(local), Op::Accept);
+        Call { op, protocol, local, remote, socket: None, number: -1, via: "broker", association: None }
+    }
+
+    /// Members' addresses, other than this host's, and whether a rule lets each come to a listener in plain.
+    fn members_for(&self, listener: &Listener) -> Vec<(IpAddr, bool)> {
+        let (Some(force), Some(_)) = (&self.in_force, &self.lanes.who) else { return Vec::new() };
+        let others = self.lanes.members.addresses().filter(|ip| !self.own.has(*ip));
+        let judged = others.map(|ip| {
+            let call = self.arriving(Protocol::TCP, listener.local, Some(SocketAddr::new(ip, 0)));
+            let papers = self.papers(&force.policy, &listener.context, &call);
+            let (context, papers) = (&listener.context, papers.lend());
+            let question = self.question(&force.policy, context, &call, false, Far::Remote, papers);
+            let judgement = decide::judge(&force.policy, &question);
+            (ip, judgement.permitted && judgement.lane == Lane::Plain)
+        });
+        judged.collect()
+    }
+
+    /// Whether somebody could come to a listener by proving who he is.
+    fn needs_front(&self, listener: &Listener) -> bool {
+        let protected = |cookie: &u64| self.sessions.get(*cookie).is_some_and(|c| c.association.is_some());
+        self.lanes.who.is_some()
+            && self.mode == Mode::Enforce
+            && match &listener.scope {
+                Scope::Nobody => false,
+                Scope::Some { certificate: true, .. } => true,
+                Scope::Some { nets, sessions, .. } => {
+                    sessions.iter().any(protected)
+                        || (!nets.is_empty() && self.has_protected_members(listener))
+                }
+                Scope::Anyone => self.has_protected_members(listener),
+            }
+    }
+
+    fn has_protected_members(&self, listener: &Listener) -> bool {
+        self.members_for(listener).iter().any(|(_, in_plain)| !in_plain)
+    }
+
+    /// Has the key daemon stand before a listener, or not any more.
+    fn fit_front(
+        &mut self,
+        cookie: u64,
+        listener: &mut Listener,
+        socket: Option<BorrowedFd<'_>>,
+        protects: bool,
+    ) {
+        if !protects {
+            let front = listener.front.take();
+            listener.unprotected = None;
+            return self.leave_front(cookie, front);
+        }
+        let of = match &listener.scope {
+            Scope::Some { sessions, .. } if listener.scope.is_of_sessions() => {
+                sessions.iter().find_map(|c| self.sessions.get(*c)?.association)
+            }
+            _ => None,
+        };
+        let related = self
+            .in_force
+            .as_ref()
+            .is_some_and(|force| force.policy.is_related(Protocol::TCP, listener.local.port()));
+        let process = self.named(&listener.context, related, of);
+        let found = if socket.is_none() { fetch(cookie, listener) } else { None };
+        let socket = socket.or_else(|| found.as_ref().map(AsFd::as_fd));
+        let (Some(process), Some(socket), Some(filter), Some(keyd)) =
+            (process, socket, &listener.filter, &mut self.keyd)
+        else {
+            listener.unprotected = Some("its socket could not be taken".to_owned());
+            return;
+        };
+        match keyd.serve(socket, filter, BACKLOG, &process, false) {
+            Ok(front) => {
+                (listener.front, listener.unprotected) = (Some(front), None);
+                let behind = self.lanes.fronts.entry(low(front)).or_default();
+                if !behind.contains(&cookie) {
+                    behind.push(cookie);
+                }
+            }
+            Err(error) => {
+                let why = match error.raw_os_error() {
+                    Some(libc::EXDEV) => super::lanes::OTHER_NAMESPACE.to_owned(),
+                    Some(libc::EOPNOTSUPP) => "it is bound to an interface".to_owned(),
+                    Some(libc::EPROTONOSUPPORT) => "it is not TCP alone".to_owned(),
+                    _ => format!("the key daemon says: {error}"),
+                };
+                self.note("broker", &format!("a listener cannot be protected: {why}"), &[]);
+                listener.unprotected = Some(why);
+            }
+        }
+    }
+
+    /// A listener needs its front no more; others may share it.
+    pub(super) fn leave_front(&mut self, cookie: u64, front: Option<u64>) {
+        let Some(front) = front else { return };
+        let Some(behind) = self.lanes.fronts.get_mut(&low(front)) else { return };
+        behind.retain(|other| *other != cookie);
+        if behind.is_empty() {
+            self.lanes.fronts.remove(&low(front));
+            if let Some(keyd) = &mut self.keyd {
+                let _ = keyd.release(front); // it knows of the socket's end itself
+            }
+        }
+    }
+
+    /// Puts on record that a program may not listen, because nobody could come.
+    pub(super) fn record_unprotected(
+        &mut self,
+        context: &Context,
+        local: SocketAddr,
+        cookie: u64,
+        why: &str,
+    ) {
+        let reason = format!("cannot be protected: {why}");
+        let seq = self.log.push(&Line {
+            process: Some(context),
+            protocol: Some(Protocol::TCP),
+            local: Some(local),
+            verdict: Some(super::word(Verdict::Refuse)),
+            reason: Some(&reason),
+            association: Some(cookie),
+            lane: Some(Lane::Tls),
+            generation: Some(self.generation_in_force()),
+            ..Line::bare(realtime(), "listen", "broker")
+        });
+        self.last_refusal = Some(seq);
     }
 
     /// Finds every listener's scope anew (new generation, new addresses) and puts it into the kernel.
@@ -277,9 +469,9 @@ impl Broker {
             .collect();
         for cookie in concerned {
             let Some(mut listener) = self.listeners.remove(&cookie) else { continue };
-            if let Scope::Some { nets, sessions } = &mut listener.scope {
+            if let Scope::Some { nets, sessions, certificate } = &mut listener.scope {
                 sessions.retain(|s| *s != session);
-                if nets.is_empty() && sessions.is_empty() {
+                if nets.is_empty() && sessions.is_empty() && !*certificate {
                     listener.scope = Scope::Nobody;
                 }
             }
@@ -305,7 +497,7 @@ impl Broker {
         let remote = stranger.source.socket_addr();
         let protocol = Protocol(stranger.protocol);
         let reason = match &scope {
-            Some(Scope::Some { nets, .. }) if nets.is_empty() => {
+            Some(scope) if scope.is_of_sessions() => {
                 "only the peer of the session that opened this port may come; dropped unanswered"
             }
             Some(Scope::Nobody) => {

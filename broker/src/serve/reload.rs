@@ -59,6 +59,9 @@ impl Broker {
         for folder in self.policy_folders() {
             watch.add_watch(&folder, CHANGES)?;
         }
+        if self.lanes.who.is_some() {
+            watch.add_watch(&self.state, CHANGES)?;
+        }
         self.watch.add(&watch, Source::Files)?;
         self.files = Some(watch);
         Ok(())
@@ -100,6 +103,12 @@ impl Broker {
             .collect();
         // Included files are `*.pol` beside it; an overflow (no name) may have been any.
         let is_link = self.policy_path.is_symlink(); // a folder of links may be exchanged as a whole
+        let listed = |e: &nix::sys::inotify::InotifyEvent| {
+            e.name.as_deref().is_none_or(|name| name == super::lanes::MEMBERS)
+        };
+        if events.iter().any(listed) {
+            self.follow_members();
+        }
         let concerns = events.iter().any(|e| match &e.name {
             None => true,
             Some(_) if is_link => true,
@@ -157,7 +166,7 @@ impl Broker {
     }
 
     /// After the policy, or what it depends on, has changed.
-    fn judge_everything_again(&mut self, began: Instant) {
+    pub(super) fn judge_everything_again(&mut self, began: Instant) {
         let now = now_seconds();
         if let Some(force) = &mut self.in_force {
             force.expires = force.policy.rules().filter_map(|(_, r)| r.expires).filter(|e| *e > now).min();
@@ -194,8 +203,12 @@ impl Broker {
         // Controls first: what is related to one falls with it.
         let mut cookies = self.flows.cookies();
         cookies.sort_by_key(|c| self.sessions.get(*c).is_none());
+        self.judge_lanes_again(began);
         for cookie in cookies {
             let Some(mut flow) = self.flows.get(cookie).cloned() else { continue };
+            if self.lanes.of_cookie(cookie).is_some() {
+                continue;
+            }
             let Some(found) = by_cookie.get(&cookie) else { continue };
             (flow.local, flow.remote) = (Some(found.local), Some(found.remote));
             let context = Rc::clone(&flow.context);
@@ -227,6 +240,8 @@ impl Broker {
             for (_, inode) in process.at.sockets().unwrap_or_default() {
                 if let Some(found) = by_inode.get(&inode)
                     && self.flows.get(found.cookie).is_none()
+                    // Of a protected flow, which was not asked about yet.
+                    && !self.lanes.is_inner(found.remote)
                 {
                     fresh.push((Rc::clone(&process.context), **found));
                 }
@@ -323,6 +338,7 @@ impl Broker {
             all.iter().filter(|f| f.state == state::LISTEN).map(|f| f.local.port()).collect();
         let by_inode: HashMap<u64, Found> =
             all.into_iter().filter(|f| f.inode != 0).map(|f| (f.inode, f)).collect();
+        self.take_up_lanes();
         if by_inode.is_empty() {
             return;
         }
@@ -332,7 +348,7 @@ impl Broker {
                 let Some(found) = by_inode.get(&inode) else { continue };
                 if found.state == state::LISTEN {
                     listeners.push((Rc::clone(&context), number, *found));
-                } else if self.flows.get(found.cookie).is_none() {
+                } else if self.flows.get(found.cookie).is_none() && !self.lanes.is_inner(found.remote) {
                     let flow = adopted(Rc::clone(&context), found, &listening);
                     self.adopt_control(&flow, found, number);
                     self.flows.open(found.cookie, flow);
@@ -360,6 +376,7 @@ impl Broker {
             maker: (flow.context.key, number),
             rule_id: judgement.rule,
             lane: judgement.lane,
+            association: None,
         });
     }
 }

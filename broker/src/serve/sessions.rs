@@ -8,7 +8,7 @@ use std::{collections::HashMap, net::SocketAddr, rc::Rc};
 
 use portcullis_types::{Assurance, Lane, Protocol, RuleId};
 
-use super::{Broker, far::FarEnd};
+use super::{Broker, far::FarEnd, judge::Call};
 use crate::{
     process::{Context, ProcessKey},
     sys::{diag::state, pidfd_getfd, proc::ProcDir, realtime, socket::Facts},
@@ -35,6 +35,8 @@ pub(super) struct Control {
     pub(super) maker: (ProcessKey, i32),
     pub(super) rule_id: Option<RuleId>,
     pub(super) lane: Lane,
+    /// It is protected, and this is its number with the key daemon.
+    pub(super) association: Option<u64>,
 }
 
 /// Sessions that a process is in.
@@ -108,6 +110,9 @@ impl Broker {
 
     /// Whether a control is established still; finds out its own address on the way.
     fn is_live(&mut self, control: &mut Control) -> bool {
+        if let Some(id) = control.association {
+            return self.lanes.get(id).is_some_and(|one| one.up || one.peer.is_some());
+        }
         let local = match control.local {
             Some(local) => local,
             None => {
@@ -141,6 +146,7 @@ impl Broker {
     pub(super) fn related(
         &mut self,
         context: &Context,
+        call: &Call,
         remote: SocketAddr,
         far: Option<&FarEnd>,
     ) -> Option<Membership> {
@@ -150,6 +156,12 @@ impl Broker {
         for control in mine {
             if control.remote.ip().to_canonical() != ip {
                 continue;
+            }
+            if !self.is_same_session(&control, call, far) {
+                continue;
+            }
+            if control.association.is_some() {
+                return Some(Membership { control, of, assurance: Assurance::Certificate });
             }
             let Some(far) = far else {
                 return Some(Membership { control, of, assurance: Assurance::Address });

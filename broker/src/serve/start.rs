@@ -112,6 +112,7 @@ impl Broker {
             flows: flows::Flows::default(),
             holders: far::Holders::default(),
             keyd: None,
+            lanes: super::lanes::Lanes::default(),
             keepsake: Keepsake::default(),
             handed: config.handed.map(Into::into),
             inherited: HashMap::new(),
@@ -174,26 +175,38 @@ impl Broker {
         });
         match met {
             Ok(keyd) => {
+                if let Some(who) = keyd.who() {
+                    self.lanes.who = Some(who.clone());
+                }
                 self.keyd = Some(keyd);
                 self.leave_keepsake();
+                self.read_members();
             }
             Err(error) => self.note("broker", &format!("the key daemon does not answer: {error}"), &[]),
         }
     }
 
-    /// Takes reports of strangers, or leave of the key daemon.
+    /// Takes reports of strangers and news of protected flows, or leave of the key daemon.
     pub(super) fn take_keyd(&mut self) {
-        let Some(keyd) = &mut self.keyd else { return };
-        match keyd.reports() {
-            Ok(reports) => {
-                for stranger in reports {
-                    self.report_stranger(&stranger);
+        // Each answer may bring more along.
+        loop {
+            let Some(keyd) = &mut self.keyd else { return };
+            let taken = keyd.news().and_then(|news| Ok((news, keyd.reports()?)));
+            match taken {
+                Ok((news, strangers)) => {
+                    if news.is_empty() && strangers.is_empty() {
+                        return;
+                    }
+                    strangers.iter().for_each(|stranger| self.report_stranger(stranger));
+                    news.into_iter().for_each(|one| self.hear_news(one));
                 }
-            }
-            Err(error) => {
-                self.watch.forget(|s| matches!(s, Source::Keyd));
-                self.keyd = None;
-                self.note("broker", &format!("the key daemon has gone: {error}"), &[]);
+                Err(error) => {
+                    self.watch.forget(|s| matches!(s, Source::Keyd));
+                    self.keyd = None;
+                    self.note("broker", &format!("the key daemon has gone: {error}"), &[]);
+                    self.lose_lanes("the key daemon has gone");
+                    return;
+                }
             }
         }
     }

@@ -99,7 +99,7 @@ fn judge_message(fd: c_int, peer: &mut Peer, flags: c_int) -> Result<(), Errno> 
         stream::watch(fd, sock, &permit);
         remember(op, sock, &remote);
     }
-    stream::rewrite(fd, &permit, peer);
+    stream::rewrite(&permit, peer);
     Ok(())
 }
 

@@ -39,8 +39,6 @@ pub struct Sock {
 
 /// Listening; `extra` is its port.
 pub const LISTENS: u16 = 1 << 0;
-/// On a token: its names are the broker's to tell.
-pub const TOKEN: u16 = 1 << 1;
 /// A datagram socket whose senders the kernel does not filter: the shim looks at them.
 pub const WATCHED: u16 = 1 << 2;
 /// A non-blocking connect(2) that was permitted is under way.
@@ -224,7 +222,7 @@ mod tests {
 
     #[test]
     fn hints_survive_packing() {
-        let sock = Sock { domain: 10, kind: 1, protocol: 262, flags: LISTENS | TOKEN, extra: 65535 };
+        let sock = Sock { domain: 10, kind: 1, protocol: 262, flags: LISTENS | CONNECTING, extra: 65535 };
         assert_eq!(Sock::unpack(sock.pack()), Some(sock));
         assert_eq!(Sock::unpack(0), None);
         assert_eq!(sock.iana(), 6);

@@ -2,12 +2,12 @@
 #![expect(unsafe_code, reason = "works on the program's memory and makes its calls")]
 
 use libc::{c_int, sockaddr, socklen_t};
-use portcullis_wire::{Addr, Flags, OpCode, Request};
+use portcullis_wire::{Addr, Flags, OpCode, Request, is_token};
 
 use crate::{
     Errno, channel, dgram,
     gate::{call, call_cancellable},
-    hints::{self, CONNECTING, LISTENS, PERMITTED, Sock, TOKEN, WATCHED},
+    hints::{self, CONNECTING, LISTENS, PERMITTED, Sock, WATCHED},
     judge::{Call, Op, Permit, judge},
     own,
     peer::Peer,
@@ -91,6 +91,7 @@ pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int
     let mut audit_seq = 0;
     // SAFETY: by this function's contract.
     let mut peer = unsafe { take(addr, len) };
+    let asked = peer;
     if let Some(peer) = &mut peer
         && let Err(errno) = shield(|| judge_connect(fd, peer, &mut audit_seq))
     {
@@ -100,9 +101,10 @@ pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int
     // SAFETY: by this function's contract; a copied address outlives the call; no destructors.
     let result = unsafe { call_cancellable(libc::SYS_connect, &[arg(fd), at, length, 0, 0, 0]) };
     if result < 0
-        && let Some(peer) = &peer
+        && let Some(asked) = &asked
     {
-        connect_failed(fd, peer, c_int::try_from(-result).unwrap_or(0), audit_seq);
+        // Asked again, the program names the same address, whichever it was sent to.
+        connect_failed(fd, asked, c_int::try_from(-result).unwrap_or(0), audit_seq);
     }
     returned_int(result)
 }
@@ -153,7 +155,7 @@ fn judge_connect(fd: c_int, peer: &mut Peer, audit_seq: &mut u64) -> Result<(), 
     call.remote = remote;
     let permit = judge(&call)?;
     *audit_seq = permit.audit_seq;
-    rewrite(fd, &permit, peer);
+    rewrite(&permit, peer);
     Ok(())
 }
 
@@ -167,9 +169,8 @@ fn find(fd: c_int, family: c_int) -> Option<Sock> {
 }
 
 /// Puts a token in the place of the address, if that is how the call may go on.
-pub fn rewrite(fd: c_int, permit: &Permit, peer: &mut Peer) {
+pub fn rewrite(permit: &Permit, peer: &mut Peer) {
     if let Some(token) = &permit.rewrite {
-        hints::mark(fd, TOKEN, 0);
         *peer = Peer::from_wire(token);
     }
 }
@@ -209,7 +210,7 @@ fn judge_bind(fd: c_int, peer: &mut Peer) -> Result<(), Errno> {
     }
     let permit = judge(&call)?;
     watch(fd, sock, &permit);
-    rewrite(fd, &permit, peer);
+    rewrite(&permit, peer);
     Ok(())
 }
 
@@ -295,8 +296,8 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
         if result < 0 {
             return result;
         }
-        let peer = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
-        if shield(|| judge_accept(fd, listener, result, &peer)).is_ok() {
+        let mut peer = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
+        if shield(|| judge_accept(listener, result, &mut peer)).is_ok() {
             if !addr.is_null() {
                 // SAFETY: by this function's contract; `len` is not null, as was seen above.
                 unsafe { peer.give(addr, len) };
@@ -307,8 +308,8 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
     }
 }
 
-fn judge_accept(listener_fd: c_int, listener: Sock, fd: c_int, peer: &Peer) -> Result<(), Errno> {
-    let sock = Sock { flags: listener.flags & TOKEN, extra: 0, ..listener };
+fn judge_accept(listener: Sock, fd: c_int, peer: &mut Peer) -> Result<(), Errno> {
+    let sock = Sock { flags: 0, extra: 0, ..listener };
     hints::set(fd, sock);
     let mut call = Call::new(Op::Accept, fd, sock);
     call.local = local(fd);
@@ -317,9 +318,10 @@ fn judge_accept(listener_fd: c_int, listener: Sock, fd: c_int, peer: &Peer) -> R
         let port = if listener.has(LISTENS) { u16::try_from(listener.extra).unwrap_or(0) } else { 0 };
         call.local = Addr { port, ..Addr::NONE };
     }
-    let _ = listener_fd;
     call.remote = peer.internet().unwrap_or(Addr::NONE);
-    judge(&call).map(|_| ())
+    // The peer of a protected flow is told by its true name.
+    rewrite(&judge(&call)?, peer);
+    Ok(())
 }
 
 /// Closes a connection that was refused, so that the far side sees a reset.
@@ -331,29 +333,48 @@ pub fn reset(fd: c_int) {
     sys::close(fd);
 }
 
-/// getsockname(2) and getpeername(2) of a socket on a token: the true name. `None`: the kernel's is true.
+/// getsockname(2) and getpeername(2) of a protected flow: the true name. `None`: the kernel's is true.
+///
+/// The kernel knows the program's side of a protected flow by a token. Whichever way the descriptor came here
+/// (fork, exec, SCM_RIGHTS), that is seen by the address.
 ///
 /// # Safety
 /// As for getsockname(2).
 pub unsafe fn true_name(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, remote: bool) -> Option<c_int> {
-    if !hints::get(fd)?.has(TOKEN) || addr.is_null() || len.is_null() {
+    if addr.is_null() || len.is_null() {
         return None;
     }
+    let name = |nr| sys::name(nr, fd).and_then(|(bytes, n)| Peer::from_kernel(bytes, n).internet());
+    let own = |nr| name(nr).filter(|at: &Addr| at.ip().is_some_and(|ip| ip.is_loopback()));
+    let is_token = |at: Addr| at.ip().is_some_and(is_token);
+    let (local, peer) = if remote {
+        (Addr::NONE, own(libc::SYS_getpeername).filter(|at| is_token(*at))?)
+    } else {
+        // Towards a token the kernel chooses a loopback address; a sandbox may forbid to ask whose it is.
+        let local = own(libc::SYS_getsockname)?;
+        let peer = if own::sandboxed() {
+            Addr::NONE
+        } else {
+            name(libc::SYS_getpeername).filter(|at| is_token(*at))?
+        };
+        (local, peer)
+    };
     let told = shield(|| {
         let mut request = Request::new(OpCode::Name, 0);
-        request.fd = fd;
-        (request.local, request.remote) = (local(fd), name(libc::SYS_getpeername, fd));
+        (request.fd, request.local, request.remote) = (fd, local, peer);
         let reply = channel::ask(&mut request, fd).map_err(|_| Errno(libc::ENOTCONN))?;
         if reply.errno != 0 {
             return Err(Errno(reply.errno));
         }
-        Ok(Peer::from_wire(if remote { &reply.remote } else { &reply.local }))
+        Ok(if remote { reply.remote } else { reply.local })
     });
     match told {
-        Err(errno) => Some(fail(errno)),
-        Ok(peer) => {
+        // Nobody answers: the flow is over, or nearly. Better its token than no name.
+        Err(_) => None,
+        Ok(true_name) if true_name.family == 0 => None,
+        Ok(true_name) => {
             // SAFETY: by this function's contract; both were seen not to be null.
-            unsafe { peer.give(addr, len) };
+            unsafe { Peer::from_wire(&true_name).give(addr, len) };
             Some(0)
         }
     }

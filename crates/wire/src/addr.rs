@@ -89,6 +89,19 @@ impl Addr {
     }
 }
 
+/// Whether an address may stand for somebody else: the key daemon's tokens are loopback addresses of their own
+/// (127.64.0.0/10), and in IPv6 ports of the only one there is.
+#[must_use]
+pub const fn is_token(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => matches!(ip.octets(), [127, 64..=127, ..]),
+        IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
+            Some(four) => matches!(four.octets(), [127, 64..=127, ..]),
+            None => ip.is_loopback(),
+        },
+    }
+}
+
 impl From<SocketAddr> for Addr {
     fn from(from: SocketAddr) -> Self {
         match from {

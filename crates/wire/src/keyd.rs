@@ -57,7 +57,8 @@ pub enum Kind {
     Serve = 7,
     /// Give up a front (`tag`): the port is its own listener's. The end of the sockets does the same.
     Release = 8,
-    /// Let an association (`tag`) that was `Shown` go on.
+    /// Let an association (`tag`) that was `Shown` go on. Answer: [`Places`] follows, with the token by which the
+    /// program will see its peer, unless that must wait for room in its backlog.
     Admit = 9,
     /// End an association (`tag`), shown or not; the program sees `count`, an errno.
     Refuse = 10,

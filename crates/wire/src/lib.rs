@@ -15,5 +15,5 @@ pub mod gate;
 pub mod keyd;
 pub mod shared;
 
-pub use addr::{Addr, Family};
+pub use addr::{Addr, Family, is_token};
 pub use frame::{Flags, FrameError, OpCode, Reply, Request};

@@ -11,9 +11,9 @@ use crate::{
     decision::{Decision, ListenerScope, Region},
     diagnostic::Diagnostics,
     explain::{Explanation, Question},
-    facts::{Flow, Party, Side},
+    facts::{CertificateFact, Flow, Party, ProcessFact, ProcessFacts, Side},
     load::{self, LoadError},
-    model::{Atom, ProcessField, Rule},
+    model::{Address, Atom, Effect, Expr, ProcessField, Rule},
     region::Edges,
     source::{Source, to_u32, to_usize},
     view::View,
@@ -30,6 +30,8 @@ pub struct Policy {
     pub(crate) sources: Vec<Source>,
     addresses: [bool; 2],
     process_groups: bool,
+    /// Sets with a condition on processes, in the order of the text.
+    processes: Vec<(String, Expr)>,
     compiled: Option<Compiled>,
     edges: Edges,
 }
@@ -83,7 +85,8 @@ impl Policy {
         let process_groups = rules.iter().any(|r| r.from.mentions(is_group) || r.to.mentions(is_group));
         let compiled = Compiled::new(&rules);
         let edges = Edges::new(&rules);
-        Self { rules, tests, names, sources, addresses, process_groups, compiled, edges }
+        let processes = processes(&names);
+        Self { rules, tests, names, sources, addresses, process_groups, processes, compiled, edges }
     }
 
     /// Decides one flow. Total, deterministic, and without allocation.
@@ -118,6 +121,29 @@ impl Policy {
     #[must_use]
     pub fn listener(&self, local: &Party<'_>, protocol: Protocol, port: u16, now: u64) -> ListenerScope {
         crate::listener::scope(&self.rules, local, protocol, port, now)
+    }
+
+    /// What the policy calls a process: the first of its sets with a condition on processes that the process is
+    /// in. Conditions on certificates and addresses in such a set stand open.
+    #[must_use]
+    pub fn name_of(&self, process: &ProcessFacts) -> Option<&str> {
+        let view = View {
+            address: Address::Unknown,
+            process: ProcessFact::Known(process),
+            certificate: CertificateFact::Pending,
+            far: false,
+            no_process: false,
+        };
+        let found = self.processes.iter().find(|(_, expr)| view.expr(expr, false).may_allow());
+        found.map(|(name, _)| name.as_str())
+    }
+
+    /// Whether a rule that opens related channels may let somebody reach this service.
+    #[must_use]
+    pub fn is_related(&self, protocol: Protocol, port: u16) -> bool {
+        self.rules
+            .iter()
+            .any(|r| r.related && r.effect == Effect::Allow && r.service.contains(protocol, port))
     }
 
     /// A rule by its number.
@@ -166,4 +192,17 @@ impl Policy {
         let [from, to] = self.addresses;
         if side == Side::From { from } else { to }
     }
+}
+
+/// Sets that name processes.
+fn processes(names: &Names) -> Vec<(String, Expr)> {
+    let is_process = |a: &Atom| matches!(a, Atom::Process(..) | Atom::Sha256(_));
+    let mut found: Vec<_> = names
+        .sets
+        .values()
+        .filter_map(|set| Some((set.name.span, &set.name.value, &set.value.as_ref()?.expr)))
+        .filter(|(_, _, expr)| expr.mentions(is_process))
+        .collect();
+    found.sort_by_key(|(span, ..)| (span.file, span.start));
+    found.into_iter().map(|(_, name, expr)| (name.clone(), expr.clone())).collect()
 }

@@ -149,6 +149,7 @@ impl Broker {
             socket: Some((socket, facts)),
             number: -1,
             via: "guard",
+            association: None,
         };
         let judged = self.judge_held(held, &call);
         let (socket, _) = call.socket?;

@@ -360,14 +360,14 @@ impl Broker {
         if !permitted && self.mode == Mode::Enforce {
             return Some(Err(Answer::Fail(libc::EACCES)));
         }
-        self.grant_call(call, false);
+        self.grant_call(call, None, false);
         Some(Ok(()))
     }
 
     /// Judges one call; gives the number of its record, 0 if it was on record before.
     pub(super) fn judge_held(&mut self, held: &Held, call: &Call) -> Result<u64, Answer> {
         if self.was_judged(held, call) {
-            self.grant_call(call, false);
+            self.grant_call(call, None, false);
             return Ok(0);
         }
         let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
@@ -463,7 +463,16 @@ fn ticket(key: ProcessKey, call: &Call, generation: u64) -> Option<Ticket> {
 fn with_socket(op: Op, socket: (OwnedFd, Facts), number: i32) -> Call {
     let protocol = socket.1.protocol;
     let bound = socket.1.local.filter(|a| a.port() != 0 || !a.ip().is_unspecified());
-    Call { op, protocol, local: bound, remote: None, socket: Some(socket), number, via: "guard" }
+    Call {
+        op,
+        protocol,
+        local: bound,
+        remote: None,
+        socket: Some(socket),
+        number,
+        via: "guard",
+        association: None,
+    }
 }
 
 /// A result as the program gets it.

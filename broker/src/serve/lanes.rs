@@ -1,0 +1,491 @@
+//! Protected flows: what the key daemon is asked, and what is known of each.
+//!
+//! Outbound: the program's connect(2) is judged, the key daemon begins, and the program is sent to a token.
+//! Inbound: a peer proves itself to the front before a listener. Either way [`news`] judges again by what the
+//! peer has shown, and only what is admitted then reaches the program.
+
+mod members;
+mod news;
+
+pub(super) use members::FILE as MEMBERS;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use portcullis_policy::{CertificateFacts, Fact, Policy};
+use portcullis_types::{Op, Protocol, Verdict};
+use portcullis_wire::{
+    Addr, Flags, Reply, Request,
+    keyd::{Open, Places},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Broker, RuleText,
+    far::FarEnd,
+    judge::{Call, Finding},
+    sessions::{Control, ticks},
+};
+use crate::{
+    decide::{Judgement, Papers},
+    keyd::Who,
+    process::{Context, ProcessKey},
+    sys::{boottime, pidfd_getfd, realtime, socket::Facts},
+};
+
+/// How long an accepted connection may be unknown: the key daemon has told of it, but it was not heard yet.
+const HEARD: Duration = Duration::from_secs(1);
+
+/// A peer, as its certificate proves.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) told: Told,
+    pub(super) facts: CertificateFacts,
+}
+
+/// What the key daemon tells of a peer.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Told {
+    pub(super) id: String,
+    names: Vec<String>,
+    process: Option<String>,
+    ver: u64,
+    groups: Vec<String>,
+    exe: Option<String>,
+    sha256: Option<String>,
+    user: Option<String>,
+    unit: Option<String>,
+    pub(super) serial: String,
+    pub(super) issuer_serial: String,
+    fingerprint: String,
+    /// SHA-256 of its public key, by which one session is told from another.
+    pub(super) key: String,
+    /// Last second of validity.
+    pub(super) until: i64,
+    pub(super) cipher: String,
+    pub(super) kex: String,
+}
+
+impl Peer {
+    fn read(json: &str) -> Option<Self> {
+        serde_json::from_str::<Told>(json).ok().map(Self::from)
+    }
+
+    /// As the log shows its certificate.
+    pub(super) fn certificate(&self) -> String {
+        let Told { id, serial, fingerprint, until, .. } = &self.told;
+        format!("{id} serial {serial} until {until} sha256 {fingerprint}")
+    }
+}
+
+impl From<Told> for Peer {
+    fn from(told: Told) -> Self {
+        let facts = CertificateFacts {
+            names: told.names.clone(),
+            process: told.process.clone(),
+            ver: Some(told.ver),
+            groups: told.groups.clone(),
+            unit: told.unit.clone(),
+            user: told.user.clone(),
+            exe: told.exe.clone(),
+            sha256: told.sha256.as_deref().and_then(unhex),
+            ..CertificateFacts::default()
+        };
+        Self { told, facts }
+    }
+}
+
+fn unhex(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 {
+        return None;
+    }
+    for (to, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *to = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// A process as the key daemon is told of it ([`portcullis_wire::keyd::PROCESS`]).
+#[derive(Serialize)]
+struct Named {
+    name: String,
+    exe: String,
+    sha256: String,
+    user: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unit: Option<String>,
+    related: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    of: Option<u64>,
+}
+
+/// One protected flow.
+#[derive(Debug)]
+pub(super) struct Association {
+    pub(super) context: Rc<Context>,
+    pub(super) op: Op,
+    /// True addresses.
+    pub(super) local: Option<SocketAddr>,
+    pub(super) remote: Option<SocketAddr>,
+    /// The program's socket, once it has one.
+    pub(super) cookie: Option<u64>,
+    /// The program's socket's own remote address: a token.
+    inner: Option<SocketAddr>,
+    pub(super) peer: Option<Rc<Peer>>,
+    pub(super) rule: Option<RuleText>,
+    /// The control association that it is related to.
+    pub(super) session: Option<u64>,
+    /// It becomes a control once it is up.
+    control: Option<Control>,
+    generation: u64,
+    /// Nanoseconds since the epoch.
+    since: u64,
+    /// Number of its record; 0: it has none yet.
+    seq: u64,
+    /// It carries data.
+    pub(super) up: bool,
+    /// It was cut, which is on record.
+    cut: bool,
+}
+
+/// What a program is told to do instead.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) id: u64,
+    pub(super) places: Places,
+}
+
+/// All protected flows.
+#[derive(Debug, Default)]
+pub(super) struct Lanes {
+    all: HashMap<u64, Association>,
+    by_cookie: HashMap<u64, u64>,
+    /// From the token by which a program sees its peer.
+    by_inner: HashMap<SocketAddr, u64>,
+    /// When certificates of peers end, in seconds since the epoch.
+    until: BTreeSet<(i64, u64)>,
+    /// Listeners behind each front.
+    pub(super) fronts: HashMap<u32, Vec<u64>>,
+    pub(super) members: members::List,
+    /// Who this host is; known for as long as it ever was.
+    pub(super) who: Option<Who>,
+    flood: news::Flood,
+}
+
+impl Lanes {
+    pub(super) fn get(&self, id: u64) -> Option<&Association> {
+        self.all.get(&id)
+    }
+
+    pub(super) fn peer(&self, id: u64) -> Option<Rc<Peer>> {
+        self.all.get(&id)?.peer.clone()
+    }
+
+    pub(super) fn of_cookie(&self, cookie: u64) -> Option<u64> {
+        self.by_cookie.get(&cookie).copied()
+    }
+
+    fn insert(&mut self, id: u64, one: Association) {
+        if let Some(cookie) = one.cookie {
+            self.by_cookie.insert(cookie, id);
+        }
+        self.all.insert(id, one);
+    }
+
+    fn forget(&mut self, id: u64) -> Option<Association> {
+        let one = self.all.remove(&id)?;
+        if let Some(cookie) = one.cookie.filter(|cookie| self.by_cookie.get(cookie) == Some(&id)) {
+            self.by_cookie.remove(&cookie);
+        }
+        if let Some(inner) = one.inner {
+            self.by_inner.remove(&inner);
+        }
+        if let Some(peer) = &one.peer {
+            self.until.remove(&(peer.told.until, id));
+        }
+        Some(one)
+    }
+
+    /// Whether a socket is on a token, by its remote address.
+    pub(super) fn is_inner(&self, remote: SocketAddr) -> bool {
+        self.who.is_some() && portcullis_wire::is_token(remote.ip())
+    }
+}
+
+/// Certificates at both ends, as long as they are needed.
+#[derive(Debug, Default)]
+pub(super) struct OwnPapers {
+    mine: Option<CertificateFacts>,
+    shown: Option<Rc<Peer>>,
+    member: bool,
+}
+
+impl OwnPapers {
+    pub(super) fn lend(&self) -> Papers<'_> {
+        let shown = self.shown.as_ref().map(|peer| &peer.facts);
+        Papers { mine: self.mine.as_ref(), shown, member: self.member }
+    }
+}
+
+impl Broker {
+    /// What is known of certificates at the two ends of a call.
+    pub(super) fn papers(&self, policy: &Policy, context: &Context, call: &Call) -> OwnPapers {
+        let Some(who) = &self.lanes.who else { return OwnPapers::default() };
+        OwnPapers {
+            mine: Some(certificate(who, policy, context)),
+            shown: call.association.and_then(|id| self.lanes.peer(id)),
+            member: call.remote.is_some_and(|at| self.lanes.members.has(at.ip()) && !self.own.has(at.ip())),
+        }
+    }
+
+    /// Has a flow protected that a program is about to open, if that is the verdict. What cannot be is refused.
+    pub(super) fn protect(&mut self, context: &Rc<Context>, call: &Call, finding: &mut Finding) {
+        let judgement = &finding.judgement;
+        if judgement.verdict != Verdict::Protect || !judgement.permitted || call.op != Op::Connect {
+            return;
+        }
+        let refuse = |finding: &mut Finding, why: &str| {
+            let rule = finding.judgement.rule;
+            finding.judgement =
+                Judgement { rule, ..Judgement::refusal(format!("cannot be protected: {why}")) };
+        };
+        if call.via == "guard" {
+            return refuse(finding, "lane tls is there for calls that come through the shim alone");
+        }
+        let (Some((socket, facts)), Some(remote)) = (&call.socket, call.remote) else {
+            return refuse(finding, "its socket could not be taken");
+        };
+        let session = finding.session.as_ref().and_then(|control| control.association);
+        let Some(process) = self.named(context, judgement.related, session) else {
+            return refuse(finding, "this host has no keys");
+        };
+        let local = call.local.map_or(Addr::NONE, |at| own_family(at, facts));
+        let ask = Open { remote: Addr::from(remote), local, patience: 0, reserved: 0 };
+        let Some(keyd) = &mut self.keyd else { return refuse(finding, "the key daemon is away") };
+        let (id, places) = match keyd.open(socket.as_fd(), &ask, &process) {
+            Ok(opened) => opened,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EXDEV) => return refuse(finding, OTHER_NAMESPACE),
+                Some(libc::EPROTONOSUPPORT) => return refuse(finding, "it is not TCP alone"),
+                Some(libc::ENOENT) if session.is_some() => return refuse(finding, "its session has ended"),
+                Some(
+                    errno @ (libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::EADDRINUSE),
+                ) => {
+                    // As connect(2) itself would say.
+                    finding.judgement.reason = Some(error.to_string());
+                    finding.errno = Some(errno);
+                    return;
+                }
+                _ => return refuse(finding, &format!("the key daemon says: {error}")),
+            },
+        };
+        if let Some(earlier) = self.lanes.of_cookie(facts.cookie) {
+            self.end_association(earlier);
+        }
+        let control = judgement.related.then(|| Control {
+            cookie: facts.cookie,
+            inode: facts.inode,
+            local: None,
+            remote,
+            since: ticks(boottime()),
+            maker: (context.key, call.number),
+            rule_id: judgement.rule,
+            lane: judgement.lane,
+            association: Some(id),
+        });
+        self.lanes.insert(
+            id,
+            Association {
+                context: Rc::clone(context),
+                op: Op::Connect,
+                local: places.local.socket_addr(),
+                remote: Some(remote),
+                cookie: Some(facts.cookie),
+                inner: None,
+                peer: None,
+                rule: self.rule_text(judgement.rule),
+                session: finding.session.as_ref().map(|c| c.cookie),
+                control,
+                generation: self.generation_in_force(),
+                since: realtime(),
+                seq: 0,
+                up: false,
+                cut: false,
+            },
+        );
+        finding.opened = Some(Opened { id, places });
+    }
+
+    /// A process as the key daemon is told of it: a JSON object. `None`: this host has no keys.
+    pub(super) fn named(&self, context: &Context, related: bool, of: Option<u64>) -> Option<String> {
+        let (who, force) = (self.lanes.who.as_ref()?, self.in_force.as_ref()?);
+        let CertificateFacts { process, exe, sha256: _, user, unit, .. } =
+            certificate(who, &force.policy, context);
+        let named = Named {
+            name: process.unwrap_or_default(),
+            exe: exe.unwrap_or_else(|| "?".to_owned()),
+            sha256: context.sha256().unwrap_or_default(),
+            user: user.unwrap_or_default(),
+            unit,
+            related: related && of.is_none(),
+            of,
+        };
+        serde_json::to_string(&named).ok()
+    }
+
+    /// Puts true addresses in the place of tokens, and finds the association that an accepted socket is of.
+    pub(super) fn see_through(&mut self, call: &mut Call) {
+        if call.op != Op::Accept || call.protocol != Protocol::TCP {
+            return;
+        }
+        let Some(inner) = call.remote else { return };
+        if !self.lanes.by_inner.contains_key(&inner) && portcullis_wire::is_token(inner.ip()) {
+            self.listen_for(inner);
+        }
+        let Some(id) = self.lanes.by_inner.get(&inner).copied() else { return };
+        let Some(one) = self.lanes.get(id) else { return };
+        (call.local, call.remote, call.association) = (one.local, one.remote, Some(id));
+    }
+
+    /// Hears the key daemon out about a connection that it has just delivered.
+    fn listen_for(&mut self, inner: SocketAddr) {
+        let end = Instant::now() + HEARD;
+        while !self.lanes.by_inner.contains_key(&inner) {
+            let left = end.saturating_duration_since(Instant::now());
+            let more = self.keyd.as_mut().is_some_and(|keyd| keyd.wait(left));
+            if !more {
+                return;
+            }
+            self.take_keyd();
+        }
+    }
+
+    /// What follows from an accepted protected flow: it is this process's now.
+    pub(super) fn taken(
+        &mut self,
+        id: u64,
+        context: &Rc<Context>,
+        facts: &Facts,
+        finding: &Finding,
+        seq: u64,
+    ) {
+        let rule = self.rule_text(finding.judgement.rule);
+        let generation = self.generation_in_force();
+        let Some(one) = self.lanes.all.get_mut(&id) else { return };
+        one.context = Rc::clone(context);
+        (one.rule, one.seq, one.generation) = (rule, seq, generation);
+        one.session = finding.session.as_ref().map(|c| c.cookie).or(one.session);
+        one.cookie = Some(facts.cookie);
+        self.lanes.by_cookie.insert(facts.cookie, id);
+    }
+
+    /// The record of an opened flow has this number.
+    pub(super) fn put_on_record(&mut self, id: u64, seq: u64) {
+        if let Some(one) = self.lanes.all.get_mut(&id) {
+            one.seq = seq;
+        }
+    }
+
+    /// Ends a flow whose call is not permitted after all, or was replaced by another.
+    pub(super) fn end_association(&mut self, id: u64) {
+        if let Some(keyd) = &mut self.keyd {
+            // If it is over, its end is on its way.
+            let _ = keyd.refuse(id, libc::ECONNABORTED);
+        }
+    }
+
+    /// Answers what the true names of a socket are.
+    pub(super) fn name_frame(
+        &mut self,
+        key: ProcessKey,
+        request: &Request,
+        attached: Option<OwnedFd>,
+        reply: &mut Reply,
+    ) {
+        (reply.local, reply.remote) = (request.local, request.remote);
+        let attached = attached.or_else(|| {
+            let process = self.processes.get(&key).filter(|_| request.fd >= 0)?;
+            pidfd_getfd(process.pidfd.as_fd(), request.fd).ok()
+        });
+        let Some(facts) = attached.and_then(|fd| Facts::of(fd.as_fd()).ok()) else { return };
+        let by_inner = || self.lanes.by_inner.get(&facts.remote?).copied();
+        let known = self.lanes.of_cookie(facts.cookie).or_else(by_inner).and_then(|id| self.lanes.get(id));
+        let told = known.map_or((facts.local, facts.remote), |one| (one.local, one.remote));
+        let name = |at: Option<SocketAddr>| at.map_or(Addr::NONE, |at| own_family(at, &facts));
+        (reply.local, reply.remote) = (name(told.0), name(told.1));
+    }
+
+    /// Fills in what a program is to do, or believe, instead.
+    pub(super) fn rewrite(&self, call: &Call, finding: &Finding, reply: &mut Reply) {
+        let to = match (&finding.opened, &call.socket, call.association) {
+            (Some(opened), ..) => opened.places.inner_remote,
+            (None, Some((_, facts)), Some(_)) => match call.remote {
+                Some(remote) => own_family(remote, facts),
+                None => return,
+            },
+            (None, None, Some(_)) => call.remote.map_or(Addr::NONE, Addr::from),
+            _ => return,
+        };
+        reply.rewrite = to;
+        reply.flags |= Flags::REWRITE;
+    }
+
+    /// The session by which a peer that has shown a certificate may exchange a related flow: its key is that of
+    /// the control association's peer.
+    pub(super) fn is_same_session(&self, control: &Control, call: &Call, far: Option<&FarEnd>) -> bool {
+        let Some(association) = control.association else { return call.association.is_none() };
+        if far.is_some() {
+            return false;
+        }
+        let key = |id: u64| self.lanes.peer(id).map(|peer| peer.told.key.clone());
+        match (call.association.and_then(key), key(association)) {
+            (Some(shown), Some(known)) => shown == known,
+            // It has shown nothing yet: who opens will see; who came in plain has nothing to show.
+            (None, known) => call.op == Op::Connect && call.association.is_none() && known.is_some(),
+            (Some(_), None) => false,
+        }
+    }
+}
+
+pub(super) const OTHER_NAMESPACE: &str = "the program is in another network namespace than the key daemon";
+
+/// This host's certificate as it is for a process.
+fn certificate(who: &Who, policy: &Policy, context: &Context) -> CertificateFacts {
+    let known = |fact: &Fact<String>| match fact {
+        Fact::Known(text) => Some(text.clone()),
+        Fact::Unknown => None,
+    };
+    CertificateFacts {
+        names: vec![who.host.clone()],
+        process: Some(policy.name_of(&context.facts).unwrap_or(UNNAMED).to_owned()),
+        ver: Some(who.ver),
+        groups: who.groups.clone(),
+        unit: context.facts.unit.clone(),
+        user: Some(context.facts.user.clone()),
+        exe: known(&context.facts.exe),
+        sha256: match &context.facts.sha256 {
+            Fact::Known(hash) => Some(*hash),
+            Fact::Unknown => None,
+        },
+        ..CertificateFacts::default()
+    }
+}
+
+/// The name of a process that the policy does not call anything.
+const UNNAMED: &str = "unnamed";
+
+/// An address in the family of a socket.
+fn own_family(at: SocketAddr, facts: &Facts) -> Addr {
+    match at {
+        SocketAddr::V4(v4) if facts.domain == libc::AF_INET6 => {
+            Addr::v6(v4.ip().to_ipv6_mapped(), v4.port(), 0)
+        }
+        other => Addr::from(other),
+    }
+}

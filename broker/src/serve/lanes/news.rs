@@ -1,0 +1,578 @@
+//! What the key daemon tells, and what is done about it.
+
+use std::{
+    net::SocketAddr,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
+use portcullis_wire::keyd::Places;
+use serde::Deserialize;
+
+use super::{Association, Peer, Told};
+use crate::{
+    Mode,
+    audit::{Line, More},
+    decide::Judgement,
+    keyd::News,
+    process::Context,
+    serve::{
+        Broker, elapsed,
+        flows::Flow,
+        judge::{Call, Finding},
+        now_seconds,
+        sessions::Control,
+        word,
+    },
+    sys::realtime,
+};
+
+/// Most peers a second whose failed handshake has a record of its own.
+const MOST_A_SECOND: u32 = 100;
+
+/// How long the last flows may take to end.
+const LAST: Duration = Duration::from_millis(500);
+
+/// Bounds records that anybody on the network could cause.
+#[derive(Debug, Default)]
+pub(in crate::serve) struct Flood {
+    second: u64,
+    told: u32,
+    missed: u64,
+}
+
+impl Flood {
+    /// Whether one more may be told, and how many were not before it.
+    fn admit(&mut self) -> Option<u64> {
+        let now = now_seconds();
+        if now != self.second {
+            (self.second, self.told) = (now, 0);
+        }
+        if self.told >= MOST_A_SECOND {
+            self.missed += 1;
+            return None;
+        }
+        self.told += 1;
+        Some(std::mem::take(&mut self.missed))
+    }
+}
+
+impl Broker {
+    /// Takes one piece of news.
+    pub(in crate::serve) fn hear_news(&mut self, news: News) {
+        match news {
+            News::Shown { id, front, places, peer } => {
+                let peer = Peer::read(&peer).map(Rc::new);
+                match front {
+                    None => self.shown_out(id, peer),
+                    Some(front) => self.shown_in(id, front, &places, peer),
+                }
+            }
+            // No listener here is served as one whose peers may speak plain.
+            News::Arrived { id, .. } => self.end_association(id),
+            News::Live { id, front, places, what } => self.runs_on(id, front.is_some(), &places, &what),
+            News::Associated { id, places } => self.associated(id, &places),
+            News::Over { id, errno, why, shown, front, places, carried } => {
+                let end = End { errno, why, shown, sent: carried.sent, received: carried.received };
+                match self.lanes.forget(id) {
+                    Some(one) => self.over(&one, &end),
+                    None => self.failed_in(front, &places, &end),
+                }
+            }
+        }
+    }
+
+    /// Takes on the protected flows that have outlived an earlier broker.
+    pub(in crate::serve) fn take_up_lanes(&mut self) {
+        let Some(keyd) = self.keyd.as_mut().filter(|keyd| keyd.who().is_some()) else { return };
+        if keyd.list().is_ok() {
+            self.take_keyd();
+        }
+    }
+
+    /// A flow that runs since an earlier broker was there: found again by its socket, and judged again. One that
+    /// nobody has, or that is not permitted any more, is cut.
+    fn runs_on(&mut self, id: u64, inbound: bool, places: &Places, what: &str) {
+        let live: Option<Live> = serde_json::from_str(what).ok();
+        let ends = places.inner_local.socket_addr().zip(places.inner_remote.socket_addr());
+        let found = ends.and_then(|(local, remote)| self.diag.find(Protocol::TCP, local, remote));
+        let Some((live, found)) = live.zip(found.filter(|found| found.inode != 0)) else {
+            return self.end_association(id);
+        };
+        let Some(context) = self.holders_of(found.inode, 1).pop() else { return self.end_association(id) };
+        let peer = Rc::new(Peer::from(live.peer));
+        let op = if inbound { Op::Accept } else { Op::Connect };
+        let since = u64::try_from(live.since).unwrap_or(0).saturating_mul(1_000_000_000);
+        let one = Association {
+            context: Rc::clone(&context),
+            op,
+            local: places.local.socket_addr(),
+            remote: places.remote.socket_addr(),
+            cookie: Some(found.cookie),
+            inner: None,
+            peer: Some(Rc::clone(&peer)),
+            rule: None,
+            session: None,
+            control: None,
+            generation: self.generation_in_force(),
+            since,
+            seq: 0,
+            up: true,
+            cut: false,
+        };
+        let (call, until) = (call_of(id, &one), peer.told.until);
+        self.lanes.insert(id, one);
+        self.lanes.until.insert((until, id));
+        self.remember(id, places);
+        let finding = self.consider(&context, &call);
+        if !finding.judgement.permitted && self.mode == Mode::Enforce {
+            let why = finding.judgement.reason.unwrap_or_else(|| "refused".to_owned());
+            return self.cut_lane(id, &format!("no longer permitted: {why}"), Instant::now());
+        }
+        let rule = self.rule_text(finding.judgement.rule);
+        if let Some(one) = self.lanes.all.get_mut(&id) {
+            one.rule.clone_from(&rule);
+        }
+        if finding.judgement.related
+            && let Some(remote) = call.remote
+        {
+            self.add_session(Control {
+                cookie: found.cookie,
+                inode: found.inode,
+                local: Some(found.local),
+                remote,
+                since: context.key.start,
+                maker: (context.key, -1),
+                rule_id: finding.judgement.rule,
+                lane: Lane::Tls,
+                association: Some(id),
+            });
+        }
+        let flow = Flow {
+            op,
+            protocol: Protocol::TCP,
+            local: call.local,
+            remote: call.remote,
+            rule,
+            session: None,
+            lane: Lane::Tls,
+            assurance: Assurance::Certificate,
+            generation: self.generation_in_force(),
+            since,
+            seq: 0,
+            met: false,
+            number: -1,
+            context,
+        };
+        self.flows.open(found.cookie, flow);
+    }
+
+    /// The far side of a flow that a program opens has proved itself.
+    fn shown_out(&mut self, id: u64, peer: Option<Rc<Peer>>) {
+        let Some(one) = self.lanes.all.get_mut(&id) else { return self.end_association(id) };
+        one.peer.clone_from(&peer);
+        let context = Rc::clone(&one.context);
+        self.decide_on(id, &context, peer.as_deref());
+    }
+
+    /// Somebody has proved himself at a front.
+    fn shown_in(&mut self, id: u64, front: u32, places: &Places, peer: Option<Rc<Peer>>) {
+        let behind = self.lanes.fronts.get(&front);
+        let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
+        let Some(context) = listener.map(|l| Rc::clone(&l.context)) else {
+            return self.end_association(id);
+        };
+        let one = Association {
+            context: Rc::clone(&context),
+            op: Op::Accept,
+            local: places.local.socket_addr(),
+            remote: places.remote.socket_addr(),
+            cookie: None,
+            inner: None,
+            peer: peer.clone(),
+            rule: None,
+            session: None,
+            control: None,
+            generation: self.generation_in_force(),
+            since: realtime(),
+            seq: 0,
+            up: false,
+            cut: false,
+        };
+        self.lanes.insert(id, one);
+        self.decide_on(id, &context, peer.as_deref());
+    }
+
+    /// Judges a flow by what its far end has shown, and admits or refuses it.
+    fn decide_on(&mut self, id: u64, context: &Rc<Context>, peer: Option<&Peer>) {
+        let Some(one) = self.lanes.get(id) else { return };
+        let call = call_of(id, one);
+        let mut finding = match peer {
+            Some(_) => self.consider(context, &call),
+            None => Finding::of(Judgement::refusal("the peer's certificate cannot be read")),
+        };
+        if self.refuses_for_log() && !self.log.retry(realtime()) {
+            finding = Finding::of(Judgement::refusal("the audit log cannot be written"));
+        }
+        let permitted = finding.judgement.permitted || (self.mode == Mode::Audit && peer.is_some());
+        let rule = self.rule_text(finding.judgement.rule);
+        if let Some(one) = self.lanes.all.get_mut(&id) {
+            one.rule = rule;
+            one.session = finding.session.as_ref().map(|c| c.cookie);
+        }
+        if !permitted {
+            self.record_shown(id, &finding, "refuse");
+            self.lanes.all.entry(id).and_modify(|one| one.cut = true);
+            self.end_association(id);
+            return;
+        }
+        if let Some(peer) = peer {
+            self.lanes.until.insert((peer.told.until, id));
+        }
+        let Some(keyd) = &mut self.keyd else { return };
+        match keyd.admit(id) {
+            Ok(places) => {
+                if call.op == Op::Connect {
+                    self.record_shown(id, &finding, "permit");
+                }
+                self.remember(id, &places);
+            }
+            Err(_) => {
+                // It is over meanwhile; that is on its way.
+            }
+        }
+    }
+
+    /// Remembers by which token the program sees its peer.
+    fn remember(&mut self, id: u64, places: &Places) {
+        let Some(one) = self.lanes.all.get_mut(&id) else { return };
+        let inner = places.inner_remote.socket_addr().filter(|at| at.port() != 0);
+        if let (Op::Accept, Some(inner)) = (one.op, inner) {
+            one.inner = Some(inner);
+            self.lanes.by_inner.insert(inner, id);
+        }
+    }
+
+    fn associated(&mut self, id: u64, places: &Places) {
+        self.remember(id, places);
+        let Some(one) = self.lanes.all.get_mut(&id) else { return };
+        one.up = true;
+        let (local, cookie) = (places.local.socket_addr(), one.cookie);
+        if one.op == Op::Connect {
+            one.local = local.or(one.local);
+        }
+        if let Some(mut control) = one.control.take() {
+            control.local = places.inner_local.socket_addr();
+            self.add_session(control);
+        }
+        if let Some(flow) = cookie.and_then(|cookie| self.flows.get_mut(cookie))
+            && flow.op == Op::Connect
+        {
+            flow.local = local.or(flow.local);
+        }
+    }
+
+    /// A flow is over: its end is put on record, and what hung on it ends.
+    fn over(&mut self, one: &Association, end: &End) {
+        if let Some(cookie) = one.cookie {
+            self.flows.forget(cookie);
+            self.session_ended(cookie);
+        }
+        if one.cut && !one.up {
+            return; // its refusal is on record
+        }
+        let certificate = one.peer.as_ref().map(|peer| peer.certificate()).or_else(|| end.shown.clone());
+        let mut more = facts(one.peer.as_deref(), certificate.as_deref());
+        let now = realtime();
+        let verdict = if one.up || one.peer.is_some() {
+            more.push(("bytes_in", More::Number(end.received)));
+            more.push(("bytes_out", More::Number(end.sent)));
+            more.push(("duration", More::Seconds(now.saturating_sub(one.since))));
+            "permit"
+        } else {
+            "refuse"
+        };
+        if one.seq != 0 {
+            more.push(("of", More::Number(one.seq)));
+        }
+        // What the network says is no refusal: nobody was there to be judged.
+        let native = verdict == "refuse" && end.is_native();
+        let op = if verdict == "permit" {
+            "close"
+        } else if native {
+            "outcome"
+        } else {
+            "connect"
+        };
+        if native {
+            more.push(("errno", More::Number(u64::from(end.errno.unsigned_abs()))));
+        }
+        let reason = (end.errno != 0).then_some(end.why.as_str());
+        let seq = self.log.push(&Line {
+            process: Some(&one.context),
+            session: one.session,
+            protocol: Some(Protocol::TCP),
+            local: one.local,
+            remote: one.remote,
+            peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
+            assurance: Some(Assurance::Certificate),
+            verdict: (!native).then_some(verdict),
+            rule: one.rule.as_ref().map(|r| &*r.text),
+            reason,
+            lane: Some(Lane::Tls),
+            association: one.cookie,
+            generation: Some(one.generation),
+            more: &more,
+            ..Line::bare(now, op, "keyd")
+        });
+        if verdict == "refuse" && !native {
+            self.last_refusal = Some(seq);
+        }
+    }
+
+    /// Somebody came to a front and did not prove who he is.
+    fn failed_in(&mut self, front: Option<u32>, places: &Places, end: &End) {
+        let Some(front) = front else { return };
+        let Some(missed) = self.lanes.flood.admit() else { return };
+        let behind = self.lanes.fronts.get(&front);
+        let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
+        let context = listener.map(|l| Rc::clone(&l.context));
+        let mut more = facts(None, end.shown.as_deref());
+        if missed > 0 {
+            more.push(("missed", More::Number(missed)));
+        }
+        let seq = self.log.push(&Line {
+            process: context.as_deref(),
+            protocol: Some(Protocol::TCP),
+            local: places.local.socket_addr(),
+            remote: places.remote.socket_addr(),
+            assurance: Some(Assurance::None),
+            verdict: Some(word(Verdict::Refuse)),
+            reason: Some(&end.why),
+            lane: Some(Lane::Tls),
+            generation: Some(self.generation_in_force()),
+            more: &more,
+            ..Line::bare(realtime(), "accept", "keyd")
+        });
+        self.last_refusal = Some(seq);
+    }
+
+    /// Puts on record what became of a flow when its far end had shown who it is.
+    fn record_shown(&mut self, id: u64, finding: &Finding, verdict: &'static str) {
+        let Some(one) = self.lanes.get(id) else { return };
+        let certificate = one.peer.as_ref().map(|peer| peer.certificate());
+        let mut more = Vec::with_capacity(8);
+        if one.seq != 0 {
+            more.push(("of", More::Number(one.seq)));
+        }
+        if let (Some(peer), Some(certificate)) = (&one.peer, &certificate) {
+            more.push(("peer_cert", More::Text(certificate)));
+            more.push(("cipher", More::Text(&peer.told.cipher)));
+            more.push(("kex", More::Text(&peer.told.kex)));
+        }
+        if let Some(rule) = &one.rule {
+            more.push(("rule_at", More::Text(&rule.at)));
+        }
+        if let Some(allow) = &finding.allow {
+            more.push(("allow", More::Text(allow)));
+        }
+        let op = match (verdict, one.op) {
+            ("refuse", Op::Accept) => "accept",
+            ("refuse", _) => "connect",
+            _ => "admit",
+        };
+        let seq = self.log.push(&Line {
+            process: Some(&one.context),
+            session: one.session,
+            protocol: Some(Protocol::TCP),
+            local: one.local,
+            remote: one.remote,
+            peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
+            assurance: Some(Assurance::Certificate),
+            verdict: Some(verdict),
+            rule: one.rule.as_ref().map(|r| &*r.text),
+            reason: finding.judgement.reason.as_deref(),
+            lane: Some(Lane::Tls),
+            association: one.cookie,
+            generation: self.in_force.as_ref().map(|f| f.generation),
+            more: &more,
+            ..Line::bare(realtime(), op, "keyd")
+        });
+        if verdict == "refuse" {
+            self.last_refusal = Some(seq);
+        }
+    }
+
+    /// All processes have ended: hears how their last flows did.
+    pub(in crate::serve) fn finish_lanes(&mut self) {
+        let end = Instant::now() + LAST;
+        while !self.lanes.all.is_empty() {
+            let left = end.saturating_duration_since(Instant::now());
+            if !self.keyd.as_mut().is_some_and(|keyd| keyd.wait(left)) {
+                return self.lose_lanes("the last process has ended");
+            }
+            self.take_keyd();
+        }
+    }
+
+    /// The key daemon goes, and with it every protected flow.
+    pub(in crate::serve) fn lose_lanes(&mut self, why: &str) {
+        let ids: Vec<u64> = self.lanes.all.keys().copied().collect();
+        let why = why.to_owned();
+        let end = End { errno: libc::ECONNRESET, why, shown: None, sent: 0, received: 0 };
+        for id in ids {
+            if let Some(one) = self.lanes.forget(id) {
+                self.over(&one, &end);
+            }
+        }
+        self.lanes.fronts.clear();
+        for listener in self.listeners.values_mut() {
+            listener.front = None;
+        }
+    }
+
+    /// Judges every protected flow again, and cuts what is not permitted any more.
+    pub(in crate::serve) fn judge_lanes_again(&mut self, began: Instant) {
+        let shown: Vec<u64> = self
+            .lanes
+            .all
+            .iter()
+            .filter(|(_, one)| one.peer.is_some() && !one.cut)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in shown {
+            let Some(one) = self.lanes.get(id) else { continue };
+            let (context, call) = (Rc::clone(&one.context), call_of(id, one));
+            let finding = self.consider(&context, &call);
+            if finding.judgement.permitted || self.mode == Mode::Audit {
+                let generation = self.generation_in_force();
+                if let Some(one) = self.lanes.all.get_mut(&id) {
+                    one.generation = generation;
+                    if let Some(flow) = one.cookie.and_then(|cookie| self.flows.get_mut(cookie)) {
+                        flow.generation = generation;
+                    }
+                }
+                continue;
+            }
+            let why = finding.judgement.reason.unwrap_or_else(|| "refused".to_owned());
+            self.cut_lane(id, &format!("no longer permitted: {why}"), began);
+        }
+    }
+
+    /// Cuts flows with those whose certificates were revoked.
+    pub(super) fn cut_revoked(&mut self, began: Instant) {
+        let members = &self.lanes.members;
+        let is_revoked = |one: &&Association| {
+            let told = one.peer.as_ref().map(|peer| &peer.told);
+            told.is_some_and(|told| members.revokes(&told.serial) || members.revokes(&told.issuer_serial))
+        };
+        let ids: Vec<u64> =
+            self.lanes.all.iter().filter(|(_, one)| is_revoked(one)).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.cut_lane(id, "the peer's certificate is revoked", began);
+        }
+    }
+
+    /// When the next certificate of a peer ends.
+    pub(in crate::serve) fn next_certificate_end(&self) -> Option<Duration> {
+        let (until, _) = self.lanes.until.first()?;
+        let until = u64::try_from(*until).unwrap_or(0).saturating_add(1);
+        Some(Duration::from_secs(until.saturating_sub(now_seconds())))
+    }
+
+    /// Cuts flows whose peer's certificate has ended.
+    pub(in crate::serve) fn tend_certificates(&mut self) {
+        let now = i64::try_from(now_seconds()).unwrap_or(i64::MAX);
+        while let Some((until, id)) = self.lanes.until.first().copied().filter(|(until, _)| *until < now) {
+            self.lanes.until.remove(&(until, id));
+            self.cut_lane(id, "the peer's certificate has expired", Instant::now());
+        }
+    }
+
+    fn cut_lane(&mut self, id: u64, why: &str, began: Instant) {
+        self.end_association(id);
+        let Some(one) = self.lanes.all.get_mut(&id) else { return };
+        one.cut = true;
+        let Some(one) = self.lanes.get(id) else { return };
+        let certificate = one.peer.as_ref().map(|peer| peer.certificate()).unwrap_or_default();
+        let more = [
+            ("of", More::Number(one.seq)),
+            ("delay_ms", More::Milliseconds(elapsed(began))),
+            ("peer_cert", More::Text(&certificate)),
+        ];
+        let seq = self.log.push(&Line {
+            process: Some(&one.context),
+            session: one.session,
+            protocol: Some(Protocol::TCP),
+            local: one.local,
+            remote: one.remote,
+            peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
+            assurance: Some(Assurance::Certificate),
+            verdict: Some("refuse"),
+            rule: one.rule.as_ref().map(|r| &*r.text),
+            reason: Some(why),
+            lane: Some(Lane::Tls),
+            association: one.cookie,
+            generation: Some(self.in_force.as_ref().map_or(0, |f| f.generation)),
+            more: &more,
+            ..Line::bare(realtime(), "cut", "broker")
+        });
+        let cookie = one.cookie;
+        self.last_refusal = Some(seq);
+        if let Some(cookie) = cookie {
+            self.session_ended(cookie);
+        }
+    }
+}
+
+/// What is told of a flow that runs on.
+#[derive(Deserialize)]
+struct Live {
+    peer: Told,
+    since: i64,
+}
+
+/// How a flow ended.
+struct End {
+    errno: i32,
+    why: String,
+    shown: Option<String>,
+    sent: u64,
+    received: u64,
+}
+
+impl End {
+    /// Whether it was the network, or the program itself.
+    fn is_native(&self) -> bool {
+        ["no connection", "the program", "another socket"].iter().any(|native| self.why.starts_with(native))
+    }
+}
+
+/// What a record says of the certificate and what was agreed on.
+fn facts<'a>(peer: Option<&'a Peer>, certificate: Option<&'a str>) -> Vec<(&'static str, More<'a>)> {
+    let mut more = Vec::with_capacity(8);
+    if let Some(peer) = peer {
+        more.push(("cipher", More::Text(&peer.told.cipher)));
+        more.push(("kex", More::Text(&peer.told.kex)));
+    }
+    if let Some(certificate) = certificate {
+        more.push(("peer_cert", More::Text(certificate)));
+    }
+    more
+}
+
+/// A flow as if it were to begin now.
+fn call_of(id: u64, one: &Association) -> Call {
+    let remote: Option<SocketAddr> = one.remote;
+    Call {
+        op: one.op,
+        protocol: Protocol::TCP,
+        local: one.local,
+        remote,
+        socket: None,
+        number: -1,
+        via: "keyd",
+        association: Some(id),
+    }
+}

@@ -1,0 +1,74 @@
+//! A trust domain over the hosts of a network.
+
+use std::{net::IpAddr, path::Path};
+
+use tempfile::TempDir;
+
+use crate::{Finished, Host, built};
+
+/// A certificate authority, away from all hosts.
+#[derive(Debug)]
+pub struct Trust {
+    folder: TempDir,
+}
+
+impl Trust {
+    /// Makes `example.com`, and enrols hosts as members: `client` is `client.example.com`.
+    ///
+    /// # Panics
+    /// The command fails.
+    #[must_use]
+    pub fn of(hosts: &[&Host]) -> Self {
+        let it = Self { folder: tempfile::tempdir().unwrap() };
+        it.ca(&["init", "--trust-domain", "example.com"]);
+        for host in hosts {
+            it.enrol(host, &[]);
+        }
+        it.publish(hosts);
+        it
+    }
+
+    /// Enrols a host, or gives it new certificates.
+    pub fn enrol(&self, host: &Host, more: &[&str]) {
+        self.certify("host", host, more);
+    }
+
+    /// Gives a host that is enrolled new certificates.
+    pub fn renew(&self, host: &Host, more: &[&str]) {
+        self.certify("renew", host, more);
+    }
+
+    fn certify(&self, what: &str, host: &Host, more: &[&str]) {
+        let addresses = host.addresses().map(|ip| ip.to_string());
+        let (state, name) = (host.state(), format!("{}.example.com", host.name));
+        let mut words = vec![what, &name, "--out", state.to_str().unwrap()];
+        words.extend(addresses.iter().flat_map(|ip| ["--address", ip]));
+        words.extend(more);
+        self.ca(&words);
+    }
+
+    /// Certificates in a folder of their own, for a stock program.
+    pub fn certificate(&self, name: &str, addresses: &[IpAddr], folder: &Path) {
+        let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let mut words = vec!["host", name, "--out", folder.to_str().unwrap()];
+        words.extend(addresses.iter().flat_map(|ip| ["--address", ip.as_str()]));
+        self.ca(&words);
+    }
+
+    /// Brings hosts the newest list of members.
+    pub fn publish(&self, hosts: &[&Host]) {
+        for host in hosts {
+            self.ca(&["renew", "--out", host.state().to_str().unwrap()]);
+        }
+    }
+
+    /// `portcullis ca` of this trust domain.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn ca(&self, words: &[&str]) -> String {
+        let mut command = std::process::Command::new(built::portcullis());
+        command.arg("ca").args(words).arg("--state").arg(self.folder.path());
+        Finished::of(&mut command).success()
+    }
+}
