@@ -184,7 +184,7 @@ fn connects_in_a_signal_handler_are_served_in_the_middle_of_others() {
 }
 
 #[test]
-fn a_child_in_a_sandbox_of_its_own_is_served_and_refused() {
+fn children_in_a_sandbox_of_their_own_are_served_and_refused() {
     let host = Host::here();
     let (open, shut) = (free_port(), free_port());
     host.policy(&format!(
@@ -193,7 +193,7 @@ fn a_child_in_a_sandbox_of_its_own_is_served_and_refused() {
     ));
     for (port, child) in [(open, "Exited(Pid(child), 0)"), (shut, "Exited(Pid(child), 1)")] {
         let at = format!("127.0.0.1:{port}");
-        let _server = serving(&host, false, &[&app("serve"), &at, "4", "threads"]);
+        let _server = serving(&host, false, &[&app("serve"), &at, "7", "threads"]);
         let done = Finished::of(&mut host.run(&client("dial-confined", &at, &["3"])));
         assert_eq!(done.success(), format!("pong 0\n{child}\n"), "port {port}");
     }

@@ -64,7 +64,11 @@ impl Channel {
                 door::unhide(held.fd());
             }
         }
-        None
+        if !own::sandboxed() {
+            return None;
+        }
+        let spare = own::spares().iter().map(|place| Held(place.swap(0, Ordering::AcqRel)));
+        spare.filter(|held| *held != Held::NONE).map(Self).next()
     }
 
     /// Opens one, even if the program is at its limit of descriptors: that limit is not meant for us,
@@ -259,11 +263,17 @@ pub fn tell(request: &mut Request) {
     channel.put_back();
 }
 
-/// Makes sure that a channel is there, before a sandbox forbids to open one.
+/// Opens channels for threads and children, before a sandbox forbids to open any.
 pub fn prepare() {
     let _quiet = sys::Quiet::new();
-    if let Some(channel) = Channel::claim().or_else(|| Channel::open().ok()) {
-        channel.put_back();
+    own::make_spares();
+    for place in own::spares() {
+        if place.load(Ordering::Relaxed) == 0
+            && let Ok(channel) = Channel::open()
+            && place.compare_exchange(0, channel.0.0, Ordering::AcqRel, Ordering::Relaxed).is_err()
+        {
+            channel.close();
+        }
     }
 }
 

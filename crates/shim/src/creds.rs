@@ -27,6 +27,7 @@ pub fn entering_sandbox(enter: impl FnOnce() -> i64) -> i64 {
     if !was && !own::borrowed() {
         let _ = shield(|| {
             let _ = channel::ask(&mut Request::new(OpCode::Changed, 0), -1);
+            channel::prepare();
             Ok(())
         });
     }

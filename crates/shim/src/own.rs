@@ -20,6 +20,8 @@ use crate::{hints, sys};
 
 /// Channels that wait for use by the next call.
 pub const CHANNELS: usize = 4;
+/// Channels that are opened before a sandbox closes, for those that have none of their own in it.
+pub const SPARES: usize = 4;
 /// Datagram peers that are remembered.
 pub const PEERS: usize = 1024;
 
@@ -46,6 +48,9 @@ struct Memory {
 }
 
 static MEMORY: AtomicPtr<Memory> = AtomicPtr::new(null_mut());
+
+/// See [`spares`].
+static SPARE: AtomicPtr<[AtomicU64; SPARES]> = AtomicPtr::new(null_mut());
 
 /// Set once the program enters a sandbox; for good, and in its children too.
 static SANDBOXED: AtomicBool = AtomicBool::new(false);
@@ -79,6 +84,23 @@ pub fn own() -> Option<&'static Own> {
 /// What is not.
 pub fn hints() -> Option<&'static [AtomicU64]> {
     Some(&memory()?.hints)
+}
+
+/// Channels for threads and children of a process in a sandbox: in memory that all of them share, so that each is
+/// taken once.
+pub fn spares() -> &'static [AtomicU64] {
+    // SAFETY: null, or a mapping of at least this size that is never unmapped; its content is atomic.
+    unsafe { SPARE.load(Ordering::Acquire).as_ref() }.map_or(&[], |all| all.as_slice())
+}
+
+/// Makes room for them.
+pub fn make_spares() {
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    if SPARE.load(Ordering::Acquire).is_null()
+        && let Some(at) = sys::map(0, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+    {
+        SPARE.store(at.cast(), Ordering::Release);
+    }
 }
 
 /// Whether system calls other than the program's own may kill it.
