@@ -1,14 +1,14 @@
 //! connect: what a permitted connect(2) to another host costs, one after the other: connect and close.
 //!
 //! `known`: one destination again and again. `new`: another address each time. Peers from Debian, where they
-//! are installed, only for the first.
+//! are installed, only for the first: preloaded libraries that lead each connect(2) through a proxy on this host.
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::AsRawFd,
     path::Path,
-    process::{Command, ExitCode},
+    process::{Child, Command, ExitCode},
     time::Instant,
 };
 
@@ -17,11 +17,13 @@ use nix::sys::socket::{
 };
 use portcullis_benches::{
     net::Far,
-    row,
+    row, socks,
     turns::{Turn, answer},
 };
 
 const PORT: u16 = 7;
+/// Where the peers' proxy listens, on this host.
+const PROXY: u16 = 7009;
 const BATCH: usize = 200;
 const TURNS: usize = 60;
 const RULES: usize = 1000;
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
     let done = match words.as_slice() {
         ["server"] => server(),
         ["client", kind] => client(kind),
+        ["socks"] => socks::serve(PROXY).map(|()| true),
         _ => bench(),
     };
     match done {
@@ -89,11 +92,12 @@ fn bench() -> io::Result<bool> {
     let policy = far.policy(RULES)?;
     let run = far.run(&policy);
     let mut within = true;
+    let proxy = Proxy::start()?;
     row(&format!("connect and close, {RULES} rules, {TURNS} turns of {BATCH}"));
     for (kind, least, most) in [("known", 0.93, Some(1.0)), ("new", 0.75, None)] {
         let mut raw = Turn::start("raw", variant(&[], kind)?)?;
         let mut wrapped = Turn::start("portcullis", variant(&run, kind)?)?;
-        let mut peers = if kind == "known" { peers(&far)? } else { Vec::new() };
+        let mut peers = if kind == "known" { peers(&far, &proxy)? } else { Vec::new() };
         for turn in 0..TURNS {
             // Who goes first changes, so that neither always finds warm caches.
             let (one, other) =
@@ -145,17 +149,56 @@ const fn word(good: bool) -> &'static str {
     if good { "good" } else { "NOT REACHED" }
 }
 
-/// proxychains4 that lets everything go direct, and torsocks for nothing but its hooks.
-fn peers(far: &Far) -> io::Result<Vec<Turn>> {
+/// The proxy that the peers use; it ends with this.
+struct Proxy(Child);
+
+impl Proxy {
+    fn start() -> io::Result<Self> {
+        let started = Command::new(std::env::current_exe()?).arg("socks").spawn().map(Self)?;
+        for _ in 0..100 {
+            if TcpStream::connect((Ipv4Addr::LOCALHOST, PROXY)).is_ok() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        Ok(started)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let _dead = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
+
+fn peers(far: &Far, _proxy: &Proxy) -> io::Result<Vec<Turn>> {
+    let config = |name: &str, text: String| {
+        let path = far.folder.join(name);
+        std::fs::write(&path, text)?;
+        io::Result::Ok(path)
+    };
+    let chains = config(
+        "proxychains.conf",
+        format!("strict_chain\nquiet_mode\n[ProxyList]\nsocks5 127.0.0.1 {PROXY}\n"),
+    )?;
+    let tor = config("torsocks.conf", format!("TorAddress 127.0.0.1\nTorPort {PROXY}\n"))?;
+    let commands = [
+        (
+            "proxychains4",
+            vec!["proxychains4".to_owned(), "-q".into(), "-f".into(), chains.display().to_string()],
+        ),
+        ("torsocks", vec!["env".into(), format!("TORSOCKS_CONF_FILE={}", tor.display()), "torsocks".into()]),
+    ];
     let mut turns = Vec::new();
-    if Path::new("/usr/bin/proxychains4").exists() {
-        let config = far.folder.join("proxychains.conf");
-        let text =
-            "strict_chain\nquiet_mode\nlocalnet 10.0.0.0/255.0.0.0\n[ProxyList]\nsocks4 127.0.0.1 9050\n";
-        std::fs::write(&config, text)?;
-        let words = ["proxychains4", "-q", "-f", &config.to_string_lossy()].map(str::to_owned);
-        if let Ok(turn) = Turn::start("proxychains4", variant(&words, "known")?) {
-            turns.push(turn);
+    for (name, words) in commands {
+        if !Path::new("/usr/bin").join(name).exists() {
+            row(&format!("{name}: not installed"));
+            continue;
+        }
+        match variant(&words, "known").and_then(|command| Turn::start(name, command)) {
+            Ok(turn) => turns.push(turn),
+            Err(error) => row(&format!("{name}: {error}")),
         }
     }
     Ok(turns)

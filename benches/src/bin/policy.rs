@@ -8,7 +8,6 @@
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     collections::HashMap,
-    ffi::{CStr, c_char, c_int, c_void},
     fmt::Write as _,
     hint::black_box,
     net::{IpAddr, Ipv4Addr},
@@ -16,7 +15,7 @@ use std::{
     time::Instant,
 };
 
-use portcullis_benches::{median, row};
+use portcullis_benches::{libwrap::Libwrap, median, row};
 use portcullis_policy::{
     CertificateFact, CertificateFacts, Fact, Flow, Party, Policy, ProcessFact, ProcessFacts, Side,
 };
@@ -337,63 +336,16 @@ impl Subject {
     }
 }
 
-/// `hosts_ctl(daemon, name, address, user)`, tcpd.h.
-type HostsCtl = unsafe extern "C" fn(*const c_char, *const c_char, *const c_char, *const c_char) -> c_int;
-
-/// tcpd's library, if it is installed: `hosts_ctl` on a file of so many lines.
-struct Libwrap {
-    decide: HostsCtl,
-    allow: *mut *const c_char,
-    deny: *mut *const c_char,
-}
-
-#[expect(unsafe_code, reason = "a C library, found at run time so that the bench builds without it")]
-impl Libwrap {
-    fn new() -> Option<Self> {
-        // SAFETY: the names are C strings; libwrap's constructors have no preconditions.
-        let library = unsafe { libc::dlopen(c"libwrap.so.0".as_ptr(), libc::RTLD_NOW) };
-        if library.is_null() {
-            return None;
-        }
-        // SAFETY: `library` is open and stays so; the names are C strings.
-        let symbol = |name: &CStr| unsafe { libc::dlsym(library, name.as_ptr()) };
-        let (decide, allow, deny) =
-            (symbol(c"hosts_ctl"), symbol(c"hosts_allow_table"), symbol(c"hosts_deny_table"));
-        if decide.is_null() || allow.is_null() || deny.is_null() {
-            return None;
-        }
-        // SAFETY: this is hosts_ctl's type in tcpd.h: four strings, which it does not change, to an int.
-        let decide = unsafe { std::mem::transmute::<*mut c_void, HostsCtl>(decide) };
-        Some(Self { decide, allow: allow.cast(), deny: deny.cast() })
+/// Microseconds for one decision of libwrap's at the end of a file of so many lines.
+fn libwrap_takes(libwrap: &Libwrap, lines: usize) -> Option<f64> {
+    libwrap.load(lines, "").ok()?;
+    let mut turns = Vec::new();
+    for _ in 0..200 {
+        let begun = Instant::now();
+        black_box(libwrap.permits(c"none", c"192.0.2.1"));
+        turns.push(begun.elapsed().as_secs_f64() * 1e6);
     }
-
-    /// Microseconds for one decision at the end of a file of so many lines.
-    fn run(&self, lines: usize) -> Option<f64> {
-        let mut text = String::new();
-        for n in 0..lines {
-            let _infallible = writeln!(text, "d{}: 10.{}.{}.0/255.255.255.0", n % 97, n / 256 % 256, n % 256);
-        }
-        let path = std::env::temp_dir().join(format!("portcullis-bench-{}.allow", std::process::id()));
-        std::fs::write(&path, text).ok()?;
-        let name = std::ffi::CString::new(path.to_str()?).ok()?;
-        // SAFETY: both are libwrap's own variables, read by `hosts_ctl` on this thread only; the strings
-        // outlive the calls below.
-        unsafe {
-            *self.allow = name.as_ptr();
-            *self.deny = c"/dev/null".as_ptr();
-        }
-        let mut turns = Vec::new();
-        for _ in 0..200 {
-            let begun = Instant::now();
-            // SAFETY: four C strings that outlive the call.
-            black_box(unsafe {
-                (self.decide)(c"none".as_ptr(), c"".as_ptr(), c"192.0.2.1".as_ptr(), c"unknown".as_ptr())
-            });
-            turns.push(begun.elapsed().as_secs_f64() * 1e6);
-        }
-        let _best_effort = std::fs::remove_file(&path);
-        Some(median(turns))
-    }
+    Some(median(turns))
 }
 
 /// Compares two policies of which every `share`th rule differs.
@@ -465,7 +417,8 @@ fn main() {
     match Libwrap::new() {
         Some(libwrap) => {
             for lines in [100, 1_000, 10_000] {
-                let took = libwrap.run(lines).map_or_else(|| "failed".to_owned(), |us| format!("{us:.1} µs"));
+                let took = libwrap_takes(&libwrap, lines)
+                    .map_or_else(|| "failed".to_owned(), |us| format!("{us:.1} µs"));
                 row(&format!("libwrap hosts_ctl, {lines} lines: {took}"));
             }
         }
