@@ -148,3 +148,40 @@ fn a_locked_filter_follows_the_policy_of_every_broker_and_goes_on_reporting() {
     let shown = server.portcullis(&["ps"]).success();
     assert!(shown.contains("8003 for addresses, by kernel-filter"), "{shown}");
 }
+
+/// Connects as fast as it can for two seconds, and says how often that went well.
+const HURRY: &str = "import socket, struct, time\n\
+    n = 0\n\
+    end = time.time() + 2\n\
+    print('begun', flush=True)\n\
+    while time.time() < end:\n    \
+        s = socket.socket()\n    \
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n    \
+        try:\n        \
+            s.connect(('10.77.0.2', 8001)); n += 1\n    \
+        except OSError: pass\n    \
+        s.close()\n\
+    print('done', n, flush=True)\n";
+
+#[test]
+fn no_record_is_lost_with_a_broker() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    client.policy("allow tcp/8001(*, *);");
+    let script = "import socket\ns = socket.create_server(('', 8001), backlog=100)\nprint('up', flush=True)\n\
+        while True: s.accept()[0].close()";
+    let serving = Running::start(server.plain(&["/usr/bin/python3", "-c", script]));
+    serving.line("up");
+    let mut running = client.start(&["/usr/bin/python3", "-c", HURRY]);
+    running.line("begun");
+    for _ in 0..3 {
+        std::thread::sleep(std::time::Duration::from_millis(400));
+        let broker = || client.daemons().into_iter().find(|(_, name)| name == "broker");
+        kill(Pid::from_raw(eventually("there is a broker", broker).0), Signal::SIGKILL).unwrap();
+    }
+    let done: usize = running.line("done").trim_start_matches("done ").parse().unwrap();
+    running.wait();
+    let count =
+        || client.records().iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit").count();
+    eventually(&format!("all {done} are on record"), || (count() >= done).then_some(()));
+}
