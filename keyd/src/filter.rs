@@ -178,6 +178,11 @@ pub fn attach(
     Ok(map.into())
 }
 
+/// Any list, for [`crate::fuzzing`].
+pub(crate) fn read_any(nets: &[Net]) {
+    let _either = entries(nets);
+}
+
 /// Exchanges the list of a filter. Whoever is on both lists passes throughout. If the kernel cannot
 /// hold the new list, only what is on both or was added before the failure passes.
 pub fn refill(map: OwnedFd, nets: &[Net]) -> Result<(), FilterError> {

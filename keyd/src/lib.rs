@@ -20,6 +20,8 @@ mod cut;
 mod diag;
 mod error;
 mod filter;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod identity;
 mod packet;
 mod privileges;

@@ -431,6 +431,16 @@ fn epoch() -> u64 {
     u64::try_from(now.saturating_sub(Duration::from(monotonic)).as_nanos()).unwrap_or(0)
 }
 
+/// Any bytes as a broker could send them, for [`crate::fuzzing`].
+pub(crate) fn read_any(bytes: &[u8]) {
+    let Ok((_, head, rest)) = Head::decode(bytes) else { return };
+    let _either = list(&head, rest, None).map(|nets| filter::read_any(&nets));
+    let _either = Flow::read_from_bytes(rest);
+    if let Ok((_, json)) = Open::read_from_prefix(rest) {
+        crate::association::read_any(json);
+    }
+}
+
 /// A list of nets, from the frame or from a file. Read once: the file may change meanwhile.
 fn list(head: &Head, rest: &[u8], file: Option<OwnedFd>) -> io::Result<Vec<Net>> {
     let einval = || io::Error::from_raw_os_error(libc::EINVAL);

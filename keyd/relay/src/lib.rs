@@ -33,6 +33,8 @@ mod engine;
 mod event;
 mod exporter;
 mod flow;
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod hello;
 mod opening;

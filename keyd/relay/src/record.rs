@@ -161,7 +161,7 @@ impl Records {
     }
 
     /// Appends a small record of its own to `out`.
-    fn append(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) -> Result<(), Bad> {
+    pub(crate) fn append(&mut self, kind: ContentType, content: &[u8], out: &mut Vec<u8>) -> Result<(), Bad> {
         let start = out.len();
         out.extend_from_slice(&[0; HEADER]);
         out.extend_from_slice(content);

@@ -32,6 +32,39 @@ pub use names::{HostName, NameError, ProcessName, SpiffeId, TrustDomain};
 pub use peer::{Peer, describe};
 pub use verify::{Refusal, Seen, Verifier};
 
+/// Any bytes as a name, an extension, a list of members and a certificate, for [`crate::fuzzing`].
+///
+/// # Panics
+/// If what was read is not what would be written.
+pub(crate) fn read_any(bytes: &[u8]) {
+    fn facts_of<T>(bytes: &[u8])
+    where
+        T: serde::Serialize + for<'a> serde::Deserialize<'a> + PartialEq + std::fmt::Debug,
+    {
+        if let Ok(facts) = facts::decode::<T>(bytes) {
+            let written = facts::encode(&facts).map(|der| facts::decode(&der));
+            // What was padded is shorter when written, and what had escapes may be longer.
+            assert!(written.as_ref().map_or(true, |again| *again == Ok(facts)), "{written:?}");
+        }
+    }
+    facts_of::<HostFacts>(bytes);
+    facts_of::<ProcessFacts>(bytes);
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        if let Ok(id) = text.parse::<SpiffeId>() {
+            assert_eq!(id.to_string(), text, "one form for each");
+        }
+        let _either = toml::from_str::<Members>(text);
+    }
+    let der = rustls::pki_types::CertificateDer::from(bytes);
+    if let Ok(read) = peer::Read::from(&der) {
+        let _either = (read.id(), read.names().count());
+    }
+    if let Ok(issuing) = chain::Issuing::read(&der) {
+        let _either = Peer::from(&der, &issuing);
+    }
+    let _text = describe(&der);
+}
+
 /// Why an identity cannot be made, read or trusted.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

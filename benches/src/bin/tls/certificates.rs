@@ -1,63 +1,42 @@
-//! One root, one host, one leaf, as every system wants them: P-256, the chain as on the wire.
+//! One trust domain with one host, as `portcullis ca` makes it; every system uses the same files.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc, time::SystemTime};
 
-use portcullis_relay::{ClientSide, ServerSide, provider};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use rustls::{
-    RootCertStore,
-    client::WebPkiServerVerifier,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
-    sign::{CertifiedKey, SingleCertAndKey},
-};
+use portcullis_keyd::identity::{Authority, Enrolment, Host};
+use portcullis_relay::{ClientSide, ServerSide};
+use rustls::sign::SingleCertAndKey;
 
 use crate::Outcome;
 
 /// The name in the leaf, which every client side demands.
 pub(crate) const NAME: &str = "h1.example.com";
 
-/// Writes `ca.pem`, `chain.pem`, `key.pem`, and `both.pem` (chain and key).
+/// Writes `ca.pem`, `chain.pem`, `key.pem`, and `both.pem` (chain and key), and what keyd needs.
 pub(crate) fn write(folder: &Path) -> Outcome<()> {
-    let authority = |name: &str| -> Outcome<CertificateParams> {
-        let mut params = CertificateParams::new(vec![name.to_owned()])?;
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Ok(params)
-    };
-    let root = CertifiedIssuer::self_signed(authority("root")?, KeyPair::generate()?)?;
-    let host = CertifiedIssuer::signed_by(authority("host")?, KeyPair::generate()?, &root)?;
-    let key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(vec![NAME.to_owned()])?;
-    params.distinguished_name.push(rcgen::DnType::CommonName, NAME);
-    let leaf = params.signed_by(&key, &host)?;
-    let chain = leaf.pem() + &host.pem();
-    fs::write(folder.join("ca.pem"), root.pem())?;
-    fs::write(folder.join("both.pem"), chain.clone() + &key.serialize_pem())?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs().cast_signed();
+    let mut authority = Authority::init(&folder.join("authority"), "example.com".parse()?, now)?;
+    authority.enrol(&NAME.parse()?, &Enrolment::default(), folder, now)?;
+    let (chain, key) =
+        (fs::read_to_string(folder.join("host.crt"))?, fs::read_to_string(folder.join("host.key"))?);
+    fs::copy(folder.join("ca.crt"), folder.join("ca.pem"))?;
+    fs::write(folder.join("both.pem"), format!("{chain}{key}"))?;
     fs::write(folder.join("chain.pem"), chain)?;
-    fs::write(folder.join("key.pem"), key.serialize_pem())?;
+    fs::write(folder.join("key.pem"), key)?;
     Ok(())
 }
 
-fn roots(folder: &Path) -> Outcome<Arc<RootCertStore>> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(folder.join("ca.pem"))?)?;
-    Ok(Arc::new(roots))
-}
-
-fn identity(folder: &Path) -> Outcome<Arc<SingleCertAndKey>> {
-    let chain = CertificateDer::pem_file_iter(folder.join("chain.pem"))?.collect::<Result<_, _>>()?;
-    let key = PrivateKeyDer::from_pem_file(folder.join("key.pem"))?;
-    let key = CertifiedKey::new(chain, provider().key_provider.load_private_key(key)?);
-    Ok(Arc::new(SingleCertAndKey::from(key)))
+/// What keyd believes and shows.
+fn parts(folder: &Path) -> Outcome<(Arc<portcullis_keyd::identity::Verifier>, Arc<SingleCertAndKey>)> {
+    let host = Host::load(folder)?;
+    Ok((Arc::new(host.verifier()?), Arc::new(SingleCertAndKey::from(host.shown()))))
 }
 
 pub(crate) fn client(folder: &Path) -> Outcome<ClientSide> {
-    let verifier = WebPkiServerVerifier::builder_with_provider(roots(folder)?, provider()).build()?;
-    Ok(ClientSide::new(verifier, identity(folder)?, true)?)
+    let (verifier, identity) = parts(folder)?;
+    Ok(ClientSide::new(verifier, identity, true)?)
 }
 
 pub(crate) fn server(folder: &Path) -> Outcome<ServerSide> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(folder)?, provider()).build()?;
-    Ok(ServerSide::new(verifier, identity(folder)?)?)
+    let (verifier, identity) = parts(folder)?;
+    Ok(ServerSide::new(verifier, identity)?)
 }
