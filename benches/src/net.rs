@@ -47,12 +47,28 @@ impl Far {
         Ok(far)
     }
 
+    /// Its network namespace.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn namespace(&self) -> io::Result<fs::File> {
+        fs::File::open(format!("/var/run/netns/{}", self.name))
+    }
+
     /// A command at the far end.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
         command
+    }
+
+    /// The same command, at the far end.
+    #[must_use]
+    pub fn carry(&self, command: &Command) -> Command {
+        let mut carried = self.command(Path::new(command.get_program()));
+        carried.args(command.get_args());
+        carried
     }
 
     /// Starts a server at the far end; it is killed with the rest.

@@ -1,8 +1,11 @@
-//! What TLS needs of a cryptographic provider, by ring and by aws-lc-rs, taking turns. For docs/adr.
+//! What TLS needs of a cryptographic provider, by ring and by aws-lc-rs, taking turns. For docs/adr. And what keyd's
+//! certificates cost: to make one, and to verify one, whose host is known or new.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use portcullis_benches::{median, row};
+use portcullis_keyd::identity::{Authority, Enrolment, Host, ProcessFacts, Validity};
+use rustls::pki_types::UnixTime;
 
 const TURNS: usize = 9;
 /// One full TLS record.
@@ -100,6 +103,40 @@ fn by_aws_lc() -> Option<Vec<(&'static str, Work)>> {
     Some(works)
 }
 
+fn by_keyd() -> Option<Vec<(&'static str, Work)>> {
+    let folder = tempfile::tempdir().ok()?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs();
+    let seconds = now.cast_signed();
+    let mut authority = Authority::init(folder.path(), "example.com".parse().ok()?, seconds).ok()?;
+    let out = folder.path().join("h");
+    authority.enrol(&"h.example.com".parse().ok()?, &Enrolment::default(), &out, seconds).ok()?;
+    let host = Host::load(&out).ok()?;
+    let (known, new) = (host.verifier().ok()?, Host::load(&out).ok()?);
+    let facts =
+        ProcessFacts { exe: "/usr/bin/x".into(), sha256: "00".repeat(32), user: "u".into(), unit: None };
+    let make = move || host.mint(&"x".parse().ok()?, &facts, Validity::process(seconds)).ok();
+    let chain = make()?.shown.cert.clone();
+    let again = chain.clone();
+    let at = UnixTime::since_unix_epoch(Duration::from_secs(now));
+    Some(vec![
+        ("process certificate, made", Box::new(move || make().map(drop))),
+        (
+            "peer's certificate, host known",
+            Box::new(move || {
+                let (leaf, others) = chain.split_first()?;
+                known.check(leaf, others, true, at).ok().map(drop)
+            }),
+        ),
+        (
+            "peer's certificate, host new",
+            Box::new(move || {
+                let (leaf, others) = again.split_first()?;
+                new.verifier().ok()?.check(leaf, others, true, at).ok().map(drop)
+            }),
+        ),
+    ])
+}
+
 /// Microseconds of one call.
 fn time(work: &mut Work) -> Option<f64> {
     let began = Instant::now();
@@ -131,6 +168,10 @@ fn bench() -> Option<()> {
             let theirs = median(theirs);
             row(&format!("{name:32}{theirs:>10.2}{ours:>12.2}{:>8.2}", theirs / ours));
         }
+    }
+    for (name, mut work) in by_keyd()? {
+        let times: Option<Vec<f64>> = (0..TURNS).map(|_| time(&mut work)).collect();
+        row(&format!("{name:32}{:>10}{:>12.2}", "-", median(times?)));
     }
     Some(())
 }

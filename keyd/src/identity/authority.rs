@@ -196,7 +196,7 @@ impl Authority {
 
         let (issuing_key, host_key) = (Key::generate()?, Key::generate()?);
         let issuing = issue::issuing(&facts, &addresses, &issuing_key, (&self.root, &self.key), validity)?;
-        let issuer = Issuer::from_ca_cert_der(issuing.certificate.der(), issuing_key.pair())?;
+        let issuer = Issuer::from_ca_cert_der(issuing.certificate.der(), &issuing_key)?;
         let id = SpiffeId { domain: self.members.domain.clone(), host: name.clone(), process: None };
         let host = issue::leaf(&id, &addresses, &facts, None, &host_key, &issuer, validity)?;
 

@@ -4,15 +4,13 @@ use std::{net::IpAddr, path::Path, sync::Arc};
 
 use rcgen::Issuer;
 use rustls::{
-    crypto::aws_lc_rs::sign::any_ecdsa_type,
     pki_types::{CertificateDer, pem::PemObject},
     sign::CertifiedKey,
 };
-use zeroize::Zeroize;
 
 use super::{
     HostFacts, IdentityError, Key, Members, ProcessFacts, ProcessName, SpiffeId, TrustDomain, Validity,
-    Verifier, chain::Issuing, issue, peer::Peer,
+    Verifier, chain::Issuing, issue, key::InTls, peer::Peer,
 };
 
 /// What a host folder holds, read and checked: it can mint, and verify others.
@@ -20,7 +18,8 @@ use super::{
 pub struct Host {
     root: CertificateDer<'static>,
     issuing: CertificateDer<'static>,
-    key: Key,
+    /// Signs with the key of `issuing`.
+    issuer: Issuer<'static, Key>,
     facts: HostFacts,
     /// Last second of the issuing certificate.
     until: i64,
@@ -58,11 +57,8 @@ pub(super) fn certificate(path: &Path) -> Result<CertificateDer<'static>, Identi
     }
 }
 
-fn certified(chain: Vec<CertificateDer<'static>>, key: &Key) -> Result<Arc<CertifiedKey>, IdentityError> {
-    let mut der = key.for_tls();
-    let signing = any_ecdsa_type(&der);
-    der.zeroize();
-    Ok(Arc::new(CertifiedKey::new(chain, signing?)))
+fn certified(chain: Vec<CertificateDer<'static>>, key: Key) -> Arc<CertifiedKey> {
+    Arc::new(CertifiedKey::new(chain, Arc::new(InTls(Arc::new(key)))))
 }
 
 impl Host {
@@ -77,10 +73,10 @@ impl Host {
         let chain = certificates(&folder.join("host.crt"))?;
         let leaf = chain.first().ok_or_else(unfit)?;
         let addresses = Peer::from(leaf, &read).map_err(|_| unfit())?.addresses;
-        let shown = certified(chain, &Key::load(&folder.join("host.key"))?)?;
-        let key = Key::load(&folder.join("issuer.key"))?;
+        let shown = certified(chain, Key::load(&folder.join("host.key"))?);
+        let issuer = Issuer::from_ca_cert_der(&issuing, Key::load(&folder.join("issuer.key"))?)?;
         let (domain, until, facts) = (members.domain.clone(), read.until, read.facts);
-        Ok(Self { domain, root, issuing, key, facts, until, addresses, shown, members })
+        Ok(Self { domain, root, issuing, issuer, facts, until, addresses, shown, members })
     }
 
     /// Its name, `ver` and groups.
@@ -140,9 +136,7 @@ impl Host {
     /// the host has its key, so that filters need not be changed when the key daemon begins anew.
     #[must_use]
     pub fn mark(&self) -> u32 {
-        let mut der = self.key.for_tls();
-        let digest = ring::digest::digest(&ring::digest::SHA256, der.secret_der());
-        der.zeroize();
+        let digest = self.issuer.key().digest();
         let mark = digest.as_ref().first_chunk().map_or(1, |word| u32::from_ne_bytes(*word));
         mark.max(1)
     }
@@ -161,9 +155,8 @@ impl Host {
         };
         let validity = Validity { until: validity.until.min(self.until), ..validity };
         let key = Key::generate()?;
-        let issuer = Issuer::from_ca_cert_der(&self.issuing, self.key.pair())?;
-        let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &issuer, validity)?;
+        let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &self.issuer, validity)?;
         let chain = vec![made.certificate.der().clone(), self.issuing.clone()];
-        Ok(ProcessIdentity { shown: certified(chain, &key)?, id, serial: made.serial, validity })
+        Ok(ProcessIdentity { shown: certified(chain, key), id, serial: made.serial, validity })
     }
 }

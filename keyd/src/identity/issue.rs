@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, CidrSubnet, CustomExtension, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints,
-    SanType, SerialNumber,
+    ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyUsagePurpose, NameConstraints, SanType,
+    SerialNumber, SigningKey,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls::pki_types::CertificateDer;
@@ -88,7 +88,7 @@ pub fn root(domain: &TrustDomain, key: &Key, validity: Validity) -> Result<Issue
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.subject_alt_names = vec![uri(&format!("spiffe://{domain}"))?];
     params.use_authority_key_identifier_extension = false;
-    Ok(Issued { certificate: params.self_signed(key.pair())?, serial })
+    Ok(Issued { certificate: params.self_signed(key)?, serial })
 }
 
 /// What one host signs with. Its constraints hold for every DNS name and address below it; there is
@@ -116,8 +116,8 @@ pub fn issuing(
     params.name_constraints =
         Some(NameConstraints { permitted_subtrees: permitted, excluded_subtrees: excluded });
     params.custom_extensions = vec![CustomExtension::from_oid_content(&HOST_OID, facts::encode(host)?)];
-    let issuer = Issuer::from_ca_cert_der(root, root_key.pair())?;
-    Ok(Issued { certificate: params.signed_by(key.pair(), &issuer)?, serial })
+    let issuer = Issuer::from_ca_cert_der(root, root_key)?;
+    Ok(Issued { certificate: params.signed_by(key, &issuer)?, serial })
 }
 
 /// A host's own certificate, or one of its processes'.
@@ -127,7 +127,7 @@ pub fn leaf(
     host: &HostFacts,
     process: Option<&ProcessFacts>,
     key: &Key,
-    issuer: &Issuer<'_, &KeyPair>,
+    issuer: &Issuer<'_, impl SigningKey>,
     validity: Validity,
 ) -> Result<Issued, IdentityError> {
     // RFC 5280's upper bound for a common name is 64; the names that count are in the extension.
@@ -145,5 +145,5 @@ pub fn leaf(
         let content = facts::encode(process)?;
         params.custom_extensions.push(CustomExtension::from_oid_content(&PROCESS_OID, content));
     }
-    Ok(Issued { certificate: params.signed_by(key.pair(), issuer)?, serial })
+    Ok(Issued { certificate: params.signed_by(key, issuer)?, serial })
 }

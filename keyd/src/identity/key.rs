@@ -5,11 +5,12 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::Path,
+    sync::Arc,
 };
 
 use nix::unistd::geteuid;
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, SigningKey};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SigningKey};
+use rustls::{SignatureAlgorithm, SignatureScheme, sign::Signer};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::IdentityError;
@@ -60,19 +61,56 @@ impl Key {
         replace(path, pem.as_bytes(), 0o600)
     }
 
-    /// What certificates are signed with.
-    pub(super) const fn pair(&self) -> &KeyPair {
-        &self.0
-    }
-
     /// Signs a message (ECDSA, SHA-256, DER).
     pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
         Ok(self.0.sign(message)?)
     }
 
-    /// A copy for rustls, which wipes its own.
-    pub(super) fn for_tls(&self) -> PrivateKeyDer<'static> {
-        PrivatePkcs8KeyDer::from(self.0.serialize_der()).into()
+    /// A number that only who has the key can tell.
+    pub(super) fn digest(&self) -> ring::digest::Digest {
+        let der = Zeroizing::new(self.0.serialize_der());
+        ring::digest::digest(&ring::digest::SHA256, &der)
+    }
+}
+
+/// Certificates are made for it, and signed with it.
+impl PublicKeyData for Key {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.der_bytes()
+    }
+
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        self.0.algorithm()
+    }
+}
+
+impl rcgen::SigningKey for Key {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        self.0.sign(message)
+    }
+}
+
+/// A key as TLS uses it, without a copy.
+#[derive(Clone, Debug)]
+pub(super) struct InTls(pub(super) Arc<Key>);
+
+impl rustls::sign::SigningKey for InTls {
+    fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        offered.contains(&self.scheme()).then(|| Box::new(self.clone()) as _)
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::ECDSA
+    }
+}
+
+impl Signer for InTls {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rustls::Error> {
+        self.0.sign(message).map_err(|_| rustls::Error::General("signing failed".to_owned()))
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        SignatureScheme::ECDSA_NISTP256_SHA256
     }
 }
 
@@ -104,7 +142,7 @@ mod tests {
         key.save(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let again = Key::load(&path).unwrap();
-        assert_eq!(again.pair().serialize_der(), key.pair().serialize_der());
+        assert_eq!(again.digest().as_ref(), key.digest().as_ref());
         assert_eq!(format!("{key:?}"), "Key(<redacted>)");
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Barrier,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -18,50 +18,89 @@ use nix::sys::{
     },
 };
 
-use crate::Outcome;
+use portcullis_benches::net::Far;
+
+use crate::{Outcome, keyd::Broker};
 
 /// Connections at once in `connections`.
 const OPENERS: usize = 8;
 /// No measurement waits longer for an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Servers behind the pairs, as threads of this process.
-pub(crate) struct Backends {
+/// What stands behind a pair.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Server {
     /// Reads a length of eight bytes and then so much, and answers one byte: not every system passes on that
     /// a direction has ended.
-    pub(crate) sink: SocketAddr,
+    Sink,
     /// Sends back what comes.
-    pub(crate) echo: SocketAddr,
+    Echo,
+}
+
+/// Servers behind the pairs, as threads of this process, at the far end.
+pub(crate) struct Backends {
+    pub(crate) far: Far,
+}
+
+/// Where a pair is entered.
+#[derive(Clone)]
+pub(crate) enum Entry {
+    /// In plain.
+    Plain(SocketAddr),
+    /// As a wrapped program does.
+    Keyd(Arc<Broker>, SocketAddr),
 }
 
 impl Backends {
     pub(crate) fn start() -> Outcome<Self> {
         let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let (sink, echo) = (listen(any)?, listen(any)?);
-        let backends = Self { sink: sink.local_addr()?, echo: echo.local_addr()? };
-        thread::spawn(move || {
-            for mut stream in sink.incoming().flatten() {
-                thread::spawn(move || {
-                    let mut room = vec![0; 1 << 20];
-                    let mut size = [0; 8];
-                    if stream.read_exact(&mut size).is_err() {
-                        return;
-                    }
-                    let mut left = u64::from_be_bytes(size);
-                    while left > 0 {
-                        match stream.read(&mut room) {
-                            Ok(count) if count > 0 => left = left.saturating_sub(count as u64),
-                            _ => return,
-                        }
-                    }
-                    let _gone = stream.write_all(b"!");
-                });
-            }
+        Ok(Self { far: Far::new("tls")? })
+    }
+
+    /// Does something in the far network namespace.
+    pub(crate) fn at_far<T: Send>(&self, act: impl FnOnce() -> Outcome<T> + Send) -> Outcome<T> {
+        let namespace = self.far.namespace()?;
+        let done = thread::scope(|scope| {
+            let there = scope.spawn(move || -> Result<T, String> {
+                nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+                    .map_err(|e| e.to_string())?;
+                act().map_err(|e| e.to_string())
+            });
+            there.join().map_err(|_| "a thread at the far end panicked".to_owned())?
         });
-        thread::spawn(move || crate::load::echo(&echo));
-        Ok(backends)
+        Ok(done?)
+    }
+
+    /// Starts a server; the result is its listener.
+    pub(crate) fn serve(&self, what: Server, at: Ipv4Addr) -> Outcome<TcpListener> {
+        let listener = self.at_far(move || listen(SocketAddr::new(at.into(), 0)))?;
+        let serves = listener.try_clone()?;
+        thread::spawn(move || match what {
+            Server::Sink => sink(&serves),
+            Server::Echo => echo(&serves).unwrap_or_default(),
+        });
+        Ok(listener)
+    }
+}
+
+fn sink(listener: &TcpListener) {
+    for mut stream in listener.incoming().flatten() {
+        thread::spawn(move || {
+            let mut room = vec![0; 1 << 20];
+            let mut size = [0; 8];
+            if stream.read_exact(&mut size).is_err() {
+                return;
+            }
+            let mut left = u64::from_be_bytes(size);
+            while left > 0 {
+                match stream.read(&mut room) {
+                    Ok(count) if count > 0 => left = left.saturating_sub(count as u64),
+                    _ => return,
+                }
+            }
+            let _gone = stream.write_all(b"!");
+        });
     }
 }
 
@@ -110,15 +149,18 @@ pub(crate) fn listen(address: SocketAddr) -> Outcome<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
-fn open(to: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(to)?;
+fn open(to: &Entry) -> Outcome<TcpStream> {
+    let stream = match to {
+        Entry::Plain(address) => TcpStream::connect(address)?,
+        Entry::Keyd(broker, address) => broker.open(*address)?,
+    };
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
 
 /// Sends `size` bytes through one connection; bytes and seconds until the far end has them all.
-pub(crate) fn stream(to: SocketAddr, size: usize) -> Outcome<(f64, f64)> {
+pub(crate) fn stream(to: &Entry, size: usize) -> Outcome<(f64, f64)> {
     let mut stream = open(to)?;
     let chunk = vec![0x5a; 1 << 20];
     let began = Instant::now();
@@ -134,18 +176,18 @@ pub(crate) fn stream(to: SocketAddr, size: usize) -> Outcome<(f64, f64)> {
 }
 
 /// Opens, echoes one byte, closes, over and over; how many, and seconds.
-pub(crate) fn connections(to: SocketAddr, seconds: f64) -> Outcome<(f64, f64)> {
+pub(crate) fn connections(to: &Entry, seconds: f64) -> Outcome<(f64, f64)> {
     let stop = AtomicBool::new(false);
     let count = AtomicU32::new(0);
     let began = Instant::now();
     let failed = thread::scope(|scope| {
         let openers: Vec<_> = (0..OPENERS)
             .map(|_| {
-                scope.spawn(|| -> io::Result<()> {
+                scope.spawn(|| -> Result<(), String> {
                     while !stop.load(Ordering::Relaxed) {
-                        let mut stream = open(to)?;
-                        stream.write_all(b"x")?;
-                        stream.read_exact(&mut [0])?;
+                        let mut stream = open(to).map_err(|e| e.to_string())?;
+                        stream.write_all(b"x").map_err(|e| e.to_string())?;
+                        stream.read_exact(&mut [0]).map_err(|e| e.to_string())?;
                         count.fetch_add(1, Ordering::Relaxed);
                     }
                     Ok(())
@@ -163,7 +205,7 @@ pub(crate) fn connections(to: SocketAddr, seconds: f64) -> Outcome<(f64, f64)> {
 }
 
 /// Median microseconds of a round trip of 64 bytes.
-pub(crate) fn pingpong(to: SocketAddr, rounds: usize) -> Outcome<f64> {
+pub(crate) fn pingpong(to: &Entry, rounds: usize) -> Outcome<f64> {
     let mut stream = open(to)?;
     let mut message = [7; 64];
     let mut times = Vec::with_capacity(rounds);
@@ -178,7 +220,7 @@ pub(crate) fn pingpong(to: SocketAddr, rounds: usize) -> Outcome<f64> {
 }
 
 /// Opens `count` connections that have carried one byte and then nothing.
-pub(crate) fn idle(to: SocketAddr, count: usize) -> Outcome<Vec<TcpStream>> {
+pub(crate) fn idle(to: &Entry, count: usize) -> Outcome<Vec<TcpStream>> {
     let mut held = Vec::with_capacity(count);
     for _ in 0..count {
         let mut stream = open(to)?;
@@ -191,7 +233,7 @@ pub(crate) fn idle(to: SocketAddr, count: usize) -> Outcome<Vec<TcpStream>> {
 }
 
 /// Echoes 64 KiB in pieces of 4 KiB on `count` connections at once; milliseconds of the slowest piece.
-pub(crate) fn busy(to: SocketAddr, count: usize) -> Outcome<f64> {
+pub(crate) fn busy(to: &Entry, count: usize) -> Outcome<f64> {
     let mut streams = Vec::with_capacity(count);
     for _ in 0..count {
         streams.push(open(to)?);

@@ -1,11 +1,13 @@
-//! The relay engine by itself: a pair of it against stunnel, HAProxy and nginx in the same role.
-//! Same certificates, same run, interleaved.
+//! The relay engine by itself, and the real key daemons: a pair of each against stunnel, HAProxy and nginx in the same
+//! role. Same certificates, same link between two network namespaces, same run, interleaved. `keyd` has what the others
+//! lack: a certificate made for each association at both ends, and a broker's word for it.
 //!
 //! `tls [stream|connections|related|pingpong|idle|busy]...`, all but `busy` by default. `TLS_ROUNDS` sets how often
 //! each is measured (5), `TLS_ONLY` names the systems, as `portcullis,nginx`. `related` is a data connection of a
 //! session against a new association, both ours.
 
 mod certificates;
+mod keyd;
 mod load;
 mod process;
 mod relay;
@@ -18,7 +20,7 @@ use std::{
     path::Path,
 };
 
-use load::Backends;
+use load::{Backends, Server};
 use systems::{Running, SYSTEMS};
 
 pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -50,6 +52,7 @@ fn main() -> Outcome<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["relay", role, listen, target, folder] => relay::serve(role, listen, target, Path::new(folder)),
+        ["keyd", folder] => keyd::serve(Path::new(folder)),
         words => measure(words),
     }
 }
@@ -91,51 +94,51 @@ fn one(
 ) -> Outcome<()> {
     let mut note = |what: &'static str, value: f64| table.0.entry((what, name)).or_default().push(value);
     if wanted("stream") {
-        let pair = Running::start(name, folder, backends.sink)?;
-        load::stream(pair.entry, 64 << 20)?;
+        let pair = Running::start(name, folder, backends, Server::Sink)?;
+        load::stream(&pair.entry, 64 << 20)?;
         let before = pair.cpu()?;
-        let (bytes, seconds) = load::stream(pair.entry, 1 << 30)?;
+        let (bytes, seconds) = load::stream(&pair.entry, 1 << 30)?;
         note("stream", bytes / seconds / 1e6);
         note("stream cpu", (pair.cpu()? - before) / (bytes / f64::from(1 << 30)));
     }
     if wanted("connections") {
-        let pair = Running::start(name, folder, backends.echo)?;
-        load::connections(pair.entry, 0.2)?;
+        let pair = Running::start(name, folder, backends, Server::Echo)?;
+        load::connections(&pair.entry, 0.2)?;
         let before = pair.cpu()?;
-        let (count, seconds) = load::connections(pair.entry, 2.0)?;
+        let (count, seconds) = load::connections(&pair.entry, 2.0)?;
         note("connections", count / seconds);
         note("connection cpu", (pair.cpu()? - before) / count * 1e6);
     }
     if wanted("related") && name == "portcullis" {
-        let pair = Running::start(systems::RELATED, folder, backends.echo)?;
-        load::connections(pair.entry, 0.2)?;
+        let pair = Running::start(systems::RELATED, folder, backends, Server::Echo)?;
+        load::connections(&pair.entry, 0.2)?;
         let before = pair.cpu()?;
-        let (count, seconds) = load::connections(pair.entry, 2.0)?;
+        let (count, seconds) = load::connections(&pair.entry, 2.0)?;
         note("related", count / seconds);
         note("related cpu", (pair.cpu()? - before) / count * 1e6);
     }
     if wanted("pingpong") {
-        let pair = Running::start(name, folder, backends.echo)?;
-        load::pingpong(pair.entry, 500)?;
+        let pair = Running::start(name, folder, backends, Server::Echo)?;
+        load::pingpong(&pair.entry, 500)?;
         let before = pair.cpu()?;
-        note("pingpong", load::pingpong(pair.entry, 20_000)?);
+        note("pingpong", load::pingpong(&pair.entry, 20_000)?);
         note("pingpong cpu", (pair.cpu()? - before) / 20_000.0 * 1e6);
     }
     if wanted("idle") {
-        let pair = Running::start(name, folder, backends.echo)?;
-        let _warm = load::idle(pair.entry, 50)?;
+        let pair = Running::start(name, folder, backends, Server::Echo)?;
+        let _warm = load::idle(&pair.entry, 50)?;
         let before = pair.memory()?;
-        let held = load::idle(pair.entry, 1000)?;
+        let held = load::idle(&pair.entry, 1000)?;
         note("idle", (pair.memory()? - before) / 1000.0);
         drop(held);
     }
     if wanted("busy") {
-        let pair = Running::start(name, folder, backends.echo)?;
+        let pair = Running::start(name, folder, backends, Server::Echo)?;
         // Two descriptors each, in every process.
         let room = load::descriptors()? / 2;
-        let idle = load::idle(pair.entry, room.saturating_sub(BUSY + 100).min(IDLE))?;
+        let idle = load::idle(&pair.entry, room.saturating_sub(BUSY + 100).min(IDLE))?;
         say(&format!("{name}: {} idle", idle.len()));
-        note("busy slowest", load::busy(pair.entry, BUSY)?);
+        note("busy slowest", load::busy(&pair.entry, BUSY)?);
         drop(idle);
     }
     Ok(())

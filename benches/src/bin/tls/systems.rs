@@ -1,39 +1,68 @@
-//! The four systems in the same role: a client side and a server side, each a process of its own.
+//! The systems in the same role: a client side, and at the far end of a link a server side, each a process of its own.
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use crate::{Outcome, certificates::NAME, process, say};
+use crate::{
+    Outcome,
+    certificates::{self, FAR, NAME},
+    keyd::Broker,
+    load::{Backends, Entry, Server},
+    process, say,
+};
 
-pub(crate) const SYSTEMS: [&str; 4] = ["portcullis", "nginx", "haproxy", "stunnel"];
+pub(crate) const SYSTEMS: [&str; 5] = ["portcullis", "keyd", "nginx", "haproxy", "stunnel"];
 
+/// The real key daemons, a certificate for each association and a broker's word included.
+const KEYD: &str = "keyd";
 /// Ours, as between the two ends of one session: each handshake resumes the one before.
 pub(crate) const RELATED: &str = "portcullis, related";
 
 /// A pair that is up; dropping it ends it.
 pub(crate) struct Running {
     sides: Vec<Child>,
-    /// Where plain connections enter.
-    pub(crate) entry: SocketAddr,
+    /// Where connections enter.
+    pub(crate) entry: Entry,
 }
 
 impl Running {
-    /// Starts both sides of `name` in front of `backend`.
-    pub(crate) fn start(name: &str, folder: &Path, backend: SocketAddr) -> Outcome<Self> {
-        let (entry, middle) = (free()?, free()?);
-        let mut running = Self { sides: Vec::new(), entry };
+    /// Starts both sides of `name` in front of a server.
+    pub(crate) fn start(name: &str, folder: &Path, backends: &Backends, server: Server) -> Outcome<Self> {
+        if name == KEYD {
+            return Self::start_keyd(folder, backends, server);
+        }
+        let backend = backends.serve(server, Ipv4Addr::LOCALHOST)?.local_addr()?;
+        let (entry, middle) = (free(Ipv4Addr::LOCALHOST)?, backends.at_far(|| free(FAR))?);
+        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(entry) };
         for (role, listen, target) in [("server", middle, backend), ("client", entry, middle)] {
             let mut command = command(name, role, listen, target, folder)?;
+            if role == "server" {
+                command = backends.far.carry(&command);
+            }
             let log = fs::File::create(folder.join(format!("{name}-{role}.log")))?;
             command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
             running.sides.push(command.spawn()?);
             wait_for(listen)?;
         }
+        Ok(running)
+    }
+
+    /// The daemons themselves: the program at each end has no more to do with them than a wrapped one has.
+    fn start_keyd(folder: &Path, backends: &Backends, server: Server) -> Outcome<Self> {
+        let me = std::env::current_exe()?;
+        let listener = backends.serve(server, FAR)?;
+        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(listener.local_addr()?) };
+        let (far, protects) = Broker::start(backends.far.command(&me), folder, true)?;
+        running.sides.push(far);
+        protects.protect(&listener)?;
+        let (near, opens) = Broker::start(Command::new(&me), &certificates::near(folder), true)?;
+        running.sides.push(near);
+        running.entry = Entry::Keyd(opens, listener.local_addr()?);
         Ok(running)
     }
 
@@ -87,8 +116,8 @@ pub(crate) fn show_logs(name: &str, folder: &Path) {
 }
 
 /// An address that nobody listens on.
-fn free() -> Outcome<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+fn free(at: Ipv4Addr) -> Outcome<SocketAddr> {
+    Ok(TcpListener::bind((at, 0))?.local_addr()?)
 }
 
 fn wait_for(address: SocketAddr) -> Outcome<()> {
