@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
     sync::OnceLock,
+    time::UNIX_EPOCH,
 };
 
 use crate::{error::BackstopError, sys};
@@ -99,12 +100,19 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Backstop
     move |source| BackstopError::Cgroup { what, path: path.to_path_buf(), source }
 }
 
-/// Name of the cgroups of one state folder, so that several can stand side by side.
+/// Name of the cgroups of one state folder, so that several can stand side by side. A folder that was removed and
+/// made again is another one: the supervisor of the first may still be taking its cgroups away.
 #[must_use]
 pub fn cgroup_name(state: &Path) -> String {
-    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::{ffi::OsStrExt, fs::MetadataExt};
+    let mut told = state.as_os_str().as_bytes().to_vec();
+    if let Ok(meta) = fs::metadata(state) {
+        let born = meta.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        told.extend([meta.dev(), meta.ino()].iter().flat_map(|n| n.to_ne_bytes()));
+        told.extend(born.map_or(0, |at| at.as_nanos()).to_ne_bytes());
+    }
     // FNV-1a: names, not secrets.
-    let hash = state.as_os_str().as_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+    let hash = told.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     });
     format!("{PREFIX}{hash:016x}")

@@ -3,7 +3,7 @@
 
 use std::{
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::Path,
     thread::{self, JoinHandle},
 };
 
@@ -16,7 +16,8 @@ type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Backing {
-    state: PathBuf,
+    /// What the cgroups of this state folder are called.
+    name: String,
     wanted: bool,
     /// The first broker's, which is loaded while that broker starts.
     ahead: Option<JoinHandle<Loaded>>,
@@ -28,9 +29,9 @@ pub struct Backing {
 
 impl Backing {
     /// Nothing yet. `wanted`: whether there shall be a backstop.
-    pub fn new(state: PathBuf, wanted: bool) -> Self {
+    pub fn new(state: &Path, wanted: bool) -> Self {
         let ahead = wanted.then(|| thread::spawn(load_for_another));
-        Self { state, wanted, ahead, ..Self::default() }
+        Self { name: cgroup_name(state), wanted, ahead, ..Self::default() }
     }
 
     /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
@@ -65,7 +66,7 @@ impl Backing {
     /// The process is where it was.
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
         let Some(attacher) = &self.attacher else { return Ok(false) };
-        let cgroup = match Cgroup::below(pid, &cgroup_name(&self.state)) {
+        let cgroup = match Cgroup::below(pid, &self.name) {
             // No cgroup v2 in this container: `ps` shows that the backstop does not hold it.
             Err(BackstopError::NoHierarchy | BackstopError::NoCgroup(_)) => return Ok(false),
             found => found?,

@@ -114,7 +114,7 @@ impl Parts {
             keyd: None,
             leads: None,
             broker: None,
-            backing: Backing::new(args.state.clone(), geteuid().is_root() && !args.no_backstop),
+            backing: Backing::new(&args.state, geteuid().is_root() && !args.no_backstop),
             handover: Handover::default(),
             health: Health::Starting,
             delay: FIRST_DELAY,
