@@ -178,15 +178,17 @@ int main(int n, char **words) {
 fn signals_and_time_limits_are_as_natively_and_make_no_second_record() {
     let net = Net::new(&["other", "host"]);
     let [_, host] = net.hosts();
-    // Where nobody answers: the neighbour is not there, and is given up after some seconds.
-    let nobody = "10.77.0.200";
+    // Where nobody answers: the neighbour is not there, and is given up after some seconds. Each run asks for
+    // one of its own: the search that another began could end before the signal comes.
+    let mut nobody = (200..).map(|number| format!("10.77.0.{number}"));
+    let mut next = || nobody.next().unwrap();
     let native = build(host, "signals", SIGNALS);
-    let expected = Finished::of(&mut host.plain(&[&native, nobody])).success();
+    let expected = Finished::of(&mut host.plain(&[&native, &next()])).success();
     assert!(expected.starts_with("interrupted: Interrupted system call\nrestarted: No route to host\n"));
     for host in both(host) {
         let program = build(&host, "signals", SIGNALS);
         host.policy(ALLOW_ALL);
-        assert_eq!(Finished::of(&mut run(&host, &[&program, nobody])).success(), expected);
+        assert_eq!(Finished::of(&mut run(&host, &[&program, &next()])).success(), expected);
         let connects = host.records().into_iter().filter(|r| r["op"] == "connect").count();
         assert_eq!(connects, 3, "one for each socket");
     }
