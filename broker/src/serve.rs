@@ -97,6 +97,8 @@ struct Process {
     at: ProcDir,
     context: Rc<Context>,
     memory: Option<tables::Memory>,
+    /// What the guard need not judge again.
+    learned: Option<guard::Learned>,
     /// Who the kernel said it was when the context was last seen to be true.
     seen: Option<Holder>,
     /// User that its descriptors and memory are counted for.

@@ -238,7 +238,7 @@ int main(int n, char **words) {
 	good = htons(atoi(words[1])), bad = htons(atoi(words[2]));
 	to.sin_addr.s_addr = inet_addr("127.0.0.1"), to.sin_port = good;
 	pthread_create(&other, 0, flip, 0);
-	for (int i = 0; i < 300; i++) {
+	for (int i = 0; i < 150; i++) {
 		int fd = socket(AF_INET, SOCK_STREAM, 0);
 		connect(fd, (void *)&to, sizeof to);
 		close(fd);
@@ -254,7 +254,7 @@ int main(int n, char **words) {
 	to.sin_port = bad;
 	dup2(unix_, 100);
 	pthread_create(&other, 0, swap, 0);
-	for (int i = 0; i < 500; i++) connect(100, (void *)&to, sizeof to);
+	for (int i = 0; i < 200; i++) connect(100, (void *)&to, sizeof to);
 	stop = 1;
 	pthread_join(other, 0);
 	puts("done");

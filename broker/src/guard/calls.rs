@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use portcullis_guard::listener::Notification;
 use portcullis_types::Protocol;
+use portcullis_wire::{Addr, addr::Family};
 
 /// Longest address that the kernel takes (`sizeof(struct sockaddr_storage)`, socket(7)).
 pub const ADDRESS: usize = 128;
@@ -134,6 +135,24 @@ fn v6(rest: &[u8]) -> Option<SocketAddr> {
     Some(SocketAddr::V6(SocketAddrV6::new(ip, port, u32::from_be_bytes(*flow), scope)))
 }
 
+/// A `struct sockaddr` of an address.
+#[must_use]
+pub fn bytes_of(addr: &Addr) -> Vec<u8> {
+    let six = addr.family == Family::V6 as u8;
+    let family = u16::try_from(if six { libc::AF_INET6 } else { libc::AF_INET }).unwrap_or(0);
+    let mut bytes = family.to_ne_bytes().to_vec();
+    bytes.extend(addr.port.to_be_bytes());
+    if six {
+        bytes.extend(addr.flow.to_ne_bytes());
+        bytes.extend(addr.ip);
+        bytes.extend(addr.scope.to_ne_bytes());
+    } else {
+        bytes.extend(addr.ip.iter().take(4));
+        bytes.extend([0; 8]);
+    }
+    bytes
+}
+
 /// Length of a `struct msghdr` on 64-bit hosts; one of sendmmsg(2)'s has eight bytes more.
 pub const HEADER: usize = 56;
 
@@ -234,6 +253,15 @@ mod tests {
         assert_eq!(address(&six), Named::Address("[::1]:21".parse().unwrap()));
         assert_eq!(address(&[1, 0, b'/']), Named::Nothing);
         assert_eq!(address(&[]), Named::Nothing);
+    }
+
+    #[test]
+    fn an_address_is_written_as_it_is_read() {
+        for text in ["192.0.2.1:21", "[2001:db8::1]:80"] {
+            let at: SocketAddr = text.parse().unwrap();
+            assert_eq!(address(&bytes_of(&Addr::from(at))), Named::Address(at));
+        }
+        assert_eq!(bytes_of(&Addr::from("192.0.2.1:21".parse::<SocketAddr>().unwrap())).len(), 16);
     }
 
     #[test]

@@ -90,6 +90,16 @@ pub fn process_of(tid: i32) -> Option<(i32, u32, u32)> {
     Some((i32::try_from(field("Tgid:")?).ok()?, field("Uid:")?, field("Gid:")?))
 }
 
+/// Whether two processes have one memory (kcmp(2), `KCMP_VM`), as after vfork(2).
+#[must_use]
+pub fn share_memory(one: i32, other: i32) -> bool {
+    const KCMP_VM: i32 = 1; // linux/kcmp.h
+    // SAFETY: numbers.
+    #[expect(unsafe_code, reason = "no wrapper in nix")]
+    let differ = unsafe { nix::libc::syscall(nix::libc::SYS_kcmp, one, other, KCMP_VM, 0, 0) };
+    differ == 0
+}
+
 /// Whether descriptor `number` of a thread is the socket with this inode. Threads share their descriptors as a
 /// rule, but need not (unshare(2), `CLONE_FILES`).
 #[must_use]

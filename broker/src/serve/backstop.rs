@@ -9,14 +9,14 @@ use std::{
 
 use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region, cgroup_name};
 use portcullis_types::{Assurance, Generation, Lane, Op, Protocol, RuleId};
-use portcullis_wire::shared::Entry;
+use portcullis_wire::{Addr, shared::Entry};
 
 use super::{Broker, Source, far::is_wrapped, flows::Flow, judge::Call, word};
 use crate::{
     Mode,
     audit::{Line, More},
     process::ProcessKey,
-    sys::{monotonic, realtime},
+    sys::{monotonic, realtime, socket::Facts},
 };
 
 /// How long a call that was judged may take to be made. A stopped program asks again.
@@ -155,6 +155,25 @@ impl Broker {
             within: PATIENCE,
         };
         kernel.backstop.grant_once(holder, &once).is_ok()
+    }
+
+    /// Lets the broker itself connect a wrapped program's socket to a token, once.
+    pub(super) fn grant_ourselves(&mut self, facts: &Facts, token: &Addr) {
+        let Some(kernel) = &mut self.kernel else { return };
+        let me = nix::unistd::gettid().as_raw().cast_unsigned();
+        let (Ok(Some(me)), Some(at)) = (kernel.backstop.identify(me), token.socket_addr()) else { return };
+        let once = Once {
+            cookie: Some(facts.cookie),
+            op: Op::Connect,
+            protocol: facts.protocol,
+            addr: key(at.ip()),
+            port: at.port(),
+            calls: 2, // the second one learns how it went
+            rule: None,
+            within: PATIENCE,
+        };
+        // Without it the kernel refuses, and so is the program.
+        let _ = kernel.backstop.grant_once(me.in_netns(facts.namespace), &once);
     }
 
     /// Lets a whole region pass, of which the process has been told that it need not ask again.

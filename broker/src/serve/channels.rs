@@ -307,6 +307,7 @@ impl Broker {
                 at,
                 context: Rc::new(context),
                 memory: None,
+                learned: None,
                 seen: None,
                 counted: writer.uid,
                 source,
@@ -365,6 +366,7 @@ impl Broker {
         {
             memory.clear(self.in_force.as_ref().map_or(0, |f| f.generation));
         }
+        process.learned = None;
         process.seen = now.filter(|n| n.uid == context.credentials.uid);
         process.context = Rc::new(context);
         true

@@ -124,11 +124,14 @@ impl Broker {
         let judgement = &finding.judgement;
         if judgement.permitted
             && judgement.observed.is_none()
-            // Whoever asks by the guard has no table to look into.
-            && call.via != "guard"
-            && self.cache_region(key, call, finding, rule.as_ref())
+            && let Some(entry) = self.cacheable(key, call, finding)
         {
-            reply.flags |= Flags::CACHED;
+            // Whoever asks by the guard has no table to look into.
+            if call.via == "guard" {
+                self.learn(key, entry);
+            } else if self.cache(key, entry, rule.clone()) {
+                reply.flags |= Flags::CACHED;
+            }
         }
         let Some((socket, facts)) = &call.socket else { return };
         if call.protocol == Protocol::TCP {
@@ -222,17 +225,11 @@ impl Broker {
         );
     }
 
-    /// Puts a permit into the process's table, if it depends on nothing that the table cannot tell.
-    fn cache_region(
-        &mut self,
-        key: ProcessKey,
-        call: &Call,
-        finding: &Finding,
-        rule: Option<&RuleText>,
-    ) -> bool {
+    /// How far around a permit holds, if it depends on nothing that a table cannot tell.
+    fn cacheable(&self, key: ProcessKey, call: &Call, finding: &Finding) -> Option<Entry> {
         let (Some(force), Some(remote), Some(facts)) = (self.in_force.clone(), call.remote, call.facts())
         else {
-            return false;
+            return None;
         };
         // A process elsewhere may see other hosts under the same addresses.
         let here = facts.namespace == self.namespace && self.namespace != 0;
@@ -242,18 +239,16 @@ impl Broker {
             Op::Receive => true,
             _ => false,
         };
-        let Some(mut region) = finding.judgement.region.clone().filter(|_| here && cacheable) else {
-            return false;
-        };
+        let mut region = finding.judgement.region.clone().filter(|_| here && cacheable)?;
         let outbound = call.op.is_outbound();
-        let Some(context) = self.context_of(key) else { return false };
+        let context = self.context_of(key)?;
         let papers = self.papers(&force.policy, &context, call);
         if force.policy.uses_addresses_of(if outbound { Side::From } else { Side::To }) {
             // The same must hold from (or at) whichever own address the next flow has.
             let same_family = |ip: &IpAddr| ip.is_ipv4() == remote.is_ipv4();
             let own: Vec<IpAddr> = self.own.iter().filter(same_family).collect();
             if own.is_empty() || own.len() > 32 {
-                return false;
+                return None;
             }
             for near in own {
                 let mut question =
@@ -263,7 +258,7 @@ impl Broker {
                 let (true, true, Some(other)) =
                     (there.permitted, there.rule == finding.judgement.rule, there.region)
                 else {
-                    return false;
+                    return None;
                 };
                 if other.prefix.prefix_len() > region.prefix.prefix_len() {
                     region.prefix = other.prefix;
@@ -273,16 +268,15 @@ impl Broker {
                 region.ports = low..=high;
             }
         }
-        let Some(prefix) = around(&region, remote.ip(), self.holes()) else { return false };
-        let entry = Entry {
+        let prefix = around(&region, remote.ip(), self.holes())?;
+        Some(Entry {
             shape: Shape { call: call.op as u8, protocol: call.protocol.0, prefix },
             addr: Addr::from(remote).key(),
             port_low: *region.ports.start(),
             port_high: *region.ports.end(),
             rule: finding.judgement.rule.map_or(u32::MAX, |r| r.0),
             assurance: finding.judgement.assurance as u8,
-        };
-        self.cache(key, entry, rule.cloned())
+        })
     }
 
     /// What no cached region may contain: this host, where both ends are known, and members, who are protected.

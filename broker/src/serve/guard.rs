@@ -12,9 +12,12 @@
 
 mod accept;
 mod judging;
+mod known;
 mod proxy;
 mod reach;
 mod waiting;
+
+pub(super) use self::known::Learned;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -37,7 +40,7 @@ use crate::{
         target,
     },
     process::ProcessKey,
-    sys::{has_ended, message::Writer},
+    sys::message::Writer,
 };
 
 /// How many held calls of one tree are answered in a row, so that none starves the others.
@@ -61,6 +64,8 @@ pub(super) struct Guards {
     accepting: HashMap<u64, accept::Accepting>,
     /// Questions of the shim whose calls are still to come, with the generation that judged them.
     asked: HashSet<judging::Ticket>,
+    /// Threads beside their process's first.
+    threads: HashMap<i32, ProcessKey>,
     /// Answers that came too late, by thread.
     unheard: HashMap<i32, judging::Unheard>,
     /// The addresses that the call in hand named.
@@ -70,6 +75,10 @@ pub(super) struct Guards {
 impl Guards {
     pub(super) fn is_empty(&self) -> bool {
         self.trees.is_empty()
+    }
+
+    fn has_ticket_of(&self, key: ProcessKey) -> bool {
+        self.asked.iter().any(|ticket| ticket.key == key)
     }
 
     /// Whether some tree is held by the guard alone.
@@ -229,11 +238,13 @@ impl Broker {
             return REFUSED; // of a process namespace that this one cannot see
         }
         let Some(by_proxy) = self.guards.trees.get(&tree).map(|t| t.by_proxy) else { return REFUSED };
+        if let Some(outcome) = self.serve_known(tree, by_proxy, call, line) {
+            return outcome;
+        }
         self.begin_asking(tid);
-        // A process that is known and lives has its number to itself: then the thread is its first.
-        let known = self.by_pid.get(&tid).and_then(|key| self.processes.get(key));
+        let known = self.thread_of(tid).and_then(|key| self.processes.get(&key));
         let asker = match known {
-            Some(process) if !has_ended(process.pidfd.as_fd()) => Some((tid, process.counted, 0)),
+            Some(process) => Some((process.context.key.pid, process.counted, 0)),
             _ => target::process_of(tid),
         };
         let Some((pid, uid, gid)) = asker else { return REFUSED };
@@ -253,6 +264,7 @@ impl Broker {
             return REFUSED;
         }
         self.forget_interrupted(key);
+        self.know_thread(tid, key);
         let held = Held { tree, call: *call, key, by_proxy };
         match what {
             Asked::Socket { domain, kind, protocol } => {
@@ -294,6 +306,7 @@ impl Broker {
         self.forget_accepts(|_, held| held.key == key);
         self.forget_kept(key);
         self.guards.asked.retain(|ticket| ticket.key != key);
+        self.guards.threads.retain(|_, of| *of != key);
         self.guards.unheard.retain(|_, unheard| unheard.key != key);
     }
 }

@@ -4,6 +4,7 @@ use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     ops::RangeInclusive,
     os::fd::{AsFd, OwnedFd},
+    rc::Rc,
 };
 
 use portcullis_policy::{Policy, Side};
@@ -178,15 +179,27 @@ impl Broker {
         }
         self.drain(key);
         let Some(context) = self.context_of(key) else { return };
-        let mut finding = self.consider(&context, call);
+        let finding = self.consider(&context, call);
+        self.settle(key, &context, call, finding, reply);
+    }
+
+    /// Puts what was found on record, does what follows, and fills in the answer.
+    pub(super) fn settle(
+        &mut self,
+        key: ProcessKey,
+        context: &Rc<Context>,
+        call: &Call,
+        mut finding: Finding,
+        reply: &mut Reply,
+    ) {
         if self.refuses_for_log() && !self.log.retry(realtime()) {
             let why = self.log.error().unwrap_or("unknown").to_owned();
             finding = Finding::of(Judgement::refusal(format!("the audit log cannot be written: {why}")));
         }
-        self.protect(&context, call, &mut finding);
+        self.protect(context, call, &mut finding);
         let permitted = finding.judgement.permitted || self.mode == Mode::Audit;
         let rule = self.rule_text(finding.judgement.rule);
-        let seq = self.record(&context, call, &finding, rule.as_ref());
+        let seq = self.record(context, call, &finding, rule.as_ref());
         let written = self.log.commit();
         self.renew_lease();
         let permitted = permitted && (written || !self.refuses_for_log());
@@ -215,7 +228,7 @@ impl Broker {
             reply.errno = native;
         } else if permitted {
             self.rewrite(call, &finding, reply);
-            self.follow(key, &context, call, &finding, rule, seq, reply);
+            self.follow(key, context, call, &finding, rule, seq, reply);
             let token = finding.opened.as_ref().and_then(|it| it.places.inner_remote.socket_addr());
             self.grant_call(call, token, Flags(reply.flags).has(Flags::CACHED));
         } else {

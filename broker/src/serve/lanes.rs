@@ -255,9 +255,6 @@ impl Broker {
             finding.judgement =
                 Judgement { rule, ..Judgement::refusal(format!("cannot be protected: {why}")) };
         };
-        if call.via == "guard" {
-            return refuse(finding, "lane tls is there for calls that come through the shim alone");
-        }
         let (Some((socket, facts)), Some(remote)) = (&call.socket, call.remote) else {
             return refuse(finding, "its socket could not be taken");
         };

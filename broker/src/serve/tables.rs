@@ -155,7 +155,9 @@ impl Broker {
         let keys: Vec<_> = self.processes.keys().copied().collect();
         for key in keys {
             self.drain(key);
-            if let Some(memory) = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut()) {
+            let Some(process) = self.processes.get_mut(&key) else { continue };
+            process.learned = None;
+            if let Some(memory) = &mut process.memory {
                 memory.clear(generation);
             }
         }

@@ -147,6 +147,28 @@ impl ProcDir {
         Ok(FileId::from(&fstatat(&self.0, "exe", AtFlags::empty())?))
     }
 
+    /// Its memory, for reading: that of the image it has now, and of no other.
+    ///
+    /// # Errors
+    /// Gone, or not to be looked at without more rights.
+    pub fn memory(&self) -> io::Result<File> {
+        self.file("mem")
+    }
+
+    /// Effective user, of its first thread.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn owner(&self) -> io::Result<u32> {
+        Ok(fstat(&self.0)?.st_uid)
+    }
+
+    /// Whether a thread is one of its.
+    #[must_use]
+    pub fn has_thread(&self, tid: i32) -> bool {
+        fstatat(&self.0, format!("task/{tid}").as_str(), AtFlags::empty()).is_ok()
+    }
+
     /// What it executes.
     ///
     /// # Errors

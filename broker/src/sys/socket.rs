@@ -74,6 +74,30 @@ impl Facts {
         })
     }
 
+    /// As [`Self::of`], as far as a new TCP connection needs it.
+    ///
+    /// # Errors
+    /// `ENOTSOCK`; `EPROTOTYPE` for another kind of socket.
+    pub fn of_stream(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        let domain: i32 = option(socket, libc::SO_DOMAIN)?;
+        let number: i32 = option(socket, libc::SO_PROTOCOL)?;
+        if ![libc::AF_INET, libc::AF_INET6].contains(&domain) || number != libc::IPPROTO_TCP {
+            return Err(io::Error::from_raw_os_error(libc::EPROTOTYPE));
+        }
+        Ok(Self {
+            domain,
+            kind: libc::SOCK_STREAM,
+            protocol: Protocol::TCP,
+            multipath: false,
+            cookie: option(socket, SO_COOKIE)?,
+            inode: 0,
+            namespace: option(socket, SO_NETNS_COOKIE).unwrap_or(0),
+            local: getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok().and_then(|a| inet(&a)),
+            remote: None,
+            listening: false,
+        })
+    }
+
     /// Whether it carries datagrams.
     #[must_use]
     pub fn is_datagram(&self) -> bool {

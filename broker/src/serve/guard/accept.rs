@@ -14,10 +14,11 @@ use nix::sys::{
 };
 use portcullis_guard::book::Line;
 use portcullis_types::{Op, Protocol};
+use portcullis_wire::Addr;
 
 use super::{CONTINUE, Held, Outcome, deadline, fail, judging::Found};
 use crate::{
-    guard::target,
+    guard::{calls, target},
     process::ProcessKey,
     serve::{Broker, Source, judge::Call},
     sys::{proxy, socket::Facts},
@@ -114,7 +115,7 @@ impl Broker {
                 Some(kept) => (kept.socket, kept.name),
                 None => match proxy::accept(listener.as_fd(), wanted.flags) {
                     Ok((socket, name)) => match self.judge_arrival(held, socket) {
-                        Some(socket) => (socket, name),
+                        Some((socket, instead)) => (socket, instead.map_or(name, |at| calls::bytes_of(&at))),
                         None => continue,
                     },
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return None,
@@ -138,10 +139,10 @@ impl Broker {
         None
     }
 
-    /// Judges who has arrived; a stranger is reset.
-    fn judge_arrival(&mut self, held: &Held, socket: OwnedFd) -> Option<OwnedFd> {
+    /// Judges who has arrived, and tells the true name of one that came by a token; a stranger is reset.
+    fn judge_arrival(&mut self, held: &Held, socket: OwnedFd) -> Option<(OwnedFd, Option<Addr>)> {
         let facts = Facts::of(socket.as_fd()).ok()?;
-        let call = Call {
+        let mut call = Call {
             op: Op::Accept,
             protocol: facts.protocol,
             local: facts.local,
@@ -151,14 +152,15 @@ impl Broker {
             via: "guard",
             association: None,
         };
+        self.see_through(&mut call);
         let judged = self.judge_held(held, &call);
         let (socket, _) = call.socket?;
-        if judged.is_err() {
+        let Ok(permit) = judged else {
             let reset = libc::linger { l_onoff: 1, l_linger: 0 };
             let _gone = setsockopt(&socket, Linger, &reset);
             return None;
-        }
-        Some(socket)
+        };
+        Some((socket, permit.instead))
     }
 
     /// Somebody has arrived at a listener.
@@ -174,7 +176,7 @@ impl Broker {
             }
             self.begin_asking(caller.held.tid());
             match self.accept_one(&caller.held, &caller.wanted, &listener, cookie) {
-                Some(outcome) => self.settle(&caller, outcome),
+                Some(outcome) => self.tell(&caller, outcome),
                 None => {
                     if let Some(accepting) = self.guards.accepting.get_mut(&cookie) {
                         accepting.callers.push_front(caller);
@@ -186,7 +188,7 @@ impl Broker {
         self.close_accepting();
     }
 
-    fn settle(&mut self, caller: &Caller, outcome: Outcome) {
+    fn tell(&mut self, caller: &Caller, outcome: Outcome) {
         if let Outcome::Answer(answer) = outcome {
             self.deliver(caller.held.tree, caller.held.call.id, &answer);
         }
@@ -221,7 +223,7 @@ impl Broker {
             }
         }
         for caller in &due {
-            self.settle(caller, fail(libc::EAGAIN));
+            self.tell(caller, fail(libc::EAGAIN));
         }
         if !due.is_empty() {
             self.close_accepting();

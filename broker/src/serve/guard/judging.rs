@@ -11,7 +11,7 @@ use portcullis_guard::{
     listener::{Answer, Notification},
 };
 use portcullis_types::{Op, Protocol};
-use portcullis_wire::{Flags, OpCode, Reply, Request};
+use portcullis_wire::{Addr, Flags, OpCode, Reply, Request};
 
 use super::{CONTINUE, Held, Outcome, fail};
 use crate::{
@@ -56,6 +56,15 @@ pub(super) struct Unheard {
     named: Vec<u8>,
     answer: Answer,
     since: Instant,
+}
+
+/// The call may go on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Permit {
+    /// Number of its record; 0: it was on record before.
+    pub(super) seq: u64,
+    /// The address to connect to instead, or of who has come.
+    pub(super) instead: Option<Addr>,
 }
 
 /// What a descriptor number stands for.
@@ -198,16 +207,21 @@ impl Broker {
             let call =
                 Call { remote: Some(canonical(named)), ..with_socket(Op::Connect, (socket, facts), fd) };
             let judged = if let Some(probed) = self.judge_probe(held, &call) {
-                probed.map(|()| 0)
+                probed.map(|()| Permit::default())
             } else {
                 self.judge_held(held, &call)
             };
-            match judged {
-                Ok(number) => seq = number,
+            let permit = match judged {
+                Ok(permit) => permit,
                 Err(answer) => return Outcome::Answer(answer),
+            };
+            let Some((taken, facts)) = call.socket else { return fail(libc::EACCES) };
+            if let Some(token) = permit.instead {
+                // Another address than the program gave: nobody but the broker can say it.
+                self.grant_ourselves(&facts, &token);
+                return self.connect_for(held, taken, calls::bytes_of(&token), permit.seq, line);
             }
-            let Some((taken, _)) = call.socket else { return fail(libc::EACCES) };
-            socket = taken;
+            (seq, socket) = (permit.seq, taken);
         }
         // Without an address: disconnecting, or an error that the kernel tells itself.
         if held.by_proxy { self.connect_for(held, socket, bytes, seq, line) } else { CONTINUE }
@@ -364,22 +378,19 @@ impl Broker {
         Some(Ok(()))
     }
 
-    /// Judges one call; gives the number of its record, 0 if it was on record before.
-    pub(super) fn judge_held(&mut self, held: &Held, call: &Call) -> Result<u64, Answer> {
+    /// Judges one call.
+    pub(super) fn judge_held(&mut self, held: &Held, call: &Call) -> Result<Permit, Answer> {
         if self.was_judged(held, call) {
             self.grant_call(call, None, false);
-            return Ok(0);
+            return Ok(Permit::default());
         }
         let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
         self.judge(held.key, call, &mut reply);
         if reply.errno != 0 {
             return Err(Answer::Fail(reply.errno));
         }
-        if Flags(reply.flags).has(Flags::REWRITE) {
-            // A protected flow needs another address than the program gave, and the kernel reads it again.
-            return Err(Answer::Fail(libc::ECONNREFUSED));
-        }
-        Ok(reply.audit_seq)
+        let instead = Flags(reply.flags).has(Flags::REWRITE).then_some(reply.rewrite);
+        Ok(Permit { seq: reply.audit_seq, instead })
     }
 
     /// Whether this very call has its verdict and its record: the shim has asked, or it is made again because a
@@ -399,8 +410,10 @@ impl Broker {
         let same = |flow: &crate::serve::flows::Flow| {
             flow.context.key == held.key && flow.remote == call.remote && flow.generation == generation
         };
+        let protected = self.lanes.of_cookie(facts.cookie).is_some();
         // TCP_CLOSE: a new attempt.
-        self.flows.get(facts.cookie).is_some_and(same) && !matches!(proxy::tcp_state(socket.as_fd()), 0 | 7)
+        (protected || self.flows.get(facts.cookie).is_some_and(same))
+            && !matches!(proxy::tcp_state(socket.as_fd()), 0 | 7)
     }
 
     /// Whether a connection was judged when the guard took it from the queue.
@@ -450,7 +463,7 @@ impl Broker {
 
 impl Held {
     /// Whether it is the process's first thread, whose descriptors are the process's.
-    const fn is_first(&self) -> bool {
+    pub(super) const fn is_first(&self) -> bool {
         self.tid() == self.key.pid
     }
 }
@@ -483,7 +496,7 @@ pub(super) fn answered(result: std::io::Result<i64>) -> Answer {
     }
 }
 
-fn canonical(a: SocketAddr) -> SocketAddr {
+pub(super) fn canonical(a: SocketAddr) -> SocketAddr {
     match a.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), a.port()),
         IpAddr::V6(_) => a,
