@@ -11,12 +11,15 @@ mod expiry;
 mod inbound;
 mod lasting;
 mod outbound;
+mod shows;
+mod telling;
+mod waits;
 
 use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{BorrowedFd, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -26,19 +29,16 @@ use nix::{
     poll::{PollFd, PollFlags},
     sys::socket::{getsockopt, sockopt},
 };
-use portcullis_relay::{Ending, Engine, Established, Event, Failure, How, Id, Limits};
+use portcullis_relay::{Ending, Engine, Event, Failure, How, Id, Limits};
 use portcullis_wire::{
     Addr,
     keyd::{Flow, Head, Kind, Over, Places},
 };
-use serde::{Deserialize, Serialize};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::{
     diag::{Deaths, Diag},
-    identity::{
-        Host, Peer, ProcessFacts, ProcessIdentity, ProcessName, Refusal, Validity, Verifier, describe,
-    },
+    identity::{Host, Peer, ProcessIdentity, Refusal, Verifier, describe},
     packet::Syn,
     sock,
     steer::Steer,
@@ -48,77 +48,20 @@ use bond::Bond;
 use expiry::Expiry;
 use inbound::Front;
 use lasting::MOST_ENDED;
+use shows::Shows;
+pub(crate) use shows::read_any;
+use waits::{Source, Waits};
 
 /// Threads of the relay.
 const THREADS: usize = 2;
 /// Most associations that peers have opened and that are not running yet; more wait in the kernel's backlog.
 const MOST_PENDING: usize = 1024;
-/// Most identities that are kept for further flows of the same process.
-const MOST_MINTED: usize = 1024;
 /// Connection and handshake together, unless the broker says otherwise.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How soon a full backlog is looked at again.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// How long the last step, on loopback, may take; a listener's full backlog delays it.
 const LAST_STEP: Duration = Duration::from_secs(10);
-
-/// A process as the broker names it.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Named {
-    name: ProcessName,
-    exe: String,
-    sha256: String,
-    user: String,
-    #[serde(default)]
-    unit: Option<String>,
-    /// Each association gets a certificate of its own, and others may follow that belong to it.
-    #[serde(default)]
-    related: bool,
-    /// The association that this belongs to.
-    #[serde(default)]
-    of: Option<u64>,
-}
-
-/// What is shown in an association's handshakes.
-enum Shows {
-    /// A certificate of the process.
-    Process { identity: ProcessIdentity, related: bool },
-    /// What another association has shown, which lives.
-    Same(u64, Arc<Bond>),
-}
-
-/// Who this host is, as the broker is told.
-#[derive(Serialize)]
-struct Who<'a> {
-    domain: &'a str,
-    host: &'a str,
-    ver: u64,
-    groups: &'a [String],
-    addresses: &'a [std::net::IpAddr],
-}
-
-/// A peer as the broker is told of it.
-#[derive(Serialize)]
-struct Told<'a> {
-    id: String,
-    names: &'a [String],
-    addresses: &'a [std::net::IpAddr],
-    process: Option<&'a str>,
-    ver: u64,
-    groups: &'a [String],
-    #[serde(flatten)]
-    facts: Option<&'a ProcessFacts>,
-    serial: &'a str,
-    issuer_serial: &'a str,
-    fingerprint: &'a str,
-    key: &'a str,
-    until: i64,
-    own_serial: &'a str,
-    resumed: bool,
-    cipher: &'a str,
-    kex: &'a str,
-}
 
 enum Direction {
     Outbound {
@@ -131,12 +74,6 @@ enum Direction {
         /// The peer's socket, until the broker says what may be spoken there.
         arrived: Option<OwnedFd>,
     },
-}
-
-/// The last step: a connection on loopback that is not up yet.
-struct Joining {
-    socket: OwnedFd,
-    until: Instant,
 }
 
 struct Association {
@@ -158,11 +95,12 @@ struct Association {
     /// The peer speaks plain, as it may here.
     plain: bool,
     admitted: bool,
-    joining: Option<Joining>,
+    /// The last step: a connection on loopback that is not up yet.
+    joining: Option<OwnedFd>,
     running: bool,
     /// Why it was cut.
     cut: Option<(i32, String)>,
-    /// When it must have got to its last step.
+    /// When it must have got further.
     until: Instant,
 }
 
@@ -208,16 +146,6 @@ impl Association {
     const fn has_arrived(&self) -> bool {
         matches!(self.direction, Direction::Inbound { arrived: Some(_), .. })
     }
-
-    /// Writes into a report whether the peer opened it, and where.
-    fn name(&self, head: Head) -> Head {
-        let Some(front) = self.front() else { return head };
-        Head { count: 1, flags: u32::try_from(front & u64::from(u32::MAX)).unwrap_or(0), ..head }
-    }
-
-    fn deadline(&self) -> Instant {
-        self.joining.as_ref().map_or(self.until, |joining| joining.until)
-    }
 }
 
 /// The number of an association or a front, and its addresses.
@@ -252,6 +180,7 @@ pub struct Associations {
     /// Told of when somebody asks for what has outlived a broker.
     ended: Vec<Report>,
     reports: Vec<Report>,
+    waits: Waits,
 }
 
 /// Seconds since the Unix epoch.
@@ -296,9 +225,14 @@ impl Associations {
             ..Limits::default()
         };
         let engine = Engine::start(limits)?;
+        let (tokens, expiry, waits) = (Tokens::new(raw, host.mark())?, Expiry::new()?, Waits::new()?);
+        waits.add(&engine, Source::Engine)?;
+        tokens.as_fds().try_for_each(|fd| waits.add(fd, Source::Syns))?;
+        waits.add(&expiry, Source::Expiry)?;
         Ok(Self {
             verifier: host.verifier().map_err(io::Error::other)?,
-            tokens: Tokens::new(raw, host.mark())?,
+            tokens,
+            waits,
             steer,
             host,
             deaths: None,
@@ -311,7 +245,7 @@ impl Associations {
             by_token: HashMap::new(),
             fronts: HashMap::new(),
             minted: HashMap::new(),
-            expiry: Expiry::new()?,
+            expiry,
             bereaved: false,
             ended: Vec::new(),
             reports: Vec::new(),
@@ -320,18 +254,11 @@ impl Associations {
 
     /// What to poll, besides: everything in here is looked at by [`Self::turn`].
     pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        let mut read = |fd: BorrowedFd<'a>| fds.push(PollFd::new(fd, PollFlags::POLLIN));
-        read(self.engine.as_fd());
-        self.tokens.as_fds().for_each(&mut read);
-        read(self.expiry.as_fd());
-        if let Some(deaths) = &self.deaths {
-            read(deaths.as_fd());
-        }
+        let [all, fronts] = self.waits.as_fds();
+        fds.push(PollFd::new(all, PollFlags::POLLIN));
         if self.arriving < MOST_PENDING {
-            self.fronts.values().for_each(|one| read(one.as_fd()));
+            fds.push(PollFd::new(fronts, PollFlags::POLLIN));
         }
-        let joining = self.waiting().filter_map(|(_, one)| one.joining.as_ref());
-        fds.extend(joining.map(|one| PollFd::new(one.socket.as_fd(), PollFlags::POLLOUT)));
     }
 
     /// Associations that are not running yet.
@@ -347,46 +274,63 @@ impl Associations {
     fn insert(&mut self, id: u64, one: Association) {
         self.pending.insert(id);
         self.arriving += usize::from(one.front().is_some());
+        self.waits.expect(id, None, Some(one.until));
         self.all.insert(id, one);
     }
 
     /// It runs, or is over.
-    fn settle(&mut self, id: u64, front: Option<u64>) {
+    fn settle(&mut self, id: u64, front: Option<u64>, until: Instant) {
         if self.pending.remove(&id) && front.is_some() {
             self.arriving = self.arriving.saturating_sub(1);
         }
         self.queued.remove(&id);
+        self.waits.expect(id, Some(until), None);
     }
 
     /// When [`Self::turn`] is due even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let soon = (!self.queued.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
-        self.waiting().map(|(_, one)| one.deadline()).chain(soon).min()
+        self.waits.first().into_iter().chain(soon).min()
     }
 
     /// Does what has become possible.
     pub fn turn(&mut self, diag: &mut Diag) {
-        for syn in self.tokens.held() {
-            self.take_syn(syn, diag);
+        for source in self.waits.ready() {
+            match source {
+                Source::Syns => self.tokens.held().into_iter().for_each(|syn| self.take_syn(syn, diag)),
+                Source::Engine => {
+                    while let Some(event) = self.engine.next_event() {
+                        self.take_event(event);
+                    }
+                }
+                Source::Deaths => {
+                    let dead = self.deaths.as_ref().map(Deaths::take).unwrap_or_default();
+                    self.bury(&dead);
+                }
+                Source::Expiry => {
+                    for id in self.expiry.due(now()) {
+                        self.stop(id, libc::ECONNABORTED, "the peer's certificate has expired");
+                    }
+                }
+                Source::Joining(id) => self.join(id, diag),
+                Source::Front(_) => {}
+            }
         }
-        while let Some(event) = self.engine.next_event() {
-            self.take_event(event);
+        if self.arriving < MOST_PENDING {
+            for source in self.waits.fronts() {
+                if let Source::Front(front) = source {
+                    self.accept(front, diag);
+                }
+            }
         }
-        let dead = self.deaths.as_ref().map(Deaths::take).unwrap_or_default();
-        if !dead.is_empty() {
-            self.bury(&dead);
-        }
-        self.accept(diag);
         let queued: Vec<_> = self.queued.iter().copied().collect();
         for id in queued {
             if let Some(front) = self.all.get(&id).and_then(Association::front) {
                 self.deliver(id, front, diag);
             }
         }
-        self.join(diag);
-        self.expire();
-        for id in self.expiry.due(now()) {
-            self.stop(id, libc::ECONNABORTED, "the peer's certificate has expired");
+        for id in self.waits.late() {
+            self.stop(id, libc::ETIMEDOUT, "it took too long");
         }
     }
 
@@ -405,75 +349,9 @@ impl Associations {
         self.tokens.mark()
     }
 
-    /// Who this host is, as a JSON object.
-    pub fn who(&self) -> Vec<u8> {
-        let facts = self.host.facts();
-        let who = Who {
-            domain: self.host.domain().as_str(),
-            host: facts.host.as_str(),
-            ver: facts.ver,
-            groups: &facts.groups,
-            addresses: self.host.addresses(),
-        };
-        serde_json::to_vec(&who).unwrap_or_default()
-    }
-
     fn next_id(&mut self) -> u64 {
         self.last += 1;
         self.last
-    }
-
-    /// What a process shows, as the broker names it.
-    ///
-    /// # Errors
-    /// `ENOENT` if what it belongs to is over, or was not begun for others to follow.
-    fn shows(&mut self, json: &[u8]) -> io::Result<Shows> {
-        let named: Named = serde_json::from_slice(json)?;
-        if let Some(of) = named.of {
-            let found = self.all.get(&of).filter(|one| one.running);
-            let bond = found.and_then(|one| one.bond.clone()).filter(|bond| bond.is_related());
-            return Ok(Shows::Same(of, bond.ok_or(Errno::ENOENT)?));
-        }
-        let related = named.related;
-        let identity = if related { self.mint(named)? } else { self.identity(json, named)? };
-        Ok(Shows::Process { identity, related })
-    }
-
-    fn mint(&self, named: Named) -> io::Result<ProcessIdentity> {
-        let Named { name, exe, sha256, user, unit, .. } = named;
-        let facts = ProcessFacts { exe, sha256, user, unit };
-        self.host.mint(&name, &facts, Validity::process(now())).map_err(io::Error::other)
-    }
-
-    /// An identity for a process, minted now or not long ago.
-    fn identity(&mut self, json: &[u8], named: Named) -> io::Result<ProcessIdentity> {
-        let now = now();
-        if let Some(one) = self.minted.get(json)
-            && now < i64::midpoint(one.validity.from, one.validity.until)
-        {
-            return Ok(one.clone());
-        }
-        let made = self.mint(named)?;
-        if self.minted.len() >= MOST_MINTED {
-            self.minted.retain(|_, one| now < i64::midpoint(one.validity.from, one.validity.until));
-        }
-        if self.minted.len() < MOST_MINTED {
-            self.minted.insert(json.to_vec(), made.clone());
-        }
-        Ok(made)
-    }
-
-    /// Ties an association to what it shows. Returns what it belongs to, and whether the peer is a member, too.
-    fn bind(&self, shows: Shows, remote: &Addr) -> (Arc<Bond>, Option<u64>, bool) {
-        let owner =
-            remote.ip().and_then(|ip| self.host.members().owner(ip)).map(|member| member.name.clone());
-        let is_member = owner.is_some();
-        match shows {
-            Shows::Process { identity, related } => {
-                (Bond::new(identity, &self.verifier, owner, related), None, is_member)
-            }
-            Shows::Same(of, bond) => (bond, Some(of), is_member),
-        }
     }
 
     fn take_event(&mut self, event: Event) {
@@ -514,73 +392,6 @@ impl Associations {
         }
     }
 
-    /// Why an association did not come about. The verifier's own words are better than what rustls makes of them.
-    fn words(&self, id: u64, failure: &Failure) -> String {
-        use rustls::{CertificateError, Error};
-        match (failure, self.all.get(&id).and_then(Association::verdict)) {
-            (Failure::Tls(Error::InvalidCertificate(CertificateError::Other(own))), _) => own.0.to_string(),
-            (Failure::Tls(Error::InvalidCertificate(_)), Some(Err(refusal))) => refusal.to_string(),
-            _ => failure.to_string(),
-        }
-    }
-
-    /// Tells the broker who is there, and waits for its word.
-    fn shown(&mut self, id: u64, tls: Option<&Established>) {
-        let Some(one) = self.all.get_mut(&id) else { return };
-        (one.shown, one.plain) = (true, tls.is_none());
-        if one.plain {
-            // The engine takes no plain peer but where one may come.
-            return self.tell(id, Kind::Shown, b"{}");
-        }
-        let (Some(bond), Some(peer), Some(Established { cipher, kex, resumed, .. })) =
-            (&one.bond, one.peer(), tls)
-        else {
-            return self.stop(id, libc::EACCES, "the peer showed no certificate");
-        };
-        let Peer {
-            id: spiffe,
-            host,
-            process,
-            names,
-            addresses,
-            serial,
-            issuer_serial,
-            fingerprint,
-            key,
-            until,
-        } = peer;
-        let told = Told {
-            id: spiffe.to_string(),
-            names,
-            addresses,
-            process: spiffe.process.as_ref().map(ProcessName::as_str),
-            ver: host.ver,
-            groups: &host.groups,
-            facts: process.as_ref(),
-            serial,
-            issuer_serial,
-            fingerprint,
-            key,
-            until: *until,
-            own_serial: &bond.serial,
-            resumed: *resumed,
-            cipher,
-            kex,
-        };
-        let told = serde_json::to_vec(&told).unwrap_or_default();
-        self.tell(id, Kind::Shown, &told);
-        if let Some(one) = self.all.get_mut(&id) {
-            one.told = told;
-        }
-    }
-
-    /// Reports an association to the broker: its addresses, and what follows them.
-    fn tell(&mut self, id: u64, kind: Kind, what: &[u8]) {
-        let Some(one) = self.all.get(&id) else { return };
-        let head = one.name(Head { tag: id, ..Head::new(kind, 0) });
-        self.reports.push((head, [one.places.as_bytes(), what].concat()));
-    }
-
     /// Its addresses, as far as they are known.
     pub fn places(&self, id: u64) -> Option<Places> {
         self.all.get(&id).map(|one| one.places)
@@ -597,7 +408,7 @@ impl Associations {
         }
         one.admitted = true;
         match one.front() {
-            None => self.open_held(id),
+            None => self.open_held(id, diag),
             Some(front) => self.deliver(id, front, diag),
         }
         Ok(())
@@ -644,7 +455,7 @@ impl Associations {
     /// Forgets an association, answers its program if that still waits, and tells the broker.
     fn over(&mut self, id: u64, errno: i32, why: &str, (sent, received): (u64, u64)) {
         let Some(one) = self.all.remove(&id) else { return };
-        self.settle(id, one.front());
+        self.settle(id, one.front(), one.until);
         self.expiry.forget(id);
         if one.bond.as_ref().is_some_and(|bond| bond.is_related()) && one.of.is_none() {
             self.close_session(id);
@@ -680,18 +491,32 @@ impl Associations {
         }
     }
 
-    /// Looks at the last steps under way.
-    fn join(&mut self, diag: &mut Diag) {
-        let waiting = self.waiting_if(|one| one.joining.is_some());
-        for id in waiting {
-            let Some(one) = self.all.get_mut(&id) else { continue };
-            let Some(joining) = one.joining.take() else { continue };
-            match up(&joining.socket) {
-                Ok(false) => one.joining = Some(joining),
-                Ok(true) if self.is_right_program(id, diag) => self.start(id, joining.socket),
-                Ok(true) => self.stop(id, libc::EACCES, "another socket took the program's place"),
-                Err(e) => self.stop(id, e as i32, "the program has gone"),
+    /// The last step, on loopback, is under way; it is up at once, unless the program's backlog is full.
+    fn begin_joining(&mut self, id: u64, socket: OwnedFd, diag: &mut Diag) {
+        let Some(one) = self.all.get_mut(&id) else { return };
+        let until = Instant::now() + LAST_STEP;
+        self.waits.expect(id, Some(one.until), Some(until));
+        one.until = until;
+        let waits = self.waits.add(&socket, Source::Joining(id));
+        one.joining = Some(socket);
+        match waits {
+            Ok(()) => self.join(id, diag),
+            Err(e) => self.stop(id, e.raw_os_error().unwrap_or(libc::EIO), "cannot wait for the program"),
+        }
+    }
+
+    /// Looks at a last step under way.
+    fn join(&mut self, id: u64, diag: &mut Diag) {
+        let Some(one) = self.all.get_mut(&id) else { return };
+        let Some(socket) = one.joining.take() else { return };
+        match up(&socket) {
+            Ok(false) => one.joining = Some(socket),
+            Ok(true) if self.is_right_program(id, diag) => {
+                self.waits.remove(&socket);
+                self.start(id, socket);
             }
+            Ok(true) => self.stop(id, libc::EACCES, "another socket took the program's place"),
+            Err(e) => self.stop(id, e as i32, "the program has gone"),
         }
     }
 
@@ -718,20 +543,12 @@ impl Associations {
             self.by_token.remove(&token.at);
         }
         self.engine.splice(one.flow, socket);
-        let (front, end) = (one.front(), one.peer().map(Peer::end));
-        self.settle(id, front);
+        let (front, until, end) = (one.front(), one.until, one.peer().map(Peer::end));
+        self.settle(id, front, until);
         if let Some(end) = end {
             self.expiry.add(end, id);
         }
         self.tell(id, Kind::Associated, &[]);
-    }
-
-    fn expire(&mut self) {
-        let now = Instant::now();
-        let expired = self.waiting_if(|one| one.deadline() <= now);
-        for id in expired {
-            self.stop(id, libc::ETIMEDOUT, "it took too long");
-        }
     }
 
     /// Gives up what dead sockets had.
@@ -752,15 +569,12 @@ impl Associations {
     /// Begins to hear of sockets' ends, once somebody needs it.
     fn hear_of_deaths(&mut self) -> io::Result<()> {
         if self.deaths.is_none() {
-            self.deaths = Some(Deaths::new()?);
+            let deaths = Deaths::new()?;
+            self.waits.add(&deaths, Source::Deaths)?;
+            self.deaths = Some(deaths);
         }
         Ok(())
     }
-}
-
-/// Any bytes as what names a process, for [`crate::fuzzing`].
-pub(crate) fn read_any(bytes: &[u8]) {
-    let _either = serde_json::from_slice::<Named>(bytes);
 }
 
 /// Whether a connection that was begun is up.

@@ -23,8 +23,7 @@ use portcullis_wire::{
 use zerocopy::FromZeros;
 
 use super::{
-    Association, Associations, Bond, Direction, Joining, LAST_STEP, MOST_PENDING, PATIENCE, Shows, as_domain,
-    fits,
+    Association, Associations, Bond, Direction, MOST_PENDING, PATIENCE, Shows, Source, as_domain, fits,
 };
 use crate::{
     cut::addr,
@@ -139,6 +138,7 @@ impl Associations {
                 };
                 self.hear_of_deaths()?;
                 let id = self.next_id();
+                self.waits.add(&front, Source::Front(id))?;
                 self.fronts.insert(id, front);
                 id
             }
@@ -179,34 +179,31 @@ impl Associations {
         }
     }
 
-    /// Takes peers from all listeners, as many as may be pending.
-    pub(super) fn accept(&mut self, diag: &mut Diag) {
-        let serving: Vec<_> = self.fronts.keys().copied().collect();
-        for front in serving {
-            for _ in 0..TURN {
-                if self.arriving >= MOST_PENDING {
-                    return;
-                }
-                let Some(one) = self.fronts.get_mut(&front) else { break };
-                let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-                let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
-                let wire = took(number);
-                // What is refused, also by an error, is reset; the engine sets this anew.
-                sock::reset_on_close(wire.as_fd());
-                if self.bereaved {
-                    continue; // nobody could admit it
-                }
-                if one.room(diag).is_none() {
-                    drop(wire);
-                    if one.listened {
-                        self.release(front); // its end was not heard of yet
-                    }
-                    break;
-                }
-                one.listened = true;
-                // An error: it has gone already, or has too many, or no certificate can be made.
-                let _reset = self.take_peer(front, wire);
+    /// Takes peers from a front, as many as may be pending.
+    pub(super) fn accept(&mut self, front: u64, diag: &mut Diag) {
+        for _ in 0..TURN {
+            if self.arriving >= MOST_PENDING {
+                return;
             }
+            let Some(one) = self.fronts.get_mut(&front) else { break };
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let Ok(number) = accept4(one.socket.as_raw_fd(), flags) else { break };
+            let wire = took(number);
+            // What is refused, also by an error, is reset; the engine sets this anew.
+            sock::reset_on_close(wire.as_fd());
+            if self.bereaved {
+                continue; // nobody could admit it
+            }
+            if one.room(diag).is_none() {
+                drop(wire);
+                if one.listened {
+                    self.release(front); // its end was not heard of yet
+                }
+                break;
+            }
+            one.listened = true;
+            // An error: it has gone already, or has too many, or no certificate can be made.
+            let _reset = self.take_peer(front, wire);
         }
     }
 
@@ -298,8 +295,8 @@ impl Associations {
             Ok((socket, from)) => {
                 if let Some(one) = self.all.get_mut(&id) {
                     one.places.inner_remote = Addr::from(from);
-                    one.joining = Some(Joining { socket, until: std::time::Instant::now() + LAST_STEP });
                 }
+                self.begin_joining(id, socket, diag);
             }
             Err(e) => {
                 let errno = e.raw_os_error().unwrap_or(libc::ECONNREFUSED);

@@ -4,7 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use nix::{
@@ -22,7 +22,7 @@ use portcullis_wire::{
 use rustls::pki_types::ServerName;
 use zerocopy::FromZeros;
 
-use super::{Association, Associations, Direction, Joining, LAST_STEP, PATIENCE, Placed, as_domain, fits};
+use super::{Association, Associations, Direction, PATIENCE, Placed, as_domain, fits};
 use crate::{cut::addr, diag::Diag, packet::Syn, sock};
 
 /// How long the kernel may try to connect: tcp_syn_retries (tcp(7)) take some two minutes.
@@ -101,18 +101,18 @@ impl Associations {
         one.places.inner_local = local;
         *syn = Some(arrived);
         if one.admitted {
-            self.open_held(id);
+            self.open_held(id, diag);
         }
     }
 
     /// Answers a held connect(2), if it is held already.
-    pub(super) fn open_held(&mut self, id: u64) {
+    pub(super) fn open_held(&mut self, id: u64, diag: &mut Diag) {
         let Some(one) = self.all.get_mut(&id) else { return };
         let Direction::Outbound { syn: Some(syn), .. } = &one.direction else {
             return; // its SYN is on the way
         };
         match self.tokens.open(syn) {
-            Ok(socket) => one.joining = Some(Joining { socket, until: Instant::now() + LAST_STEP }),
+            Ok(socket) => self.begin_joining(id, socket, diag),
             Err(e) => {
                 let errno = e.raw_os_error().unwrap_or(libc::ECONNREFUSED);
                 self.stop(id, errno, "cannot answer the program");

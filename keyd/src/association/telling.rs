@@ -1,0 +1,131 @@
+//! What the broker is told.
+
+use portcullis_relay::{Established, Failure};
+use portcullis_wire::keyd::{Head, Kind};
+use serde::Serialize;
+use zerocopy::IntoBytes;
+
+use super::{Association, Associations};
+use crate::identity::{Peer, ProcessFacts, ProcessName};
+
+/// Who this host is, as the broker is told.
+#[derive(Serialize)]
+struct Who<'a> {
+    domain: &'a str,
+    host: &'a str,
+    ver: u64,
+    groups: &'a [String],
+    addresses: &'a [std::net::IpAddr],
+}
+
+/// A peer as the broker is told of it.
+#[derive(Serialize)]
+struct Told<'a> {
+    id: String,
+    names: &'a [String],
+    addresses: &'a [std::net::IpAddr],
+    process: Option<&'a str>,
+    ver: u64,
+    groups: &'a [String],
+    #[serde(flatten)]
+    facts: Option<&'a ProcessFacts>,
+    serial: &'a str,
+    issuer_serial: &'a str,
+    fingerprint: &'a str,
+    key: &'a str,
+    until: i64,
+    own_serial: &'a str,
+    resumed: bool,
+    cipher: &'a str,
+    kex: &'a str,
+}
+
+impl Association {
+    /// Writes into a report whether the peer opened it, and where.
+    pub(super) fn name(&self, head: Head) -> Head {
+        let Some(front) = self.front() else { return head };
+        Head { count: 1, flags: u32::try_from(front & u64::from(u32::MAX)).unwrap_or(0), ..head }
+    }
+}
+
+impl Associations {
+    /// Who this host is, as a JSON object.
+    pub fn who(&self) -> Vec<u8> {
+        let facts = self.host.facts();
+        let who = Who {
+            domain: self.host.domain().as_str(),
+            host: facts.host.as_str(),
+            ver: facts.ver,
+            groups: &facts.groups,
+            addresses: self.host.addresses(),
+        };
+        serde_json::to_vec(&who).unwrap_or_default()
+    }
+
+    /// Why an association did not come about. The verifier's own words are better than what rustls makes of them.
+    pub(super) fn words(&self, id: u64, failure: &Failure) -> String {
+        use rustls::{CertificateError, Error};
+        match (failure, self.all.get(&id).and_then(Association::verdict)) {
+            (Failure::Tls(Error::InvalidCertificate(CertificateError::Other(own))), _) => own.0.to_string(),
+            (Failure::Tls(Error::InvalidCertificate(_)), Some(Err(refusal))) => refusal.to_string(),
+            _ => failure.to_string(),
+        }
+    }
+
+    /// Tells the broker who is there, and waits for its word.
+    pub(super) fn shown(&mut self, id: u64, tls: Option<&Established>) {
+        let Some(one) = self.all.get_mut(&id) else { return };
+        (one.shown, one.plain) = (true, tls.is_none());
+        if one.plain {
+            // The engine takes no plain peer but where one may come.
+            return self.tell(id, Kind::Shown, b"{}");
+        }
+        let (Some(bond), Some(peer), Some(Established { cipher, kex, resumed, .. })) =
+            (&one.bond, one.peer(), tls)
+        else {
+            return self.stop(id, libc::EACCES, "the peer showed no certificate");
+        };
+        let Peer {
+            id: spiffe,
+            host,
+            process,
+            names,
+            addresses,
+            serial,
+            issuer_serial,
+            fingerprint,
+            key,
+            until,
+        } = peer;
+        let told = Told {
+            id: spiffe.to_string(),
+            names,
+            addresses,
+            process: spiffe.process.as_ref().map(ProcessName::as_str),
+            ver: host.ver,
+            groups: &host.groups,
+            facts: process.as_ref(),
+            serial,
+            issuer_serial,
+            fingerprint,
+            key,
+            until: *until,
+            own_serial: &bond.serial,
+            resumed: *resumed,
+            cipher,
+            kex,
+        };
+        let told = serde_json::to_vec(&told).unwrap_or_default();
+        self.tell(id, Kind::Shown, &told);
+        if let Some(one) = self.all.get_mut(&id) {
+            one.told = told;
+        }
+    }
+
+    /// Reports an association to the broker: its addresses, and what follows them.
+    pub(super) fn tell(&mut self, id: u64, kind: Kind, what: &[u8]) {
+        let Some(one) = self.all.get(&id) else { return };
+        let head = one.name(Head { tag: id, ..Head::new(kind, 0) });
+        self.reports.push((head, [one.places.as_bytes(), what].concat()));
+    }
+}
