@@ -116,6 +116,18 @@ pub struct AssociationRow {
     pub assurance: String,
     /// Generation that admitted it.
     pub generation: u64,
+    /// Since when, RFC 3339.
+    #[serde(default)]
+    pub since: String,
+    /// Whom the peer of a protected flow has proved to be.
+    #[serde(default)]
+    pub peer: Option<String>,
+    /// What a protected flow is encrypted with.
+    #[serde(default)]
+    pub cipher: Option<String>,
+    /// How its keys were agreed on.
+    #[serde(default)]
+    pub kex: Option<String>,
 }
 
 /// One listening socket.

@@ -101,6 +101,10 @@ fn table(rows: &[Row], out: &mut Out) {
                 it.generation,
             );
             out.line(out.ink(Ink::Faint, &text));
+            if let (Some(peer), Some(cipher), Some(kex)) = (&it.peer, &it.cipher, &it.kex) {
+                let text = format!("           with {}, {cipher}, {kex}, since {}", escape(peer), it.since);
+                out.line(out.ink(Ink::Faint, &text));
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
-use crate::{Host, built};
+use crate::{Host, Running, built};
 
 /// The whole policy under which all of them work.
 pub const POLICY: &str = "\
@@ -228,5 +228,60 @@ impl Client {
                     .into()
             }
         }
+    }
+}
+
+/// A session that says which port was opened for its data, and goes on when told to: there, or at the port it is
+/// told.
+const SESSION: &str = "import ftplib, socket, sys\n\
+    f = ftplib.FTP('10.77.0.2', timeout=20)\n\
+    f.login()\n\
+    f.voidcmd('TYPE I')\n\
+    if sys.argv[1] == 'passive':\n    \
+        host, port = f.makepasv()\n\
+    else:\n    \
+        s = f.makeport(); port = s.getsockname()[1]\n\
+    print('port', port, flush=True)\n\
+    port = int(sys.stdin.readline().strip() or port)\n\
+    if sys.argv[1] == 'passive':\n    \
+        s = socket.create_connection((host, port)); f.sendcmd('RETR report.bin')\n\
+    else:\n    \
+        f.sendcmd('RETR report.bin'); s = s.accept()[0]\n\
+    got = b''\n\
+    while True:\n    \
+        part = s.recv(65536)\n    \
+        if not part: break\n    \
+        got += part\n\
+    open(sys.argv[2], 'wb').write(got)\n\
+    s.close(); f.voidresp(); f.quit()\n";
+
+/// See [`SESSION`].
+#[derive(Debug)]
+pub struct Session<'a> {
+    client: &'a Host,
+    /// The client.
+    pub running: Running,
+    /// The port that one side opened for the data; nobody has come to it yet.
+    pub port: u16,
+}
+
+impl<'a> Session<'a> {
+    /// Logs in at 10.77.0.2 and has a data port opened, `passive` or `active`.
+    #[must_use]
+    pub fn begin(client: &'a Host, way: &str) -> Self {
+        let to = client.path("got").display().to_string();
+        let running = client.start(&["/usr/bin/python3", "-c", SESSION, way, &to]);
+        let port = running.line("port ").trim_start_matches("port ").parse().unwrap();
+        Self { client, running, port }
+    }
+
+    /// Transfers the file; it must arrive whole.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn finish(mut self, size: usize) {
+        self.running.say("\n");
+        assert_eq!(self.running.wait(), 0, "{}", self.running.line("Error"));
+        assert!(std::fs::read(self.client.path("got")).unwrap() == content(size), "the content differs");
     }
 }

@@ -10,6 +10,7 @@ mod host;
 mod net;
 pub mod trust;
 mod wait;
+pub mod wire;
 
 pub use host::{Finished, Host, Running};
 pub use net::Net;

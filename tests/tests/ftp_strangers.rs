@@ -2,7 +2,7 @@
 
 use portcullis_tests::{
     ALLOW_ALL, Finished, Host, Net, Running, built, eventually,
-    ftp::{self, Daemon},
+    ftp::{Daemon, Session},
 };
 use serde_json::Value;
 
@@ -21,52 +21,6 @@ fn seen(from: &Host, address: &str, port: u16) -> String {
     let words = [&program, "demo", "probe", address, &port.to_string()];
     let said = Finished::of(&mut from.plain(&words)).success();
     serde_json::from_str::<Value>(&said).unwrap()[0]["seen"].as_str().unwrap().to_owned()
-}
-
-/// A session that says which port was opened for its data, and goes on when told to.
-const SESSION: &str = "import ftplib, socket, sys\n\
-    f = ftplib.FTP('10.77.0.2', timeout=20)\n\
-    f.login()\n\
-    f.voidcmd('TYPE I')\n\
-    if sys.argv[1] == 'passive':\n    \
-        host, port = f.makepasv()\n\
-    else:\n    \
-        s = f.makeport(); port = s.getsockname()[1]\n\
-    print('port', port, flush=True)\n\
-    sys.stdin.readline()\n\
-    if sys.argv[1] == 'passive':\n    \
-        s = socket.create_connection((host, port)); f.sendcmd('RETR report.bin')\n\
-    else:\n    \
-        f.sendcmd('RETR report.bin'); s = s.accept()[0]\n\
-    got = b''\n\
-    while True:\n    \
-        part = s.recv(65536)\n    \
-        if not part: break\n    \
-        got += part\n\
-    open(sys.argv[2], 'wb').write(got)\n\
-    s.close(); f.voidresp(); f.quit()\n";
-
-struct Session<'a> {
-    client: &'a Host,
-    running: Running,
-    /// The port that one side opened for the data; nobody has come to it yet.
-    port: u16,
-}
-
-impl<'a> Session<'a> {
-    fn begin(client: &'a Host, way: &str) -> Self {
-        let to = client.path("got").display().to_string();
-        let running = client.start(&["/usr/bin/python3", "-c", SESSION, way, &to]);
-        let port = running.line("port ").trim_start_matches("port ").parse().unwrap();
-        Self { client, running, port }
-    }
-
-    /// Transfers the file; it must arrive whole.
-    fn finish(mut self) {
-        self.running.say("\n");
-        assert_eq!(self.running.wait(), 0, "{}", self.running.line("Error"));
-        assert!(std::fs::read(self.client.path("got")).unwrap() == ftp::content(SIZE), "the content differs");
-    }
 }
 
 fn is_refused_from(record: &Value, address: &str) -> bool {
@@ -94,7 +48,7 @@ fn strangers(daemon: Daemon) {
     // ... nor for another process of the session's own host.
     let thief = Finished::of(&mut client.run(&["nc", "-w", "2", "10.77.0.2", &port.to_string()]));
     assert_ne!(thief.code(), 0, "{daemon:?}: the port was grabbed");
-    it.finish();
+    it.finish(SIZE);
     let at_port = |r: &Value| r["local"].as_str().is_some_and(|l| l.ends_with(&format!(":{port}")));
     server.record("the stranger", |r| is_refused_from(r, "10.77.0.3") && at_port(r));
     server.record("another client", |r| is_refused_from(r, "10.77.0.4") && at_port(r));
@@ -107,7 +61,7 @@ fn strangers(daemon: Daemon) {
     let it = Session::begin(client, "active");
     let port = it.port;
     assert_eq!(seen(stranger, "10.77.0.1", port), "filtered", "{daemon:?}: active data port");
-    it.finish();
+    it.finish(SIZE);
     client.record("the stranger", |r| is_refused_from(r, "10.77.0.3"));
     assert_ne!(seen(client, "10.77.0.1", port), "open", "{daemon:?}: the port outlived its session");
 }
@@ -197,6 +151,6 @@ fn one_process_with_many_controls_is_said_to_be_shared() {
     let first = Session::begin(client, "passive");
     let second = Session::begin(other, "passive");
     server.record("a shared session", |r| r["op"] == "listen" && r.to_string().contains("shared"));
-    first.finish();
-    second.finish();
+    first.finish(SIZE);
+    second.finish(SIZE);
 }

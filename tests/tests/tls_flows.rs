@@ -1,37 +1,283 @@
 //! Flows between members of a trust domain, under programs that know nothing of it.
 
-use portcullis_tests::{Finished, Net, Running, trust::Trust};
+use std::fs;
+
+use portcullis_tests::{Finished, Host, Net, Running, eventually, trust::Trust, wire::Capture};
+use serde_json::Value;
 
 const POLICY: &str = "\
 inside = x509{name=\"*.example.com\"};
 curl   = process{exe=\"/usr/bin/curl\"};
-service web = tcp/8080;
-allow web(inside, inside);
+web    = process{exe=\"/usr/bin/python3*\"};
+service web_port = tcp/8080;
+allow web_port(inside, inside & web);
 ";
 
-fn web(server: &portcullis_tests::Host) -> Running {
+const PAGE: &str = "http://10.77.0.2:8080/page";
+
+fn web(server: &Host, at: &str) -> Running {
     server.write("site/page", "plain words");
     let site = server.path("site").display().to_string();
-    let words =
-        ["/usr/bin/python3", "-m", "http.server", "8080", "--bind", "10.77.0.2", "--directory", &site];
+    let words = ["/usr/bin/python3", "-m", "http.server", "8080", "--bind", at, "--directory", &site];
     let running = server.start(&words);
     server.wait_for_port(8080);
     running
 }
 
+fn fetch(client: &Host, url: &str) -> Finished {
+    Finished::of(&mut client.run(&["curl", "-gsS", "--max-time", "10", url]))
+}
+
+fn all(host: &Host) -> String {
+    host.records().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+fn refused(record: &Value, op: &str) -> bool {
+    record["verdict"] == "refuse" && record["op"] == op && record["proto"] == "tcp"
+}
+
+/// What a refusal says of its reason and of what was shown.
+fn says(record: &Value) -> String {
+    format!("{} {}", record["reason"], record["peer_cert"])
+}
+
 #[test]
 fn a_flow_between_members_is_protected_and_both_ends_are_on_record() {
     let net = Net::client_server_stranger(POLICY);
-    let [client, server, _] = net.hosts();
+    let [client, server, stranger] = net.hosts();
     let _trust = Trust::of(&[client, server]);
-    let _web = web(server);
-    let fetch = ["curl", "-sS", "--max-time", "10", "http://10.77.0.2:8080/page"];
-    let got = Finished::of(&mut client.run(&fetch));
-    assert_eq!(got.stdout, "plain words", "{got}\n{}\n{}", all(client), all(server));
-    let closed = client.record("the end", |r| r["op"] == "close" && r["lane"] == "tls");
-    assert_eq!(closed["kex"], "X25519MLKEM768", "{closed}");
+    let _web = web(server, "::");
+    let wire = Capture::on(client);
+    for url in [PAGE, "http://[fd77::2]:8080/page"] {
+        let got = fetch(client, url);
+        assert_eq!(got.stdout, "plain words", "{got}\n{}\n--\n{}", all(client), all(server));
+    }
+    assert!(!wire.has(b"GET ") && !wire.has(b"plain words"));
+    let peers = [(client, "server.example.com/process/web"), (server, "client.example.com/process/curl")];
+    for (host, peer) in peers {
+        let closed = host.record("the end", |r| r["op"] == "close" && r["lane"] == "tls");
+        assert_eq!(closed["peer"], format!("spiffe://example.com/host/{peer}"));
+        assert_eq!((&closed["kex"], &closed["assurance"]), (&"X25519MLKEM768".into(), &"certificate".into()));
+        assert!(
+            closed["bytes_in"].as_u64() > Some(50) && closed["bytes_out"].as_u64() > Some(50),
+            "{closed}"
+        );
+        assert!(closed["duration"].is_number() && closed["cipher"].is_string(), "{closed}");
+        assert!(closed["peer_cert"].as_str().unwrap().contains(" sha256 "), "{closed}");
+    }
+    // The program is told the true names.
+    let accepted = server.record("the accept", |r| r["op"] == "accept" && r["verdict"] == "permit");
+    assert!(accepted["remote"].as_str().unwrap().starts_with("10.77.0.1:"), "{accepted}");
+    assert_eq!(accepted["local"], "10.77.0.2:8080");
+    // Somebody without a certificate, and a member in plain.
+    for host in [stranger, client] {
+        let got = Finished::of(&mut host.plain(&["curl", "-sS", "--max-time", "5", PAGE]));
+        assert_ne!(got.code(), 0, "{got}");
+        let from = format!("{}:", host.address);
+        server.record("the plain one", |r| {
+            refused(r, "accept") && r["remote"].as_str().is_some_and(|a| a.starts_with(&from))
+        });
+    }
 }
 
-fn all(host: &portcullis_tests::Host) -> String {
-    host.records().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+#[test]
+fn programs_see_native_names_and_errors() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, _] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    let script = "import asyncio, errno, select, socket\n\
+        to = ('10.77.0.2', 8080)\n\
+        s = socket.create_connection(to, timeout=10)\n\
+        assert s.getpeername() == to, s.getpeername()\n\
+        assert s.getsockname()[0] == '10.77.0.1', s.getsockname()\n\
+        n = socket.socket(); n.setblocking(False)\n\
+        e = select.epoll(); e.register(n, select.EPOLLOUT)\n\
+        assert n.connect_ex(to) == errno.EINPROGRESS\n\
+        assert e.poll(10), 'never writable'\n\
+        again = n.connect_ex(to)\n\
+        assert again in (0, errno.EISCONN), again\n\
+        assert n.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0 and n.getpeername() == to\n\
+        b = socket.socket(); b.bind(('10.77.0.1', 2020)); b.connect(to)\n\
+        assert b.getsockname() == ('10.77.0.1', 2020), b.getsockname()\n\
+        async def many():\n    \
+            streams = await asyncio.gather(*[asyncio.open_connection(*to) for _ in range(20)])\n    \
+            assert all(w.get_extra_info('peername') == to for _, w in streams)\n\
+        asyncio.run(many())\n\
+        dead = socket.socket(); dead.settimeout(10)\n\
+        assert dead.connect_ex(('10.77.0.9', 8080)) == errno.EHOSTUNREACH\n\
+        print('all native')\n";
+    let said = Finished::of(&mut client.run(&["/usr/bin/python3", "-c", script]));
+    assert_eq!(said.stdout, "all native\n", "{said}");
+    // Nobody listens: as natively, and no refusal.
+    drop(_web);
+    let code = "import socket; print(socket.socket().connect_ex(('10.77.0.2', 8080)))";
+    let said = Finished::of(&mut client.run(&["/usr/bin/python3", "-c", code]));
+    assert_eq!(said.stdout, format!("{}\n", libc_econnrefused()), "{said}");
+    assert!(!client.records().iter().any(|r| refused(r, "connect")), "{}", all(client));
+}
+
+const fn libc_econnrefused() -> i32 {
+    nix::errno::Errno::ECONNREFUSED as i32
+}
+
+/// `openssl s_client` that asks for the page.
+fn ask_by_openssl(from: &Host, more: &[&str]) -> Finished {
+    let line = format!(
+        "(printf 'GET /page HTTP/1.0\\r\\n\\r\\n'; sleep 1) | timeout 10 openssl s_client -quiet -connect 10.77.0.2:8080 {}",
+        more.join(" ")
+    );
+    Finished::of(&mut from.plain(&["sh", "-c", &line]))
+}
+
+#[test]
+fn stock_tls_programs_are_served_by_their_certificates_and_refused_by_name() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, stranger] = net.hosts();
+    let trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    let folder = stranger.path("stock");
+    trust.certificate("stock.example.com", &[], &folder);
+    let at = folder.display();
+    let with = |key: &str| {
+        format!(
+            "-CAfile {at}/ca.crt -verify_return_error -cert {key}.crt -cert_chain {key}.crt -key {key}.key"
+        )
+    };
+    let good = with(&format!("{at}/host"));
+    let served = ask_by_openssl(stranger, &[&good]);
+    assert!(served.stdout.contains("plain words"), "{served}\n{}", all(server));
+    let accepted = server.record("the stock client", |r| r["op"] == "accept" && r["verdict"] == "permit");
+    assert_eq!(accepted["peer"], "spiffe://example.com/host/stock.example.com");
+
+    let newest = |what: &str, text: &str| {
+        let found = server.record(what, |r| refused(r, "accept") && says(r).contains(text));
+        assert!(found["remote"].as_str().unwrap().starts_with("10.77.0."), "{found}");
+    };
+    // None at all.
+    let none = ask_by_openssl(stranger, &[&format!("-CAfile {at}/ca.crt")]);
+    assert!(!none.stdout.contains("plain words"), "{none}");
+    newest("no certificate", "peer sent no certificates");
+    // An old protocol.
+    let old = ask_by_openssl(stranger, &[&good, "-tls1_2"]);
+    assert!(!old.stdout.contains("plain words"), "{old}");
+    newest("TLS 1.2", "peer is incompatible");
+    // Of nobody's.
+    let own = stranger.path("own").display().to_string();
+    let make = format!(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=mallory -days 9 -keyout {own}.key -out {own}.crt"
+    );
+    let _made = Finished::of(&mut stranger.plain(&["sh", "-c", &make])).success();
+    let wrong = ask_by_openssl(stranger, &[&with(&own)]);
+    assert!(!wrong.stdout.contains("plain words"), "{wrong}");
+    newest("a foreign certificate", "CN=mallory");
+    // Another host's, at a member's address.
+    let elsewhere = ask_by_openssl(client, &[&good]);
+    assert!(!elsewhere.stdout.contains("plain words"), "{elsewhere}");
+    newest("another host's", "but the certificate shows `stock.example.com`");
+    // Revoked.
+    trust.ca(&["revoke", "stock.example.com"]);
+    trust.publish(&[server]);
+    server.record("the new list", |r| r["op"] == "members" && r["number"].as_u64() > Some(3));
+    let revoked = ask_by_openssl(stranger, &[&good]);
+    assert!(!revoked.stdout.contains("plain words"), "{revoked}");
+    newest("a revoked one", "is revoked");
+    let why = server.portcullis(&["why", "--last"]).success();
+    assert!(why.contains("is revoked"), "{why}");
+}
+
+#[test]
+fn a_stock_tls_server_is_reached_by_its_certificate() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, stranger] = net.hosts();
+    let trust = Trust::of(&[client, server]);
+    let folder = stranger.path("stock");
+    trust.certificate("stock.example.com", &[], &folder);
+    let serve = |cert: &str, key: &str| {
+        let at = folder.display();
+        let line = format!(
+            "exec openssl s_server -accept 10.77.0.3:8080 -cert {cert} -cert_chain {cert} -key {key} -CAfile {at}/ca.crt -Verify 3 -verify_return_error -www"
+        );
+        let running = Running::start(stranger.plain(&["sh", "-c", &line]));
+        stranger.wait_for_port(8080);
+        running
+    };
+    let at = |name: &str| folder.join(name).display().to_string();
+    let policy = POLICY.replace("inside & web", "inside");
+    client.policy(&policy);
+    let stock = serve(&at("host.crt"), &at("host.key"));
+    let got = fetch(client, "http://10.77.0.3:8080/");
+    assert!(got.stdout.contains("TLSv1.3"), "{got}\n{}", all(client));
+    drop(stock);
+    // The same server with somebody else's certificate.
+    let own = stranger.path("own").display().to_string();
+    let make = format!(
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=mallory -days 9 -keyout {own}.key -out {own}.crt"
+    );
+    let _made = Finished::of(&mut stranger.plain(&["sh", "-c", &make])).success();
+    let _false = serve(&format!("{own}.crt"), &format!("{own}.key"));
+    assert_ne!(fetch(client, "http://10.77.0.3:8080/").code(), 0);
+    client.record("the false server", |r| refused(r, "connect") && says(r).contains("CN=mallory"));
+}
+
+/// A connection that stays until it is cut, and says so.
+const STAY: &str = "import socket\n\
+    s = socket.create_connection(('10.77.0.2', 8080), timeout=30)\n\
+    print('up', flush=True)\n\
+    try: print('end', len(s.recv(10)), flush=True)\n\
+    except OSError as e: print('end', e.errno, flush=True)\n";
+
+#[test]
+fn what_is_not_permitted_any_more_is_cut_at_once() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, _] = net.hosts();
+    let trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    let stay = || {
+        let it = client.start(&["/usr/bin/python3", "-c", STAY]);
+        it.line("up");
+        it
+    };
+    let is_cut = |r: &Value, text: &str| r["op"] == "cut" && r["lane"] == "tls" && says(r).contains(text);
+    // A rule that asks for a newer enrolment.
+    let it = stay();
+    eventually("the flow is there", || all(server).contains("\"accept\"").then_some(()));
+    server.policy(&POLICY.replace("(inside, inside", "(inside & x509{ver>99990101}, inside"));
+    let cut = server.record("the cut", |r| is_cut(r, "no longer permitted"));
+    assert!(cut["delay_ms"].as_f64() < Some(2000.0), "{cut}");
+    assert_eq!(
+        cut["peer"],
+        "spiffe://example.com/host/client.example.com/process/unnamed".replace("unnamed", "web")
+    );
+    it.line("end");
+    server.policy(POLICY);
+    eventually("the old policy again", || (fetch(client, PAGE).code() == 0).then_some(()));
+    // A revoked peer.
+    let it = stay();
+    trust.ca(&["revoke", "client.example.com"]);
+    trust.publish(&[server]);
+    server.record("the revoked", |r| is_cut(r, "revoked"));
+    it.line("end");
+    assert_ne!(fetch(client, PAGE).code(), 0);
+}
+
+#[test]
+fn ps_shows_a_protected_flow_with_its_peer() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, _] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    let it = client.start(&["/usr/bin/python3", "-c", STAY]);
+    it.line("up");
+    let shown = eventually("ps shows it", || {
+        let rows: Value =
+            serde_json::from_str(&client.portcullis(&["ps", "--format", "json"]).stdout).ok()?;
+        let text = rows.to_string();
+        text.contains("server.example.com").then_some(text)
+    });
+    for part in ["X25519MLKEM768", "TLS_AES_128_GCM_SHA256", "\"lane\":\"tls\"", "10.77.0.2:8080"] {
+        assert!(shown.contains(part), "{part} in {shown}");
+    }
+    drop(it);
+    let _absent = fs::remove_file(client.path("wire"));
 }

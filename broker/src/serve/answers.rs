@@ -13,7 +13,7 @@ use nix::sys::{
     socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
 };
 
-use super::{Broker, Source, flows::Flow};
+use super::{Broker, Source, flows::Flow, lanes::Peer};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
     escape::sentence,
@@ -123,7 +123,8 @@ impl Broker {
     fn rows(&mut self) -> Vec<ProcessRow> {
         let mut flows: HashMap<ProcessKey, Vec<AssociationRow>> = HashMap::new();
         for (cookie, flow) in self.flows.iter() {
-            flows.entry(flow.context.key).or_default().push(association(cookie, flow));
+            let peer = self.lanes.of_cookie(cookie).and_then(|id| self.lanes.peer(id));
+            flows.entry(flow.context.key).or_default().push(association(cookie, flow, peer.as_deref()));
         }
         // Those who have asked, and all others of their trees.
         let asked: Vec<ProcessKey> = self.processes.keys().copied().collect();
@@ -302,7 +303,7 @@ impl Client {
     }
 }
 
-fn association(cookie: u64, flow: &Flow) -> AssociationRow {
+fn association(cookie: u64, flow: &Flow, peer: Option<&Peer>) -> AssociationRow {
     AssociationRow {
         association: format!("{cookie:x}"),
         session: flow.session.map(|s| format!("{s:x}")),
@@ -313,6 +314,10 @@ fn association(cookie: u64, flow: &Flow) -> AssociationRow {
         lane: flow.lane.to_string(),
         assurance: flow.assurance.to_string(),
         generation: flow.generation,
+        since: rfc3339(flow.since),
+        peer: peer.map(|peer| sentence(&peer.told.id)),
+        cipher: peer.map(|peer| peer.told.cipher.clone()),
+        kex: peer.map(|peer| peer.told.kex.clone()),
     }
 }
 

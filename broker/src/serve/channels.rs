@@ -204,8 +204,10 @@ impl Broker {
                 self.judge_frame(key, request, attached, &mut reply);
                 // A sender of datagrams needs the state page: it remembers its peers for one generation.
                 let sends = request.call == portcullis_types::Op::Send as u8 && reply.errno == 0;
+                // So does one that asks again how its protected connect went.
+                let waits = Flags(reply.flags).has(Flags::REWRITE) && reply.errno == 0;
                 if Flags(request.flags).has(Flags::WANT_MEMORY)
-                    && (Flags(reply.flags).has(Flags::CACHED) || sends)
+                    && (Flags(reply.flags).has(Flags::CACHED) || sends || waits)
                     && let Some([state, table, ring]) = self.memory_of(key)
                 {
                     reply.flags |= Flags::MEMORY;

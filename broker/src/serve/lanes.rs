@@ -135,8 +135,10 @@ pub(super) struct Association {
     pub(super) remote: Option<SocketAddr>,
     /// The program's socket, once it has one.
     pub(super) cookie: Option<u64>,
-    /// The program's socket's own remote address: a token.
+    /// The token by which an accepting program's socket knows its peer.
     inner: Option<SocketAddr>,
+    /// The token that an opening program was sent to.
+    token: Option<Addr>,
     pub(super) peer: Option<Rc<Peer>>,
     pub(super) rule: Option<RuleText>,
     /// The control association that it is related to.
@@ -258,6 +260,16 @@ impl Broker {
         let (Some((socket, facts)), Some(remote)) = (&call.socket, call.remote) else {
             return refuse(finding, "its socket could not be taken");
         };
+        if let Some(earlier) = self.lanes.of_cookie(facts.cookie) {
+            let same = self.lanes.get(earlier).filter(|one| one.remote == Some(remote) && !one.cut);
+            if let Some(token) = same.and_then(|one| one.token) {
+                // It asks how it went, which the kernel knows.
+                let places = Places { inner_remote: token, ..Places::default() };
+                finding.opened = Some(Opened { id: earlier, places });
+                return;
+            }
+            self.end_association(earlier);
+        }
         let session = finding.session.as_ref().and_then(|control| control.association);
         let Some(process) = self.named(context, judgement.related, session) else {
             return refuse(finding, "this host has no keys");
@@ -282,9 +294,6 @@ impl Broker {
                 _ => return refuse(finding, &format!("the key daemon says: {error}")),
             },
         };
-        if let Some(earlier) = self.lanes.of_cookie(facts.cookie) {
-            self.end_association(earlier);
-        }
         let control = judgement.related.then(|| Control {
             cookie: facts.cookie,
             inode: facts.inode,
@@ -305,6 +314,7 @@ impl Broker {
                 remote: Some(remote),
                 cookie: Some(facts.cookie),
                 inner: None,
+                token: Some(places.inner_remote),
                 peer: None,
                 rule: self.rule_text(judgement.rule),
                 session: finding.session.as_ref().map(|c| c.cookie),

@@ -47,8 +47,12 @@ impl Associations {
         // One that is bound to IPv6, or to IPv6 alone, cannot reach a token of IPv4.
         let own = getsockname::<SockaddrStorage>(program.as_raw_fd()).ok();
         let own = own.as_ref().and_then(SockaddrStorage::as_sockaddr_in6).map(|own| own.ip());
-        let bound_to_six = own.is_some_and(|ip| !ip.is_unspecified() && ip.to_ipv4_mapped().is_none());
-        let six = is_v6 && (bound_to_six || sock::dual_stack(program).is_err());
+        let bound = own.filter(|ip| !ip.is_unspecified());
+        let six = is_v6
+            && match bound {
+                Some(ip) => ip.to_ipv4_mapped().is_none(),
+                None => sock::dual_stack(program).is_err(),
+            };
         let shows = self.shows(json)?;
         // A member's key daemon says when its own broker has admitted us; a stock TLS server does not.
         let (bond, of, is_member) = self.bind(shows, &ask.remote);

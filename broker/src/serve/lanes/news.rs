@@ -111,6 +111,7 @@ impl Broker {
             remote: places.remote.socket_addr(),
             cookie: Some(found.cookie),
             inner: None,
+            token: None,
             peer: Some(Rc::clone(&peer)),
             rule: None,
             session: None,
@@ -172,15 +173,17 @@ impl Broker {
     fn shown_out(&mut self, id: u64, peer: Option<Rc<Peer>>) {
         let Some(one) = self.lanes.all.get_mut(&id) else { return self.end_association(id) };
         one.peer.clone_from(&peer);
-        let context = Rc::clone(&one.context);
-        self.decide_on(id, &context, peer.as_deref());
+        let (context, for_session) = (Rc::clone(&one.context), one.session.is_some());
+        self.decide_on(id, &context, peer.as_deref(), for_session);
     }
 
     /// Somebody has proved himself at a front.
     fn shown_in(&mut self, id: u64, front: u32, places: &Places, peer: Option<Rc<Peer>>) {
         let behind = self.lanes.fronts.get(&front);
         let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
-        let Some(context) = listener.map(|l| Rc::clone(&l.context)) else {
+        let Some((context, for_session)) =
+            listener.map(|l| (Rc::clone(&l.context), l.scope.is_of_sessions()))
+        else {
             return self.end_association(id);
         };
         let one = Association {
@@ -190,6 +193,7 @@ impl Broker {
             remote: places.remote.socket_addr(),
             cookie: None,
             inner: None,
+            token: None,
             peer: peer.clone(),
             rule: None,
             session: None,
@@ -201,17 +205,21 @@ impl Broker {
             cut: false,
         };
         self.lanes.insert(id, one);
-        self.decide_on(id, &context, peer.as_deref());
+        self.decide_on(id, &context, peer.as_deref(), for_session);
     }
 
     /// Judges a flow by what its far end has shown, and admits or refuses it.
-    fn decide_on(&mut self, id: u64, context: &Rc<Context>, peer: Option<&Peer>) {
+    fn decide_on(&mut self, id: u64, context: &Rc<Context>, peer: Option<&Peer>, for_session: bool) {
         let Some(one) = self.lanes.get(id) else { return };
         let call = call_of(id, one);
         let mut finding = match peer {
             Some(_) => self.consider(context, &call),
             None => Finding::of(Judgement::refusal("the peer's certificate cannot be read")),
         };
+        if for_session && !finding.judgement.permitted && finding.judgement.rule.is_none() {
+            let why = "its key is not that of the process at the other end of the control association";
+            finding.judgement.reason = Some(why.to_owned());
+        }
         if self.refuses_for_log() && !self.log.retry(realtime()) {
             finding = Finding::of(Judgement::refusal("the audit log cannot be written"));
         }
