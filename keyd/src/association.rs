@@ -50,6 +50,7 @@ use inbound::Front;
 use lasting::MOST_ENDED;
 use shows::Shows;
 pub(crate) use shows::read_any;
+use telling::Agreed;
 use waits::{Source, Waits};
 
 /// Threads of the relay.
@@ -86,9 +87,11 @@ struct Association {
     of: Option<u64>,
     /// The broker was told who is there.
     shown: bool,
-    /// As the broker named its process, and was told of its peer; when it began to carry data.
+    /// What its handshake came to.
+    agreed: Option<Agreed>,
+    /// As the broker named its process.
     process: Vec<u8>,
-    told: Vec<u8>,
+    /// When it began to carry data.
     since: i64,
     /// It has outlived its broker, and the next one was not told of it yet.
     unknown: bool,
@@ -114,7 +117,7 @@ impl Association {
             of: None,
             shown: false,
             process: Vec::new(),
-            told: Vec::new(),
+            agreed: None,
             since: 0,
             unknown: false,
             plain: false,

@@ -25,9 +25,9 @@ use crate::{exporter::ExporterSecret, provider::provider};
 /// end is still a failed connect. Stock TLS programs do not offer the name and are served as ever.
 pub const CONFIRM: &[u8] = b"portcullis/1";
 
-/// Tickets that a server gives with each handshake of a session: one for the next, and one more, so that a few at
-/// once can have theirs.
-const TICKETS: usize = 2;
+/// Tickets that a server gives with each handshake of a session: one for the next. What is opened at once with
+/// another shows certificates, and brings a ticket more.
+const TICKETS: usize = 1;
 /// Most tickets of one session that wait to be used.
 const MOST_TICKETS: usize = 8;
 

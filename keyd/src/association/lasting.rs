@@ -25,7 +25,9 @@ fn raw(json: &[u8]) -> Option<&RawValue> {
 impl Association {
     /// That it runs, or has run.
     pub(super) fn live(&self, id: u64) -> Report {
-        let live = Live { peer: raw(&self.told), process: raw(&self.process), since: self.since };
+        let told = self.told();
+        let live =
+            Live { peer: told.as_deref().and_then(raw), process: raw(&self.process), since: self.since };
         let head = self.name(Head { tag: id, ..Head::new(Kind::Live, 0) });
         let body = serde_json::to_vec(&live).unwrap_or_default();
         (head, [self.places.as_bytes(), &body].concat())

@@ -40,7 +40,40 @@ struct Told<'a> {
     kex: &'a str,
 }
 
+/// What a handshake came to, besides the peer.
+pub(super) struct Agreed {
+    cipher: Box<str>,
+    kex: Box<str>,
+    resumed: bool,
+}
+
 impl Association {
+    /// Who the peer is, as a JSON object. `None`: it has shown nobody.
+    pub(super) fn told(&self) -> Option<Vec<u8>> {
+        let (bond, agreed) = (self.bond.as_ref()?, self.agreed.as_ref()?);
+        let Peer { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until } =
+            self.peer()?;
+        let told = Told {
+            id: id.to_string(),
+            names,
+            addresses,
+            process: id.process.as_ref().map(ProcessName::as_str),
+            ver: host.ver,
+            groups: &host.groups,
+            facts: process.as_ref(),
+            serial,
+            issuer_serial,
+            fingerprint,
+            key,
+            until: *until,
+            own_serial: &bond.serial,
+            resumed: agreed.resumed,
+            cipher: &agreed.cipher,
+            kex: &agreed.kex,
+        };
+        serde_json::to_vec(&told).ok()
+    }
+
     /// Writes into a report whether the peer opened it, and where.
     pub(super) fn name(&self, head: Head) -> Head {
         let Some(front) = self.front() else { return head };
@@ -76,49 +109,15 @@ impl Associations {
     pub(super) fn shown(&mut self, id: u64, tls: Option<&Established>) {
         let Some(one) = self.all.get_mut(&id) else { return };
         (one.shown, one.plain) = (true, tls.is_none());
-        if one.plain {
-            // The engine takes no plain peer but where one may come.
-            return self.tell(id, Kind::Shown, b"{}");
-        }
-        let (Some(bond), Some(peer), Some(Established { cipher, kex, resumed, .. })) =
-            (&one.bond, one.peer(), tls)
-        else {
-            return self.stop(id, libc::EACCES, "the peer showed no certificate");
-        };
-        let Peer {
-            id: spiffe,
-            host,
-            process,
-            names,
-            addresses,
-            serial,
-            issuer_serial,
-            fingerprint,
-            key,
-            until,
-        } = peer;
-        let told = Told {
-            id: spiffe.to_string(),
-            names,
-            addresses,
-            process: spiffe.process.as_ref().map(ProcessName::as_str),
-            ver: host.ver,
-            groups: &host.groups,
-            facts: process.as_ref(),
-            serial,
-            issuer_serial,
-            fingerprint,
-            key,
-            until: *until,
-            own_serial: &bond.serial,
-            resumed: *resumed,
-            cipher,
-            kex,
-        };
-        let told = serde_json::to_vec(&told).unwrap_or_default();
-        self.tell(id, Kind::Shown, &told);
-        if let Some(one) = self.all.get_mut(&id) {
-            one.told = told;
+        one.agreed = tls.map(|tls| Agreed {
+            cipher: tls.cipher.as_str().into(),
+            kex: tls.kex.as_str().into(),
+            resumed: tls.resumed,
+        });
+        // The engine takes no plain peer but where one may come.
+        match if one.plain { Some(b"{}".to_vec()) } else { one.told() } {
+            Some(told) => self.tell(id, Kind::Shown, &told),
+            None => self.stop(id, libc::EACCES, "the peer showed no certificate"),
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
         mpsc::{Sender, channel},
     },
     thread,
@@ -33,11 +33,8 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::Outcome;
 
-/// The process, with a certificate of its own for each association, and as one whose certificate is kept.
-const PROCESS: [&str; 2] = [
-    r#"{"name":"bench","exe":"/bench","sha256":"00","user":"root","related":true}"#,
-    r#"{"name":"bench","exe":"/bench","sha256":"00","user":"root"}"#,
-];
+/// The process, with a certificate of its own for each association.
+const PROCESS: &str = r#"{"name":"bench","exe":"/bench","sha256":"00","user":"root","related":true}"#;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Is a key daemon, whose broker is at its standard input.
@@ -54,18 +51,23 @@ pub(crate) struct Broker {
     socket: OwnedFd,
     last: AtomicU32,
     asked: Mutex<HashMap<u32, Sender<Answer>>>,
-    process: &'static str,
+    /// Number of the association that was admitted last.
+    admitted: AtomicU64,
+}
+
+/// The process, for what belongs to an association.
+fn of(id: u64) -> String {
+    format!(r#"{{"name":"bench","exe":"/bench","sha256":"00","user":"root","of":{id}}}"#)
 }
 
 impl Broker {
-    /// Starts a key daemon and serves it. `minted`: each association has a certificate of its own.
-    pub(crate) fn start(mut command: Command, folder: &Path, minted: bool) -> Outcome<(Child, Arc<Self>)> {
+    /// Starts a key daemon and serves it.
+    pub(crate) fn start(mut command: Command, folder: &Path) -> Outcome<(Child, Arc<Self>)> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let child = command.arg("keyd").arg(folder).stdin(Stdio::from(theirs)).spawn()?;
-        let process = if minted { PROCESS[0] } else { PROCESS[1] };
-        let broker =
-            Arc::new(Self { socket: ours, last: AtomicU32::new(0), asked: Mutex::default(), process });
+        let (last, admitted) = (AtomicU32::new(0), AtomicU64::new(0));
+        let broker = Arc::new(Self { socket: ours, last, asked: Mutex::default(), admitted });
         let serves = Arc::clone(&broker);
         thread::spawn(move || serves.listen());
         let (hello, _, _) = broker.ask(Head::new(Kind::Hello, 0), &[], &[])?;
@@ -120,25 +122,34 @@ impl Broker {
                 let _nobody = asked.map(|tell| tell.send((head, rest.to_vec(), attached)));
             } else if kind == Kind::Shown {
                 let seq = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+                self.admitted.store(head.tag, Ordering::Relaxed);
                 self.send(&Head { tag: head.tag, ..Head::new(Kind::Admit, seq) }, &[], &[]).ok()?;
             }
         }
     }
 
-    /// Protects a listener, as a broker does where every peer must have a certificate.
-    pub(crate) fn protect(&self, listener: &TcpListener) -> Outcome<()> {
+    /// Number of the association that was admitted last.
+    pub(crate) fn admitted(&self) -> u64 {
+        self.admitted.load(Ordering::Relaxed)
+    }
+
+    /// Protects a listener, as a broker does where every peer must have a certificate. With `control`, who comes there
+    /// belongs to that association.
+    pub(crate) fn protect(&self, listener: &TcpListener, control: Option<u64>) -> Outcome<()> {
         let (_, _, filter) = self.ask(Head::new(Kind::Filter, 0), &[], &[listener.as_fd()])?;
         let filter = filter.ok_or("no filter")?;
         let head = Head { count: 4096, ..Head::new(Kind::Serve, 0) };
-        self.ask(head, self.process.as_bytes(), &[listener.as_fd(), filter.as_fd()])?;
+        let process = control.map_or_else(|| PROCESS.to_owned(), of);
+        self.ask(head, process.as_bytes(), &[listener.as_fd(), filter.as_fd()])?;
         Ok(())
     }
 
     /// Connects as a wrapped program does.
-    pub(crate) fn open(&self, to: SocketAddr) -> Outcome<TcpStream> {
+    pub(crate) fn open(&self, to: SocketAddr, control: Option<u64>) -> Outcome<TcpStream> {
         let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
         let ask = Open { remote: Addr::from(to), ..Open::new_zeroed() };
-        let body = [ask.as_bytes(), self.process.as_bytes()].concat();
+        let process = control.map_or_else(|| PROCESS.to_owned(), of);
+        let body = [ask.as_bytes(), process.as_bytes()].concat();
         let (_, places, _) = self.ask(Head::new(Kind::Open, 0), &body, &[fd.as_fd()])?;
         let places = Places::read_from_bytes(&places).map_err(|_| "no places")?;
         let token = places.inner_remote.socket_addr().ok_or("no token")?;

@@ -47,8 +47,8 @@ pub(crate) struct Backends {
 pub(crate) enum Entry {
     /// In plain.
     Plain(SocketAddr),
-    /// As a wrapped program does.
-    Keyd(Arc<Broker>, SocketAddr),
+    /// As a wrapped program does; what belongs to a control association names it.
+    Keyd(Arc<Broker>, SocketAddr, Option<u64>),
 }
 
 impl Backends {
@@ -149,10 +149,10 @@ pub(crate) fn listen(address: SocketAddr) -> Outcome<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
-fn open(to: &Entry) -> Outcome<TcpStream> {
+pub(crate) fn open(to: &Entry) -> Outcome<TcpStream> {
     let stream = match to {
         Entry::Plain(address) => TcpStream::connect(address)?,
-        Entry::Keyd(broker, address) => broker.open(*address)?,
+        Entry::Keyd(broker, address, control) => broker.open(*address, *control)?,
     };
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -29,6 +29,9 @@ pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 const BUSY: usize = 1000;
 const IDLE: usize = 10_000;
 
+/// The relay engine by itself, and in the key daemon.
+const OURS: [&str; 2] = ["portcullis", "keyd"];
+
 /// One number per system and round.
 #[derive(Default)]
 struct Table(BTreeMap<(&'static str, &'static str), Vec<f64>>);
@@ -109,8 +112,13 @@ fn one(
         note("connections", count / seconds);
         note("connection cpu", (pair.cpu()? - before) / count * 1e6);
     }
-    if wanted("related") && name == "portcullis" {
-        let pair = Running::start(systems::RELATED, folder, backends, Server::Echo)?;
+    let related = match name {
+        "portcullis" => Some(systems::RELATED),
+        "keyd" => Some(systems::KEYD_RELATED),
+        _ => None,
+    };
+    if let Some(related) = related.filter(|_| wanted("related")) {
+        let pair = Running::start(related, folder, backends, Server::Echo)?;
         load::connections(&pair.entry, 0.2)?;
         let before = pair.cpu()?;
         let (count, seconds) = load::connections(&pair.entry, 2.0)?;
@@ -157,7 +165,7 @@ impl Table {
         for name in names {
             write!(out, "{name:>12}")?;
         }
-        writeln!(out, "   portcullis : nginx, : best")?;
+        writeln!(out, "   portcullis : nginx, : best, keyd : nginx, : best")?;
         for (what, unit, more_is_better) in MEASURES {
             let values: Vec<Option<f64>> = names.iter().map(|name| self.median(what, name)).collect();
             if values.iter().all(Option::is_none) {
@@ -171,22 +179,28 @@ impl Table {
                     None => write!(out, "{:>12}", "-")?,
                 }
             }
-            let ours = self.median(what, "portcullis");
-            let others = names.iter().filter(|name| **name != "portcullis");
+            let others = names.iter().filter(|name| !OURS.contains(name));
             let others = others.filter_map(|name| self.median(what, name));
             let best = others.reduce(if more_is_better { f64::max } else { f64::min });
-            for against in [self.median(what, "nginx"), best] {
-                match (ours, against) {
+            let pairs =
+                OURS.into_iter().flat_map(|one| [self.median(what, "nginx"), best].map(|it| (one, it)));
+            for (one, against) in pairs {
+                match (self.median(what, one), against) {
                     (Some(ours), Some(against)) => write!(out, "   {:6.2}", ours / against)?,
                     _ => write!(out, "        -")?,
                 }
             }
             writeln!(out)?;
         }
-        let ratio =
-            |what| Some(self.median(what, "portcullis")? / self.median("connection cpu", "portcullis")?);
-        if let Some(ratio) = ratio("related cpu") {
-            writeln!(out, "a related data connection costs {ratio:.2} of a new association")?;
+        for name in OURS {
+            let (related, new) = (self.median("related cpu", name), self.median("connection cpu", name));
+            if let Some((related, new)) = related.zip(new) {
+                writeln!(
+                    out,
+                    "{name}: a related connection costs {:.2} of a new association",
+                    related / new
+                )?;
+            }
         }
         Ok(())
     }

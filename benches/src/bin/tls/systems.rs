@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
@@ -12,7 +13,7 @@ use crate::{
     Outcome,
     certificates::{self, FAR, NAME},
     keyd::Broker,
-    load::{Backends, Entry, Server},
+    load::{self, Backends, Entry, Server},
     process, say,
 };
 
@@ -20,6 +21,8 @@ pub(crate) const SYSTEMS: [&str; 5] = ["portcullis", "keyd", "nginx", "haproxy",
 
 /// The real key daemons, a certificate for each association and a broker's word included.
 const KEYD: &str = "keyd";
+/// The same, data connections of one control association.
+pub(crate) const KEYD_RELATED: &str = "keyd, related";
 /// Ours, as between the two ends of one session: each handshake resumes the one before.
 pub(crate) const RELATED: &str = "portcullis, related";
 
@@ -28,17 +31,19 @@ pub(crate) struct Running {
     sides: Vec<Child>,
     /// Where connections enter.
     pub(crate) entry: Entry,
+    /// What they belong to.
+    control: Option<TcpStream>,
 }
 
 impl Running {
     /// Starts both sides of `name` in front of a server.
     pub(crate) fn start(name: &str, folder: &Path, backends: &Backends, server: Server) -> Outcome<Self> {
-        if name == KEYD {
-            return Self::start_keyd(folder, backends, server);
+        if name == KEYD || name == KEYD_RELATED {
+            return Self::start_keyd(folder, backends, server, name == KEYD_RELATED);
         }
         let backend = backends.serve(server, Ipv4Addr::LOCALHOST)?.local_addr()?;
         let (entry, middle) = (free(Ipv4Addr::LOCALHOST)?, backends.at_far(|| free(FAR))?);
-        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(entry) };
+        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(entry), control: None };
         for (role, listen, target) in [("server", middle, backend), ("client", entry, middle)] {
             let mut command = command(name, role, listen, target, folder)?;
             if role == "server" {
@@ -53,16 +58,26 @@ impl Running {
     }
 
     /// The daemons themselves: the program at each end has no more to do with them than a wrapped one has.
-    fn start_keyd(folder: &Path, backends: &Backends, server: Server) -> Outcome<Self> {
+    fn start_keyd(folder: &Path, backends: &Backends, server: Server, related: bool) -> Outcome<Self> {
         let me = std::env::current_exe()?;
         let listener = backends.serve(server, FAR)?;
-        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(listener.local_addr()?) };
-        let (far, protects) = Broker::start(backends.far.command(&me), folder, true)?;
+        let entry = Entry::Plain(listener.local_addr()?);
+        let mut running = Self { sides: Vec::new(), entry, control: None };
+        let (far, protects) = Broker::start(backends.far.command(&me), folder)?;
         running.sides.push(far);
-        protects.protect(&listener)?;
-        let (near, opens) = Broker::start(Command::new(&me), &certificates::near(folder), true)?;
+        protects.protect(&listener, None)?;
+        let (near, opens) = Broker::start(Command::new(&me), &certificates::near(folder))?;
         running.sides.push(near);
-        running.entry = Entry::Keyd(opens, listener.local_addr()?);
+        running.entry = Entry::Keyd(opens.clone(), listener.local_addr()?, None);
+        if related {
+            let mut control = load::open(&running.entry)?;
+            control.write_all(b"x")?;
+            control.read_exact(&mut [0])?;
+            let data = backends.serve(server, FAR)?;
+            protects.protect(&data, Some(protects.admitted()))?;
+            running.entry = Entry::Keyd(opens.clone(), data.local_addr()?, Some(opens.admitted()));
+            running.control = Some(control);
+        }
         Ok(running)
     }
 
@@ -91,6 +106,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        drop(self.control.take());
         for side in &mut self.sides {
             // nginx's master ends its workers on SIGTERM.
             let pid = nix::unistd::Pid::from_raw(side.id().cast_signed());
