@@ -2,8 +2,9 @@
 //! listener is looked for (docs/adr/0008-protected-listeners.md).
 //!
 //! The program binds and listens as ever, at its own address. A protected port has a *front* beside it, a
-//! listener of ours. Connections from another host go to the front, unless the list of the program's filter
-//! lets their source through in plain; what the host sends itself goes to the program. So one port serves both,
+//! listener of ours. Connections from another host go to the front if the list of the program's filter has
+//! their source as a hole: it does not come in plain. All others, and what the host sends itself, go to the
+//! program, whose filter lets them through or drops them. So one port serves both,
 //! no socket changes its address, and a port turns from plain to protected and back while it listens.
 
 use std::{
@@ -63,7 +64,7 @@ impl Steer {
         Ok(Self { _link: choose_listeners(&code, namespace)?, plain, fronts })
     }
 
-    /// Sends what comes to a place to `front`, except from whom `filter` lets through.
+    /// Sends to `front` whoever comes to a place and is a hole in the list of `filter`.
     pub fn set(&self, place: &Place, front: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> io::Result<()> {
         let number = front.as_raw_fd().cast_unsigned();
         self.fronts.insert(place, &mut u64::from(number).to_ne_bytes())?;
@@ -101,7 +102,7 @@ fn program(plain: i32, fronts: i32) -> Result<Vec<[u8; 8]>, JumpError> {
     const ALL_BITS: i32 = 32 + 128;
     let [r0, r1, r2, r3, r6, r7, fp] = [0, 1, 2, 3, 6, 7, 10].map(R);
     let mut asm = Assembly::default();
-    let [v6, look, other, found, front, drop, pass]: [Label; 7] = std::array::from_fn(|_| asm.label());
+    let [v6, look, other, found, drop, pass]: [Label; 6] = std::array::from_fn(|_| asm.label());
 
     asm.copy(r6, r1);
     asm.load(W, r1, r6, PROTOCOL);
@@ -176,11 +177,10 @@ fn program(plain: i32, fronts: i32) -> Result<Vec<[u8; 8]>, JumpError> {
     asm.copy(r2, fp);
     asm.add(r2, SOURCE.into());
     asm.call(LOOK_UP);
-    asm.jump_if(If::Equal, r0, 0, front);
+    asm.jump_if(If::Equal, r0, 0, pass);
     asm.load(W, r1, r0, 0);
     asm.jump_if(If::Unequal, r1, NO_RANGE.cast_signed(), pass);
 
-    asm.here(front);
     look_up(&mut asm, fronts);
     asm.jump_if(If::Equal, r0, 0, drop);
     asm.copy(r7, r0);

@@ -308,7 +308,7 @@ fn sockets_that_share_a_port_have_one_front() {
 fn a_port_that_is_given_up_is_its_own_listeners_again() {
     let mut world = World::new();
     let fd = world.bound(&format!("{FAR}:2121"));
-    let filter = world.far.filter(&fd, 1, &[]).unwrap();
+    let filter = world.far.filter(&fd, 1, &Net::everyone().map(Net::refused)).unwrap();
     let head = Head { count: 16, ..Head::new(Kind::Serve, 77) };
     world.far.send(&[head.as_bytes(), PROCESS], &[fd.as_fd(), filter.as_fd()]);
     let front = world.far.receive(Duration::from_secs(5)).unwrap().head.tag;

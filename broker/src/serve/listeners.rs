@@ -38,15 +38,15 @@ pub(super) enum Scope {
     Some {
         nets: Vec<SomeNet>,
         sessions: Vec<u64>,
-        /// Others may, by their certificates.
-        certificate: bool,
+        /// From here others may, by their certificates.
+        proven: Vec<SomeNet>,
     },
 }
 
 impl Scope {
     /// Whether only peers of sessions may come.
     pub(super) fn is_of_sessions(&self) -> bool {
-        matches!(self, Self::Some { nets, certificate: false, .. } if nets.is_empty())
+        matches!(self, Self::Some { nets, proven, .. } if nets.is_empty() && proven.is_empty())
     }
 }
 
@@ -93,7 +93,7 @@ impl Listener {
             Scope::Anyone => "anyone",
             scope if scope.is_of_sessions() => "session",
             Scope::Some { nets, .. } if nets.is_empty() => "certificates",
-            Scope::Some { certificate: true, .. } => "certificates and addresses",
+            Scope::Some { proven, .. } if !proven.is_empty() => "certificates and addresses",
             Scope::Some { .. } => "addresses",
         }
     }
@@ -128,19 +128,22 @@ impl Broker {
         let by_rules = force.policy.listener(&party, protocol, local.port(), now_seconds());
         let mut nets = Vec::new();
         let mut reason = None;
-        let mut by_certificate = false;
+        let mut proven = Vec::new();
         match by_rules {
             ListenerScope::Anyone => {
                 return Listening { scope: Scope::Anyone, sessions: Vec::new(), reason: None };
             }
             ListenerScope::Nobody => reason = Some("no rule lets anyone reach it there".to_owned()),
-            ListenerScope::Addresses { v4, v6, certificate, processes } => {
+            ListenerScope::Addresses { v4, v6, certificate, proven_v4, proven_v6, processes } => {
                 nets.extend(v4.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
                 nets.extend(v6.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
                 if processes {
                     nets.extend(self.own_nets());
                 }
-                by_certificate = certificate && protocol == Protocol::TCP && self.lanes.who.is_some();
+                if protocol == Protocol::TCP && self.lanes.who.is_some() {
+                    proven.extend(proven_v4.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
+                    proven.extend(proven_v6.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
+                }
                 if nets.is_empty() && certificate {
                     reason =
                         Some("needs certificate; lane tls not available: this host has no keys".to_owned());
@@ -148,12 +151,12 @@ impl Broker {
             }
         }
         let sessions = if protocol == Protocol::TCP { self.sessions_of(context) } else { Vec::new() };
-        if nets.is_empty() && sessions.is_empty() && !by_certificate {
+        if nets.is_empty() && sessions.is_empty() && proven.is_empty() {
             let reason = reason.or_else(|| Some("no rule lets anyone reach it there".to_owned()));
             return Listening { scope: Scope::Nobody, sessions, reason };
         }
         let cookies = sessions.iter().map(|c| c.cookie).collect();
-        let scope = Scope::Some { nets, sessions: cookies, certificate: by_certificate };
+        let scope = Scope::Some { nets, sessions: cookies, proven };
         Listening { scope, sessions, reason: None }
     }
 
@@ -170,12 +173,14 @@ impl Broker {
         let mut all = match &listener.scope {
             Scope::Nobody => return Vec::new(),
             Scope::Anyone => Net::everyone().to_vec(),
-            Scope::Some { nets, sessions, .. } => {
+            Scope::Some { nets, sessions, proven } => {
                 let mut all: Vec<Net> = nets.iter().map(|n| Net::new(n.0, n.1)).collect();
-                let in_plain = |control: &&super::sessions::Control| control.association.is_none();
-                for control in sessions.iter().filter_map(|c| self.sessions.get(*c)).filter(in_plain) {
+                // A hole is one who must prove who he is.
+                all.extend(proven.iter().map(|n| Net::new(n.0, n.1).refused()));
+                for control in sessions.iter().filter_map(|c| self.sessions.get(*c)) {
                     let ip = control.remote.ip().to_canonical();
                     let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
+                    let net = if control.association.is_some() { net.refused() } else { net };
                     if !all.contains(&net) {
                         all.push(net);
                     }
@@ -183,6 +188,9 @@ impl Broker {
                 all
             }
         };
+        if listener.scope.is_of_sessions() {
+            return all; // their peers, and no other member
+        }
         for (ip, in_plain) in self.members_for(listener) {
             let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
             all.retain(|other| *other != net);
@@ -325,7 +333,7 @@ impl Broker {
             && self.mode == Mode::Enforce
             && match &listener.scope {
                 Scope::Nobody => false,
-                Scope::Some { certificate: true, .. } => true,
+                Scope::Some { proven, .. } if !proven.is_empty() => true,
                 Scope::Some { nets, sessions, .. } => {
                     sessions.iter().any(protected)
                         || (!nets.is_empty() && self.has_protected_members(listener))
@@ -469,9 +477,9 @@ impl Broker {
             .collect();
         for cookie in concerned {
             let Some(mut listener) = self.listeners.remove(&cookie) else { continue };
-            if let Scope::Some { nets, sessions, certificate } = &mut listener.scope {
+            if let Scope::Some { nets, sessions, proven } = &mut listener.scope {
                 sessions.retain(|s| *s != session);
-                if nets.is_empty() && sessions.is_empty() && !*certificate {
+                if nets.is_empty() && sessions.is_empty() && proven.is_empty() {
                     listener.scope = Scope::Nobody;
                 }
             }

@@ -230,7 +230,8 @@ pub fn open(daemon: &mut Daemon, fd: &OwnedFd, to: SocketAddr) -> Result<(u64, P
     placed(daemon, Kind::Open, &[ask.as_bytes(), PROCESS].concat(), fd)
 }
 
-/// Has a listener filtered, so that `plain` come to it as they are, and protected. The front's number and an errno.
+/// Has a listener filtered, so that `plain` come to it as they are and all others to its front. The front's number
+/// and an errno.
 pub fn serve(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32) -> (u64, i32) {
     serving(daemon, fd, plain, flags, PROCESS)
 }
@@ -241,7 +242,8 @@ pub fn serve_as(daemon: &mut Daemon, fd: &OwnedFd, process: &[u8]) -> i32 {
 }
 
 fn serving(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32, process: &[u8]) -> (u64, i32) {
-    let filter = daemon.filter(fd, 1, plain).unwrap();
+    let all = [plain, &Net::everyone().map(Net::refused)].concat();
+    let filter = daemon.filter(fd, 1, &all).unwrap();
     let head = Head { count: 16, flags, ..Head::new(Kind::Serve, 77) };
     daemon.send(&[head.as_bytes(), process], &[fd.as_fd(), filter.as_fd()]);
     loop {

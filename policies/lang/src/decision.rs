@@ -69,6 +69,10 @@ pub enum ListenerScope {
         v6: Vec<Ipv6Net>,
         /// Some rule could admit others by their certificate.
         certificate: bool,
+        /// IPv4 addresses from which some rule could, `deny` rules by address taken off.
+        proven_v4: Vec<Ipv4Net>,
+        /// The same of IPv6.
+        proven_v6: Vec<Ipv6Net>,
         /// Some rule admits processes of this host by `process{}`.
         processes: bool,
     },

@@ -121,7 +121,7 @@ pub(crate) fn scope(
     };
     let wildcard = view.address == Address::Unknown;
     let (mut allowed, mut denied, mut barred) = (Ranges::default(), Ranges::default(), Ranges::default());
-    let (mut certificate, mut processes) = (false, false);
+    let (mut certificate, mut processes, mut proven) = (false, false, Ranges::default());
     for rule in rules {
         if !rule.in_force(now) || !rule.service.contains(protocol, port) {
             continue;
@@ -146,7 +146,10 @@ pub(crate) fn scope(
                 let is_process = |a: &Atom| matches!(a, Atom::Process(..) | Atom::Sha256(_));
                 let by_process = rule.from.mentions(is_process);
                 let others = addresses(&rule.from, false, Assume::Certificate);
-                certificate |= others != strangers;
+                if others != strangers {
+                    certificate = true;
+                    proven = proven.union(&others);
+                }
                 processes |= by_process && !addresses(&rule.from, false, Assume::Local).is_empty();
                 allowed = allowed.union(&strangers);
             }
@@ -159,7 +162,10 @@ pub(crate) fn scope(
     if barred.is_all() || (reach.is_empty() && !certificate && !processes) {
         return ListenerScope::Nobody;
     }
+    let proven = proven.intersection(&barred.complement());
     ListenerScope::Addresses {
+        proven_v4: proven.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)).collect(),
+        proven_v6: proven.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)).collect(),
         v4: reach.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)).collect(),
         v6: reach.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)).collect(),
         certificate,

@@ -196,6 +196,8 @@ fn a_listener_is_open_to_whom_rules_name() {
         v4: v4.iter().map(|n| n.parse().unwrap()).collect(),
         v6: Vec::new(),
         certificate,
+        proven_v4: if certificate { vec!["0.0.0.0/0".parse().unwrap()] } else { Vec::new() },
+        proven_v6: if certificate { vec!["::/0".parse().unwrap()] } else { Vec::new() },
         processes,
     };
     assert_eq!(scope("allow http(IPv4{10.0.0.0/8}, *);"), some(&["10.0.0.0/8"], false, false));
@@ -209,4 +211,9 @@ fn a_listener_is_open_to_whom_rules_name() {
     // Who is denied for want of a certificate may come with one.
     let refusing = "allow http(*, *); allow http(x509{name=\"*\"}, *); deny http(!x509{name=\"*\"}, *);";
     assert_eq!(scope(refusing), some(&[], true, false));
+    // From where a certificate could help.
+    let near = scope("allow http(x509{name=\"*\"} & IPv4{10.0.0.0/8}, *); deny http(IPv4{10.128.0.0/9}, *);");
+    let ListenerScope::Addresses { v4, proven_v4, proven_v6, .. } = near else { panic!("{near:?}") };
+    assert_eq!((v4.len(), proven_v6.len()), (0, 0));
+    assert_eq!(proven_v4, ["10.0.0.0/9".parse().unwrap()]);
 }
