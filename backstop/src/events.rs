@@ -1,8 +1,8 @@
 //! What the programs put on record.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use aya::maps::{Array, MapData, RingBuf};
+use aya::maps::{Array, MapData};
 use portcullis_types::{Generation, Op, Protocol, RuleId};
 
 use crate::{
@@ -10,7 +10,11 @@ use crate::{
     layout::{RawEvent, Who},
     model::Holder,
     programs::in_map,
+    ring::Ring,
 };
+
+/// Size of the ring, `RING` in `bpf/backstop.bpf.c`.
+const RING: usize = 4 << 20;
 
 /// Why a call was judged as it was.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -162,26 +166,31 @@ fn read(bytes: &[u8]) -> Option<RawEvent> {
 /// record makes the descriptor readable. So a busy host costs some wake-ups a second, and an idle
 /// one none.
 pub struct Events {
-    ring: RingBuf<MapData>,
+    ring: Ring,
     asleep: Array<MapData, u32>,
 }
 
 impl Events {
-    pub(crate) fn new(ring: MapData, asleep: MapData) -> Result<Self, BackstopError> {
-        let ring = RingBuf::try_from(aya::maps::Map::RingBuf(ring)).map_err(in_map("events"))?;
+    pub(crate) fn new(ring: OwnedFd, asleep: MapData) -> Result<Self, BackstopError> {
         let asleep = Array::try_from(aya::maps::Map::Array(asleep)).map_err(in_map("asleep"))?;
-        Ok(Self { ring, asleep })
+        Ok(Self { ring: open(ring)?, asleep })
     }
 
-    /// Takes what is there, oldest first; returns how many records it was.
-    pub fn drain(&mut self, mut each: impl FnMut(Event)) -> usize {
-        let mut taken = 0;
-        while let Some(item) = self.ring.next() {
-            taken += 1;
-            if let Some(event) = Event::parse(&item) {
-                each(event);
-            }
-        }
+    /// Takes what is there, oldest first; returns how many records it was. Until [`Self::release`] they
+    /// stay in the kernel as well, for [`left_over`].
+    pub fn take(&mut self, each: impl FnMut(Event)) -> usize {
+        take(&mut self.ring, each)
+    }
+
+    /// Says that what was taken is safe.
+    pub fn release(&mut self) {
+        self.ring.release();
+    }
+
+    /// Takes and releases.
+    pub fn drain(&mut self, each: impl FnMut(Event)) -> usize {
+        let taken = self.take(each);
+        self.release();
         taken
     }
 
@@ -193,6 +202,33 @@ impl Events {
     pub fn sleep(&mut self) -> Result<(), BackstopError> {
         self.asleep.set(0, 1, 0).map_err(in_map("asleep"))
     }
+}
+
+/// The records that an earlier owner of this ring (see [`crate::events_of`]) has not released.
+///
+/// # Errors
+/// [`BackstopError::Map`].
+pub fn left_over(ring: OwnedFd) -> Result<Vec<Event>, BackstopError> {
+    let mut all = Vec::new();
+    let mut ring = open(ring)?;
+    take(&mut ring, |event| all.push(event));
+    ring.release();
+    Ok(all)
+}
+
+fn open(ring: OwnedFd) -> Result<Ring, BackstopError> {
+    Ring::new(ring, RING).map_err(|source| BackstopError::Attach { what: "read", hook: "events", source })
+}
+
+fn take(ring: &mut Ring, mut each: impl FnMut(Event)) -> usize {
+    let mut taken = 0;
+    while let Some(bytes) = ring.next() {
+        taken += 1;
+        if let Some(event) = Event::parse(bytes) {
+            each(event);
+        }
+    }
+    taken
 }
 
 impl std::fmt::Debug for Events {
@@ -209,7 +245,7 @@ impl AsFd for Events {
 
 impl AsRawFd for Events {
     fn as_raw_fd(&self) -> RawFd {
-        self.ring.as_raw_fd()
+        self.ring.as_fd().as_raw_fd()
     }
 }
 

@@ -102,7 +102,7 @@ impl Backstop {
         let open = |fd: OwnedFd, name| MapData::from_fd(fd).map_err(in_map(name));
         let [control, asleep, stats, processes, grants, singles, listeners] = maps;
         let mut it = Self {
-            events: Events::new(open(events, "events")?, open(asleep, "asleep")?)?,
+            events: Events::new(events, open(asleep, "asleep")?)?,
             control: Array::try_from(Map::Array(open(control, "control")?)).map_err(in_map("control"))?,
             stats: PerCpuArray::try_from(Map::PerCpuArray(open(stats, "stats")?)).map_err(in_map("stats"))?,
             processes: hash(open(processes, "processes")?, "processes")?,

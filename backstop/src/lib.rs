@@ -29,12 +29,13 @@ mod layout;
 mod model;
 mod object;
 mod programs;
+mod ring;
 mod sys;
 mod types;
 
 pub use cgroup::{Cgroup, PREFIX, cgroup_name, folder_of};
 pub use error::BackstopError;
-pub use events::{Cause, Event, Events};
+pub use events::{Cause, Event, Events, left_over};
 pub use grants::{Backstop, Once, Stats, keep_listeners, monotonic};
 pub use model::{Holder, Region};
-pub use programs::{Attacher, listeners_of, load, load_for_another};
+pub use programs::{Attacher, events_of, listeners_of, load, load_for_another};

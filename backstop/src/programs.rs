@@ -92,6 +92,13 @@ pub fn listeners_of(descriptors: &[OwnedFd]) -> Option<BorrowedFd<'_>> {
     descriptors.get(at).map(AsFd::as_fd)
 }
 
+/// Of the same descriptors, the ring of records: whoever keeps it can read what their owner had no time for
+/// ([`crate::left_over`]).
+#[must_use]
+pub fn events_of(descriptors: &[OwnedFd]) -> Option<BorrowedFd<'_>> {
+    descriptors.get(MAPS.len()).map(AsFd::as_fd)
+}
+
 pub(crate) fn in_map(map: &'static str) -> impl FnOnce(aya::maps::MapError) -> BackstopError {
     move |source| BackstopError::Map { map, source }
 }

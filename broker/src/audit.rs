@@ -33,7 +33,7 @@ use portcullis_types::{Assurance, Lane, Protocol};
 
 use crate::{escape::json_string, process::Context};
 
-pub use log::Log;
+pub use log::{ENDS, Log};
 
 /// A value of an additional field.
 #[derive(Clone, Copy, Debug)]

@@ -39,14 +39,14 @@ use nix::{
         signalfd::SignalFd,
     },
 };
-use portcullis_backstop::Holder;
+use portcullis_backstop::{Event, Holder};
 use portcullis_policy::Policy;
 use portcullis_types::{RuleId, Verdict};
 use portcullis_wire::shared::StatePage;
 
 use crate::{
     BrokerError, Mode,
-    audit::{Line, Log, More},
+    audit::{ENDS, Line, Log, More},
     guard::link::Link,
     keyd::{Keepsake, Keyd},
     process::{Context, Inspector, ProcessKey},
@@ -218,6 +218,8 @@ pub(crate) struct Broker {
     keepsake: Keepsake,
     /// To the supervisor, which hands over what outlives a broker.
     handed: Option<Link>,
+    /// What the kernel put on record for the broker before, until it is in the log.
+    left_over: Vec<Event>,
     /// Filters of the broker before, by their listener's cookie.
     inherited: HashMap<u64, OwnedFd>,
     guards: guard::Guards,
@@ -340,6 +342,7 @@ impl Broker {
     fn flush_log(&mut self) {
         let before = self.log.error().is_some();
         let _ = self.log.commit();
+        self.release_events();
         if self.log.error().is_some() != before {
             self.renew_lease();
         }
@@ -376,7 +379,7 @@ impl Broker {
         for key in keys {
             self.drain(key);
         }
-        self.note("broker", "the broker ends", &[]);
+        self.note("broker", ENDS, &[]);
         self.flush_log();
         let _ = self.log.sync();
     }

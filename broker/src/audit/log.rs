@@ -1,6 +1,7 @@
 //! The log on disk: numbering without gaps, rotation, and what happens when it cannot be written.
 
 use std::{
+    collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
@@ -15,6 +16,8 @@ use crate::{escape::json_string, settings::Audit};
 
 /// How much of a file's end is searched for its last record, in bytes.
 const LAST: u64 = 256 * 1024;
+/// How much is searched for what may be in the kernel's ring as well: more than what fits there.
+const RECENT: u64 = 16 << 20;
 
 /// Where the log stood when it was opened.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -23,7 +26,12 @@ pub struct Tail {
     pub seq: u64,
     /// Highest generation in the last records; 0 if there is none.
     pub generation: u64,
+    /// Its writer took its leave.
+    pub ended: bool,
 }
+
+/// Reason of the record with which a broker ends.
+pub const ENDS: &str = "the broker ends";
 
 /// The log, open for appending.
 ///
@@ -227,6 +235,32 @@ impl Log {
         self.file.sync_data()
     }
 
+    /// Which flows the last records say were opened: for what may have been put there just before its writer died.
+    #[must_use]
+    pub fn recent_connects(&self) -> HashSet<u64> {
+        let mut found = HashSet::new();
+        let last_two = files(&self.folder).unwrap_or_default().into_iter().rev().take(2);
+        for path in last_two {
+            let Ok(mut file) = File::open(path) else { continue };
+            let size = file.metadata().map_or(0, |m| m.len());
+            let mut end = Vec::new();
+            let read = file.seek(SeekFrom::Start(size.saturating_sub(RECENT)));
+            if read.and_then(|_| file.read_to_end(&mut end)).is_err() {
+                continue;
+            }
+            for line in end.split(|b| *b == b'\n') {
+                let Ok(record) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
+                let text = |field: &str| record.get(field).and_then(serde_json::Value::as_str);
+                if text("op") == Some("connect")
+                    && let Some(flow) = text("association").and_then(|a| u64::from_str_radix(a, 16).ok())
+                {
+                    found.insert(flow);
+                }
+            }
+        }
+        found
+    }
+
     /// Reads one record back. `None`: there is no such number, or it has been removed.
     #[must_use]
     pub fn find(&self, seq: u64) -> Option<String> {
@@ -281,6 +315,7 @@ fn mend(file: &mut File) -> io::Result<(Tail, u64)> {
         let number = |field: &str| record.get(field).and_then(serde_json::Value::as_u64).unwrap_or(0);
         tail.seq = tail.seq.max(number("seq"));
         tail.generation = tail.generation.max(number("generation"));
+        tail.ended = record.get("reason").and_then(serde_json::Value::as_str) == Some(ENDS);
     }
     Ok((tail, size))
 }
@@ -309,7 +344,10 @@ mod tests {
         let settings = Audit { rotate_mib: 0, ..Audit::default() };
         for round in 0..3 {
             let (mut log, tail) = Log::open(folder.path(), settings.clone(), "h").unwrap();
-            assert_eq!(tail, Tail { seq: round * 4, generation: if round == 0 { 0 } else { 9 } });
+            assert_eq!(
+                tail,
+                Tail { seq: round * 4, generation: if round == 0 { 0 } else { 9 }, ended: false }
+            );
             for _ in 0..2 {
                 log.push(&line(9));
                 log.push(&line(1));

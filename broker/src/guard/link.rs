@@ -5,6 +5,7 @@
 //! | letter | numbers | descriptors | from |
 //! |---|---|---|---|
 //! | `B` | | the backstop, as `portcullis_backstop::load_for_another` gives it | supervisor |
+//! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
 //! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
 //! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
 //! | `K` | | the book of held calls (`portcullis_guard::book`), after all trees | supervisor |
@@ -35,6 +36,8 @@ pub const MOST: usize = 128;
 pub enum Handed {
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
     Backstop(Vec<OwnedFd>),
+    /// What the kernel put on record and the broker before had no time for.
+    Ring(OwnedFd),
     /// Guards' listeners, of trees whose calls are made by proxy or go on under the backstop.
     Trees {
         /// By proxy.
@@ -140,6 +143,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Trees { by_proxy, listeners } => {
             (if *by_proxy { b'P' } else { b'T' }, Vec::new(), raw(listeners))
         }
+        Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
         Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
         Handed::Filters(all) => {
@@ -156,12 +160,13 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
     Ok(())
 }
 
-fn read(letter: u8, tags: &[u8], fds: Vec<OwnedFd>) -> io::Result<Handed> {
+fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
     let (tags, rest) = tags.as_chunks::<8>();
     let mut tags = tags.iter().map(|t| u64::from_ne_bytes(*t));
     Ok(match letter {
         b'B' => Handed::Backstop(fds),
         b'T' | b'P' => Handed::Trees { by_proxy: letter == b'P', listeners: fds },
+        b'R' => Handed::Ring(fds.pop().ok_or(io::ErrorKind::InvalidData)?),
         b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),
         b'W' => Handed::Watch(fds),

@@ -15,7 +15,7 @@ use super::{Broker, Source, far::is_wrapped, flows::Flow, judge::Call, word};
 use crate::{
     Mode,
     audit::{Line, More},
-    process::ProcessKey,
+    process::{Context, ProcessKey},
     sys::{monotonic, realtime, socket::Facts},
 };
 
@@ -332,7 +332,8 @@ impl Broker {
         }
         let Some(kernel) = &mut self.kernel else { return 0 };
         let mut events = Vec::new();
-        kernel.backstop.events.drain(|event| events.push(event));
+        // They stay there until they are in the log, for the next broker.
+        kernel.backstop.events.take(|event| events.push(event));
         if !events.is_empty() {
             kernel.heard = monotonic();
             if !kernel.awake {
@@ -352,12 +353,43 @@ impl Broker {
         events.len()
     }
 
+    /// What was taken is in the log, or counted as lost.
+    pub(super) fn release_events(&mut self) {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.backstop.events.release();
+        }
+    }
+
+    /// Puts on record what the broker before had no time for, but for what it did put there.
+    pub(super) fn record_left_over(&mut self) {
+        let events = std::mem::take(&mut self.left_over);
+        if events.is_empty() {
+            return;
+        }
+        let there = self.log.recent_connects();
+        let (now, since_boot) = (realtime(), monotonic());
+        for event in &events {
+            if event.cause == Cause::Granted && there.contains(&event.cookie) {
+                continue;
+            }
+            // Who it was, if it is the same image still.
+            let pid = event.holder.tgid.cast_signed();
+            let context = self.look_up(pid).filter(|c| self.look_at(c.key) == Some(event.holder));
+            let time = now.saturating_sub(since_boot.saturating_sub(event.time));
+            self.record_event_of(context.map(Rc::new), event, time);
+        }
+    }
+
     fn record_event(&mut self, event: &Event, time: u64) {
         let known: Option<ProcessKey> = self.by_pid.get(&event.holder.tgid.cast_signed()).copied();
-        let context = known.and_then(|k| self.processes.get(&k)).map(|p| Rc::clone(&p.context));
+        let context = known.and_then(|k| self.context_of(k));
         if let Some(process) = known.and_then(|k| self.processes.get_mut(&k)) {
             if event.permitted { process.permitted += 1 } else { process.refused += 1 }
         }
+        self.record_event_of(context, event, time);
+    }
+
+    fn record_event_of(&mut self, context: Option<Rc<Context>>, event: &Event, time: u64) {
         let at = SocketAddr::new(Ipv6Addr::from_bits(event.addr).to_canonical(), event.port);
         let (local, remote) = match event.op {
             Op::Bind => (Some(at), None),

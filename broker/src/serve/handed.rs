@@ -5,6 +5,8 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+use portcullis_backstop::left_over;
+
 use super::{Broker, Source};
 use crate::{
     guard::link::Handed,
@@ -18,6 +20,7 @@ impl Broker {
         while let Some(from) = &self.handed {
             match from.receive() {
                 Ok(Some(Handed::Backstop(descriptors))) => self.take_backstop(descriptors),
+                Ok(Some(Handed::Ring(ring))) => self.left_over = left_over(ring).unwrap_or_default(),
                 Ok(Some(Handed::Trees { by_proxy, listeners })) => {
                     listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy));
                 }

@@ -115,6 +115,7 @@ impl Broker {
             lanes: super::lanes::Lanes::default(),
             keepsake: Keepsake::default(),
             handed: config.handed.map(Into::into),
+            left_over: Vec::new(),
             inherited: HashMap::new(),
             guards: super::guard::Guards::default(),
             kernel: None,
@@ -128,6 +129,11 @@ impl Broker {
         vow(page).map_err(BrokerError::kernel("robust mutex"))?;
         broker.open_sources()?;
         broker.note("broker", "the broker begins", &[("mode", More::Text(mode_word(broker.mode)))]);
+        if tail.seq > 0 && !tail.ended {
+            let why =
+                "the broker before was killed: what processes themselves noted in its last moments is lost";
+            broker.note("broker", why, &[]);
+        }
         if !broker.log.commit() {
             let source = io::Error::other(broker.log.error().unwrap_or("unknown").to_owned());
             return Err(BrokerError::AuditLog { path: audit, source });
@@ -137,6 +143,7 @@ impl Broker {
             broker.greet(socket);
         }
         broker.load_first();
+        broker.record_left_over();
         if !config.fresh {
             broker.adopt();
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use portcullis_backstop::{
-    Attacher, BackstopError, Cgroup, cgroup_name, keep_listeners, listeners_of, load_for_another,
+    Attacher, BackstopError, Cgroup, cgroup_name, events_of, keep_listeners, listeners_of, load_for_another,
 };
 
 type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
@@ -24,6 +24,8 @@ pub struct Backing {
     attacher: Option<Attacher>,
     /// Map of the listeners that the last broker granted.
     listeners: Option<OwnedFd>,
+    /// Ring of the records that the last broker may not have had time for.
+    events: Option<OwnedFd>,
     cgroups: Vec<Cgroup>,
 }
 
@@ -32,6 +34,11 @@ impl Backing {
     pub fn new(state: &Path, wanted: bool) -> Self {
         let ahead = wanted.then(|| thread::spawn(load_for_another));
         Self { name: cgroup_name(state), wanted, ahead, ..Self::default() }
+    }
+
+    /// What the last broker may not have put on record, for the next one.
+    pub const fn take_events(&mut self) -> Option<OwnedFd> {
+        self.events.take()
     }
 
     /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
@@ -52,6 +59,7 @@ impl Backing {
             }
             self.listeners = fresh.try_clone_to_owned().ok();
         }
+        self.events = events_of(&descriptors).and_then(|ring| ring.try_clone_to_owned().ok());
         self.tidy();
         for cgroup in &self.cgroups {
             attacher.attach(cgroup)?;

@@ -39,17 +39,21 @@ impl Handover {
         self.link = None;
     }
 
-    /// Prepares all for a broker that is about to start; the result is its end.
+    /// Prepares all for a broker that is about to start; the result is its end. `ring` is what the one before had no
+    /// time for.
     ///
     /// # Errors
     /// As socketpair(2) and sendmsg(2).
-    pub fn begin(&mut self, backstop: Option<Vec<OwnedFd>>) -> io::Result<OwnedFd> {
+    pub fn begin(&mut self, backstop: Option<Vec<OwnedFd>>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
         self.end();
         self.tidy();
         let (mut ours, theirs) = Link::pair()?;
         let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
         if let Some(descriptors) = backstop {
             ours.send(Handed::Backstop(descriptors));
+        }
+        if let Some(ring) = ring {
+            ours.send(Handed::Ring(ring));
         }
         for (tree, by_proxy) in &self.trees {
             ours.send(Handed::Trees { by_proxy: *by_proxy, listeners: vec![tree.try_clone()?] });

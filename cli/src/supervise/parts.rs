@@ -178,8 +178,9 @@ impl Parts {
         };
         // Whoever runs already is held at every moment; the first run of all is not there yet, and its broker
         // starts meanwhile.
+        let ring = self.backing.take_events();
         let before = if self.served { backstop(&mut self.backing) } else { None };
-        let handed = self.handover.begin(before)?;
+        let handed = self.handover.begin(before, ring)?;
         command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
         let _handed = Pass::on(&handed)?;
         let (ended, life) = pipe2(OFlag::O_CLOEXEC)?;
