@@ -353,7 +353,11 @@ impl Index {
     #[inline]
     fn visit(&self, from: u32, to: u32, service: u32, truth: Truth, visit: &mut impl FnMut(&Entry, Truth)) {
         let is_it = |e: &Entry| e.from == from && e.to == to && e.service == service;
-        let mut next = self.table.get(triple(from, to, service), is_it);
+        let hash = triple(from, to, service);
+        if !self.table.may_have(hash) {
+            return;
+        }
+        let mut next = self.table.get(hash, is_it);
         while let Some(entry) = next {
             visit(entry, truth);
             next = entry.next.checked_sub(1).and_then(|n| self.more.get(to_usize(n)));

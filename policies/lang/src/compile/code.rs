@@ -31,7 +31,7 @@ const V4: u8 = 8;
 const ELSEWHERE: u8 = 9;
 
 /// Writes an alternative's conditions; `None` if there is no room, or no operation for one.
-pub(super) fn write(literals: &[Literal]) -> Option<Code> {
+pub(super) fn write<'a>(literals: impl Iterator<Item = &'a Literal>) -> Option<Code> {
     let mut code = [END; ROOM];
     let mut room = code.as_mut_slice();
     for literal in literals {

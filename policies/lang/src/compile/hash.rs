@@ -117,13 +117,16 @@ impl<E: Clone> Table<E> {
         (at / 64, 1 << (at % 64))
     }
 
-    /// The entry with this hash for which `is_it` holds.
+    /// Whether there may be an entry with this hash; if not, there is none.
+    #[inline]
+    pub(super) fn may_have(&self, hash: u64) -> bool {
+        let (word, bit) = self.place(hash);
+        self.filter.get(word).is_some_and(|word| word & bit != 0)
+    }
+
+    /// The entry with this hash for which `is_it` holds; to be asked for if there may be one.
     #[inline]
     pub(super) fn get(&self, hash: u64, is_it: impl Fn(&E) -> bool) -> Option<&E> {
-        let (word, bit) = self.place(hash);
-        if self.filter.get(word)? & bit == 0 {
-            return None;
-        }
         let mut at = position(hash) & self.mask;
         let wanted = tag(hash);
         loop {

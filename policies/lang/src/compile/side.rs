@@ -8,7 +8,7 @@ use super::{
     code::{self, Code},
     hash::Table,
     terms::{self, Literal, Term},
-    values::{ADDRESS, ALL, Depths, EXE, GROUP, Lead, SHA256, UNIT, Values, both, candidates},
+    values::{ADDRESS, Depths, EXE, GROUP, Lead, SHA256, UNIT, Values, both, candidates},
 };
 use crate::{
     facts::{Fact, ProcessFact},
@@ -58,8 +58,7 @@ struct Alternative {
 pub(super) struct SideIndex {
     places: Table<Place>,
     more: Vec<Place>,
-    /// Facts that lead somewhere alone; pairs that do together.
-    single: Vec<Lead>,
+    /// Facts that lead somewhere together.
     pairs: Vec<(Lead, Lead)>,
     depths: Depths,
     /// Principals that are everyone.
@@ -159,7 +158,11 @@ impl Builder<'_> {
                 vec![first]
             }
         };
-        let written = if term.rest.is_empty() { code::write(&term.literals) } else { None };
+        // What led here has been looked at by its hash, so it is made sure of last.
+        let led = |at: usize| chosen.iter().any(|(_, by, _)| *by == at);
+        let (last, first): (Vec<_>, Vec<_>) = term.literals.iter().enumerate().partition(|(at, _)| led(*at));
+        let order = first.into_iter().chain(last).map(|(_, literal)| literal);
+        let written = if term.rest.is_empty() { code::write(order) } else { None };
         for (_, at, _) in &chosen {
             self.leading.extend(term.literals.get(*at).map(|l| std::sync::Arc::clone(&l.atom)));
         }
@@ -198,13 +201,12 @@ impl Builder<'_> {
         }
         drop(self.places);
         let empty = Place { hash: 0, principal: 0, next: 0, code: [0; 48] };
-        let used = self.pairs.iter().fold(self.single, |bits, (a, b)| bits | a.bit() | b.bit());
+        let paired = self.pairs.iter().fold(0, |bits, (a, b)| bits | a.bit() | b.bit());
         SideIndex {
             places: Table::new(heads.len(), heads.iter().map(|p| (p.hash, *p)), empty),
             more,
-            single: ALL.into_iter().filter(|lead| self.single & lead.bit() != 0).collect(),
             pairs: self.pairs.into_iter().collect(),
-            depths: Depths::new(used, self.leading.into_iter()),
+            depths: Depths::new(self.single, paired, self.leading.into_iter()),
             everyone,
             alternatives: self.alternatives,
             always: self.always,
@@ -227,10 +229,8 @@ impl SideIndex {
         self.try_unknown(view, hits)?;
         let mut values = Values::new();
         self.depths.values(view, &mut values)?;
-        for lead in &self.single {
-            for hash in values.of(*lead) {
-                self.by_hash(*hash, view, hits)?;
-            }
+        for hash in values.single() {
+            self.by_hash(*hash, view, hits)?;
         }
         for (a, b) in &self.pairs {
             for left in values.of(*a) {
@@ -267,8 +267,14 @@ impl SideIndex {
         Ok(())
     }
 
-    #[inline]
+    /// Most values lead nowhere, so that is told before anything is called.
+    #[inline(always)]
     fn by_hash(&self, hash: u64, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
+        if self.places.may_have(hash) { self.at(hash, view, hits) } else { Ok(()) }
+    }
+
+    #[inline(never)]
+    fn at(&self, hash: u64, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
         let mut next = self.places.get(hash, |place| place.hash == hash);
         while let Some(place) = next {
             let truth = code::run(&place.code, view, |number| self.alternative(number, view));

@@ -95,11 +95,13 @@ pub(super) struct Values {
     hashes: ArrayVec<u64, MOST>,
     /// By kind: where its hashes begin and end.
     ranges: [(u8, u8); LEADS],
+    /// How many of the first lead somewhere alone.
+    single: u8,
 }
 
 impl Values {
     pub(super) const fn new() -> Self {
-        Self { hashes: ArrayVec::new_const(), ranges: [(0, 0); LEADS] }
+        Self { hashes: ArrayVec::new_const(), ranges: [(0, 0); LEADS], single: 0 }
     }
 
     fn push(&mut self, hash: u64) -> Result<(), TooMany> {
@@ -108,6 +110,12 @@ impl Values {
 
     fn text(&mut self, lead: Lead, text: &str) -> Result<(), TooMany> {
         self.push(hash::text::<false>(lead.seed(), text.as_bytes()))
+    }
+
+    /// Those that may lead somewhere alone.
+    #[inline]
+    pub(super) fn single(&self) -> &[u64] {
+        self.hashes.get(..usize::from(self.single)).unwrap_or_default()
     }
 
     #[inline]
@@ -198,8 +206,9 @@ fn cut(address: u128, width: u8, length: u8) -> u128 {
 /// for one set of principals.
 #[derive(Debug, Default)]
 pub(super) struct Depths {
-    /// Facts that lead somewhere, alone or with another.
+    /// Facts that lead somewhere: those that do alone, then those that do with another.
     leads: Vec<Lead>,
+    single: usize,
     labels: u64,
     slashes: u64,
     v4: Vec<u8>,
@@ -207,9 +216,10 @@ pub(super) struct Depths {
 }
 
 impl Depths {
-    pub(super) fn new(used: u32, atoms: impl Iterator<Item = Arc<Atom>>) -> Self {
-        let leads = ALL.into_iter().filter(|lead| used & lead.bit() != 0).collect();
-        let mut depths = Self { leads, ..Self::default() };
+    pub(super) fn new(single: u32, paired: u32, atoms: impl Iterator<Item = Arc<Atom>>) -> Self {
+        let of = |bits: u32| ALL.into_iter().filter(move |lead| bits & lead.bit() != 0);
+        let leads: Vec<Lead> = of(single).chain(of(paired & !single)).collect();
+        let mut depths = Self { leads, single: of(single).count(), ..Self::default() };
         let mut lengths = BTreeSet::new();
         for atom in atoms {
             depths.add(&atom, &mut lengths);
@@ -255,7 +265,10 @@ impl Depths {
         let attested = certificate.filter(|_| remote);
         // At most 128, so they fit.
         let count = |values: &Values| u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
-        for lead in &self.leads {
+        for (n, lead) in self.leads.iter().enumerate() {
+            if n == self.single {
+                values.single = count(values);
+            }
             let start = count(values);
             match lead {
                 Lead::Prefix => self.address(view, values)?,
@@ -273,6 +286,9 @@ impl Depths {
             if let Some(slot) = values.ranges.get_mut(*lead as usize) {
                 *slot = (start, end);
             }
+        }
+        if self.single == self.leads.len() {
+            values.single = count(values);
         }
         Ok(())
     }
