@@ -3,7 +3,11 @@
 mod condition;
 mod example;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    hash::Hash,
+    sync::Arc,
+};
 
 use portcullis_types::Protocol;
 
@@ -78,7 +82,7 @@ pub(crate) struct NamedService {
 
 /// Checks the statements of all files of a policy.
 pub(crate) fn check(items: Vec<Item>, sources: &[Source], errors: &mut Diagnostics) -> Checked {
-    let mut checker = Checker { names: Names::default(), open: Vec::new(), errors };
+    let mut checker = Checker::new(Names::default(), errors);
     let (mut rules, mut tests) = (Vec::new(), Vec::new());
     for item in items {
         match item {
@@ -90,6 +94,7 @@ pub(crate) fn check(items: Vec<Item>, sources: &[Source], errors: &mut Diagnosti
         }
     }
     checker.resolve_all();
+    checker.principals.reserve(rules.len());
     let rules = rules.into_iter().filter_map(|r| checker.rule(r, sources)).collect();
     let tests = tests.into_iter().map(|t| checker.test(t)).collect();
     Checked { rules, tests, names: checker.names }
@@ -97,21 +102,39 @@ pub(crate) fn check(items: Vec<Item>, sources: &[Source], errors: &mut Diagnosti
 
 /// Resolves a service that stands outside the policy, as on a command line.
 pub(crate) fn service(names: &Names, items: &[ServiceItem], errors: &mut Diagnostics) -> Service {
-    let mut checker = Checker { names: names.clone(), open: Vec::new(), errors };
+    let mut checker = Checker::new(names.clone(), errors);
     checker.service_items(items).0
 }
 
 /// Resolves a principal that stands outside the policy.
 pub(crate) fn principal(names: &Names, tree: &syntax::Expr, errors: &mut Diagnostics) -> Option<Expr> {
-    let mut checker = Checker { names: names.clone(), open: Vec::new(), errors };
+    let mut checker = Checker::new(names.clone(), errors);
     checker.expr(tree, 0).map(|r| r.expr)
 }
 
 struct Checker<'a> {
     names: Names,
+    /// What rules have said before, so that equal things are one in memory.
+    services: HashMap<Arc<Service>, ()>,
+    principals: HashMap<Expr, ()>,
     /// Names being resolved, for cycles.
     open: Vec<Name>,
     errors: &'a mut Diagnostics,
+}
+
+impl<'a> Checker<'a> {
+    fn new(names: Names, errors: &'a mut Diagnostics) -> Self {
+        let (services, principals) = Default::default();
+        Self { names, services, principals, open: Vec::new(), errors }
+    }
+}
+
+/// The one that equals it and was kept first.
+pub(crate) fn shared<T: Clone + Eq + Hash>(kept: &mut HashMap<T, ()>, value: T) -> T {
+    match kept.entry(value) {
+        Entry::Occupied(known) => known.key().clone(),
+        Entry::Vacant(new) => new.insert_entry(()).key().clone(),
+    }
 }
 
 impl Checker<'_> {
@@ -384,9 +407,9 @@ impl Checker<'_> {
             audit: options.audit.is_some(),
             expires: options.expires.map(|d| d.value.end()),
             span: item.span,
-            service: Arc::new(service),
-            from: from?.expr,
-            to: to?.expr,
+            service: shared(&mut self.services, Arc::new(service)),
+            from: shared(&mut self.principals, from?.expr),
+            to: shared(&mut self.principals, to?.expr),
         })
     }
 

@@ -21,6 +21,7 @@ use std::{collections::HashMap, sync::Arc};
 use portcullis_types::{Protocol, RuleId};
 
 use crate::{
+    check,
     decide::{Brief, Matches, better},
     facts::{CertificateFact, Flow, ProcessFact, Side},
     model::{Atom, Effect, Expr, Rule, Truth},
@@ -83,41 +84,21 @@ const fn triple(from: u32, to: u32, service: u32) -> u64 {
     mix((from as u64) << 32 | to as u64, service as u64)
 }
 
-/// Gives equal formulas one number.
+/// Gives equal formulas one number. Equal ones are one in memory, and stay there: they are all kept.
 #[derive(Default)]
 struct Principals {
-    /// By place in memory first: a named set is shared by all rules that name it.
     places: HashMap<usize, u32>,
-    numbers: HashMap<Expr, u32>,
     all: Vec<Expr>,
     denies: Vec<bool>,
 }
 
 impl Principals {
     fn number(&mut self, expr: &Expr, denies: bool) -> u32 {
-        let place = match expr {
-            Expr::Any => 1,
-            Expr::Nothing => 2,
-            Expr::Atom(atom) => Arc::as_ptr(atom).addr(),
-            Expr::Not(inner) => Arc::as_ptr(inner).addr(),
-            Expr::And(list) | Expr::Or(list) => Arc::as_ptr(list).addr(),
-        };
-        let number = match self.places.get(&place) {
-            Some(number) => *number,
-            None => {
-                let next = to_u32(self.all.len());
-                let number = *self.numbers.entry(expr.clone()).or_insert(next);
-                if number == next {
-                    self.all.push(expr.clone());
-                    self.denies.push(false);
-                }
-                // The formula that was first keeps its place in memory; this one may go.
-                if self.all.get(to_usize(number)).is_some_and(|kept| same_place(kept, expr)) {
-                    self.places.insert(place, number);
-                }
-                number
-            }
-        };
+        let number = *self.places.entry(expr.place()).or_insert_with(|| {
+            self.all.push(expr.clone());
+            self.denies.push(false);
+            to_u32(self.all.len() - 1)
+        });
         if let Some(flag) = self.denies.get_mut(to_usize(number)) {
             *flag |= denies;
         }
@@ -125,22 +106,13 @@ impl Principals {
     }
 }
 
-fn same_place(a: &Expr, b: &Expr) -> bool {
-    match (a, b) {
-        (Expr::Atom(a), Expr::Atom(b)) => Arc::ptr_eq(a, b),
-        (Expr::Not(a), Expr::Not(b)) => Arc::ptr_eq(a, b),
-        (Expr::And(a), Expr::And(b)) | (Expr::Or(a), Expr::Or(b)) => Arc::ptr_eq(a, b),
-        _ => false,
-    }
-}
-
 impl Principals {
     /// The same principals as they stand before their certificate is shown; with the new number of
     /// each, none if it cannot hold.
     fn before_certificate(&self) -> (Self, Vec<Option<u32>>) {
-        let mut soft = Self::default();
+        let (mut soft, mut kept) = (Self::default(), HashMap::new());
         let number = |(expr, denies): (&Expr, &bool)| {
-            let expr = terms::before_certificate(expr, false);
+            let expr = check::shared(&mut kept, terms::before_certificate(expr, false));
             (expr != Expr::Nothing).then(|| soft.number(&expr, *denies))
         };
         let numbers = self.all.iter().zip(&self.denies).map(number).collect();

@@ -187,6 +187,18 @@ pub(crate) enum Expr {
 }
 
 impl Expr {
+    /// Where it lies in memory. Rules of one policy share equal formulas, so among them it tells which
+    /// are equal.
+    pub(crate) fn place(&self) -> usize {
+        match self {
+            Self::Any => 1,
+            Self::Nothing => 2,
+            Self::Atom(atom) => Arc::as_ptr(atom).addr(),
+            Self::Not(inner) => Arc::as_ptr(inner).addr(),
+            Self::And(list) | Self::Or(list) => Arc::as_ptr(list).addr(),
+        }
+    }
+
     /// Calls `visit` for each condition, with whether it stands under an odd number of `!`.
     pub(crate) fn atoms<'a>(&'a self, negated: bool, visit: &mut impl FnMut(&'a Atom, bool)) {
         match self {
@@ -238,6 +250,7 @@ pub struct Rule {
     /// First second, since the Unix epoch, at which it is no longer in force.
     pub expires: Option<u64>,
     pub(crate) span: Span,
+    // Of one policy, equal ones of these three are one in memory.
     pub(crate) service: Arc<Service>,
     pub(crate) from: Expr,
     pub(crate) to: Expr,

@@ -114,12 +114,17 @@ fn expiring(rule: &Rule, now: Option<u64>, out: &mut Diagnostics) {
     }
 }
 
+/// Services of one policy that are equal are one in memory.
+fn place(service: &Arc<Service>) -> usize {
+    Arc::as_ptr(service).addr()
+}
+
 /// Two rules that say the same.
 fn equal(rules: &[Rule], out: &mut Diagnostics) {
     let mut first: HashMap<_, &Rule> = HashMap::with_capacity(rules.len());
     for rule in rules {
         let options = (rule.audit, rule.lane, rule.related, rule.expires);
-        let key = (rule.effect, &rule.service, &rule.from, &rule.to, options);
+        let key = (rule.effect, place(&rule.service), rule.from.place(), rule.to.place(), options);
         match first.get(&key) {
             Some(before) => out.push(
                 Diagnostic::warning("this rule says what another one says", rule.span)
@@ -201,13 +206,12 @@ fn proofs(expr: &Expr) -> (bool, bool) {
 
 /// An `allow` by address beside one by certificate for the same.
 fn weaker(rules: &[Rule], out: &mut Diagnostics) {
-    type Key<'a> = (&'a Arc<Service>, bool, &'a Expr);
     let allows = || rules.iter().filter(|r| r.effect == Effect::Allow);
     let ends = |r: &'_ Rule| [(proofs(&r.from), true), (proofs(&r.to), false)];
-    fn key(rule: &Rule, is_from: bool) -> Key<'_> {
-        (&rule.service, is_from, if is_from { &rule.to } else { &rule.from })
-    }
-    let mut strong: HashMap<Key<'_>, &Rule> = HashMap::new();
+    let key = |rule: &Rule, is_from: bool| {
+        (place(&rule.service), is_from, if is_from { &rule.to } else { &rule.from }.place())
+    };
+    let mut strong: HashMap<_, &Rule> = HashMap::new();
     if !allows().any(|r| ends(r).iter().any(|((_, address), _)| *address)) {
         return;
     }
