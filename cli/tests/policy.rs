@@ -146,7 +146,37 @@ fn replay_counts_recorded_flows_by_process() {
     ]);
     assert_eq!(status, 0);
     assert!(stdout.contains("\"flows\":2,\"passed_over\":2"), "{stdout}");
-    assert!(stdout.contains("\"/usr/bin/curl\":{\"becomes_allowed\":0,\"becomes_refused\":2}"), "{stdout}");
+    assert!(
+        stdout
+            .contains("\"/usr/bin/curl\":{\"becomes_allowed\":0,\"becomes_refused\":2,\"cannot_be_told\":0}"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn replay_says_what_depends_on_facts_that_no_record_has() {
+    let old = written("told-old.pol", "allow http(x509{name=\"h.example.com\"}, *);\n");
+    let audit = written(
+        "told.jsonl",
+        "{\"op\":\"connect\",\"host\":\"h.example.com\",\"exe\":\"/usr/bin/curl\",\"user\":\"a\",\"proto\":\"tcp\",\"local\":\"10.0.0.1:4000\",\"remote\":\"192.0.2.1:80\"}\n",
+    );
+    let replay = |new: &str| {
+        let new = written("told-new.pol", new);
+        let paths = [&old, &new, &audit].map(|p| p.to_str().unwrap());
+        let [old, new, audit] = paths;
+        policy(&["diff", old, new, "--replay", audit])
+    };
+    // The host's name is recorded, groups are not, and an address settles it either way.
+    let (status, stdout, _) = replay("allow http(x509{name=\"g.example.com\"}, *);\n");
+    assert_eq!(status, 0);
+    assert!(stdout.contains("/usr/bin/curl: 0 become allowed, 1 become refused\n"), "{stdout}");
+    let (_, stdout, _) = replay("allow http(process{group=\"staff\"}, *);\n");
+    assert!(stdout.contains("0 become refused, 1 depend on what is not recorded"), "{stdout}");
+    let (_, stdout, _) = replay("allow http(process{group=\"staff\"}, IPv4{192.0.2.2});\n");
+    assert!(stdout.contains("1 become refused\n"), "{stdout}");
+    let (_, stdout, _) =
+        replay("allow http(x509{name=\"h.example.com\"}, *);\nallow ssh(process{group=\"staff\"}, *);\n");
+    assert!(stdout.contains("replayed 1 flows (0 records passed over)\n") && !stdout.contains("curl:"));
 }
 
 #[test]

@@ -90,6 +90,7 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
         },
     };
     let widens = found.widens() || replayed.as_ref().is_some_and(replay::Summary::widens);
+    let untold = replayed.as_ref().is_some_and(replay::Summary::is_doubtful);
     if arguments.format.is_json() {
         let changes = found.changes.iter().map(|c| data(c, &old, &new)).collect();
         let (exact, limits) = (found.exact, found.limits.as_slice());
@@ -106,7 +107,7 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
         }
     }
     // What could not be told may widen.
-    let doubtful = widens || !found.exact;
+    let doubtful = widens || untold || !found.exact;
     if arguments.no_widening && doubtful { FINDINGS } else { 0 }
 }
 

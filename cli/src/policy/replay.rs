@@ -1,4 +1,4 @@
-//! Recorded flows, decided by two policies.
+//! Recorded flows, decided by two policies: from audit records to counts.
 
 use std::{
     collections::BTreeMap,
@@ -9,9 +9,10 @@ use std::{
 };
 
 use portcullis_policy::{
-    CertificateFact, CertificateFacts, Fact, Flow, Party, Policy, ProcessFact, ProcessFacts, Side, escape,
+    CertificateFact, CertificateFacts, Fact, Flow, Party, Policy, ProcessFact, ProcessFacts, Replay,
+    Replayed, Side, escape,
 };
-use portcullis_types::{Protocol, Verdict};
+use portcullis_types::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::output::Out;
@@ -21,6 +22,8 @@ use crate::output::Out;
 struct Record {
     #[serde(default)]
     op: String,
+    #[serde(default)]
+    host: Option<String>,
     #[serde(default)]
     exe: Option<String>,
     #[serde(default)]
@@ -52,6 +55,8 @@ pub struct Summary {
 struct Counts {
     becomes_allowed: u64,
     becomes_refused: u64,
+    /// That depends on what is not in the records: groups, command lines, ancestors, most of certificates.
+    cannot_be_told: u64,
 }
 
 impl Summary {
@@ -60,13 +65,22 @@ impl Summary {
         self.changes.values().any(|c| c.becomes_allowed > 0)
     }
 
+    /// Whether there are flows of which it cannot be told.
+    pub fn is_doubtful(&self) -> bool {
+        self.changes.values().any(|c| c.cannot_be_told > 0)
+    }
+
     /// For people.
     pub fn show(&self, out: &mut Out) {
         out.line(format!("replayed {} flows ({} records passed over)", self.flows, self.passed_over));
         for (process, counts) in &self.changes {
             let (process, allowed, refused) =
                 (escape(process), counts.becomes_allowed, counts.becomes_refused);
-            out.line(format!("    {process}: {allowed} become allowed, {refused} become refused"));
+            let untold = match counts.cannot_be_told {
+                0 => String::new(),
+                n => format!(", {n} depend on what is not recorded"),
+            };
+            out.line(format!("    {process}: {allowed} become allowed, {refused} become refused{untold}"));
         }
     }
 }
@@ -79,7 +93,7 @@ const LONGEST: usize = 1 << 20;
 /// # Errors
 /// The file that cannot be read, and why.
 pub fn run(files: &[PathBuf], old: &Policy, new: &Policy, now: u64) -> Result<Summary, String> {
-    let mut summary = Summary::default();
+    let (mut summary, replay) = (Summary::default(), Replay::new(old, new, now));
     for path in files {
         let failed =
             |error: std::io::Error| format!("cannot read `{}`: {error}", escape(&path.display().to_string()));
@@ -92,22 +106,31 @@ pub fn run(files: &[PathBuf], old: &Policy, new: &Policy, now: u64) -> Result<Su
             }
             let record =
                 (line.len() <= LONGEST).then(|| serde_json::from_slice::<Record>(&line).ok()).flatten();
-            match record.and_then(|r| decide(&r, old, new, now)) {
-                Some((process, before, after)) => {
-                    summary.flows += 1;
-                    if before != after {
-                        let counts = summary.changes.entry(process).or_default();
-                        *(if after { &mut counts.becomes_allowed } else { &mut counts.becomes_refused }) += 1;
-                    }
-                }
-                None => summary.passed_over += 1,
+            let Some((process, replayed)) = record.and_then(|r| decide(&r, &replay, now)) else {
+                summary.passed_over += 1;
+                continue;
+            };
+            summary.flows += 1;
+            if replayed != Replayed::Same {
+                summary.changes.entry(process).or_default().add(replayed);
             }
         }
     }
     Ok(summary)
 }
 
-fn decide(record: &Record, old: &Policy, new: &Policy, now: u64) -> Option<(String, bool, bool)> {
+impl Counts {
+    const fn add(&mut self, replayed: Replayed) {
+        match replayed {
+            Replayed::Same => {}
+            Replayed::Allowed => self.becomes_allowed += 1,
+            Replayed::Refused => self.becomes_refused += 1,
+            Replayed::Unknown => self.cannot_be_told += 1,
+        }
+    }
+}
+
+fn decide(record: &Record, replay: &Replay<'_>, now: u64) -> Option<(String, Replayed)> {
     let far = match record.op.as_str() {
         "connect" | "send" => Side::To,
         "accept" | "receive" => Side::From,
@@ -132,7 +155,15 @@ fn decide(record: &Record, old: &Policy, new: &Policy, now: u64) -> Option<(Stri
         ancestors: Vec::new(),
     };
     let certificate = record.peer.as_deref().and_then(spiffe);
-    let near = Party { addr: local, process: ProcessFact::Known(&facts), certificate: CertificateFact::None };
+    let own = record
+        .host
+        .as_ref()
+        .map(|host| CertificateFacts { names: vec![host.clone()], ..CertificateFacts::default() });
+    let near = Party {
+        addr: local,
+        process: ProcessFact::Known(&facts),
+        certificate: own.as_ref().map_or(CertificateFact::None, CertificateFact::Shown),
+    };
     let other = Party {
         addr: remote,
         process: ProcessFact::Unknown,
@@ -140,9 +171,8 @@ fn decide(record: &Record, old: &Policy, new: &Policy, now: u64) -> Option<(Stri
     };
     let (from, to) = if far == Side::To { (&near, &other) } else { (&other, &near) };
     let flow = Flow { from, to, protocol, port, now, far };
-    let permits = |policy: &Policy| policy.evaluate(&flow).verdict != Verdict::Refuse;
     let process = record.exe.clone().unwrap_or_else(|| "unknown".to_owned());
-    Some((process, permits(old), permits(new)))
+    Some((process, replay.flow(&flow)))
 }
 
 fn protocol(text: &str) -> Option<Protocol> {

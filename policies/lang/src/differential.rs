@@ -3,17 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::{
-    facts::{Flow, Party, Side},
+    facts::{CertificateFact, CertificateFacts, Flow, Party, ProcessFact, ProcessFacts, Side},
     generate::{self, Dice, World},
     load,
     model::Truth,
     policy::Policy,
     reference,
+    replay::Replayed,
 };
 
-/// Pairs of policy and flow: `PORTCULLIS_PAIRS`, else enough for some seconds; the release run takes millions.
+/// Pairs of policy and flow: `PORTCULLIS_PAIRS`, else as many as take some seconds.
 fn pairs() -> usize {
-    std::env::var("PORTCULLIS_PAIRS").ok().and_then(|s| s.parse().ok()).unwrap_or(200_000)
+    std::env::var("PORTCULLIS_PAIRS").ok().and_then(|s| s.parse().ok()).unwrap_or(2_000_000)
 }
 
 fn policy(text: &str) -> Policy {
@@ -227,6 +228,62 @@ fn a_diff_holds_all_flows_that_change_and_no_other() {
     }
     assert!(inexact * 100 <= total, "{inexact} of {total} are not exact");
     assert!(changed > 0);
+}
+
+#[test]
+fn what_replay_says_holds_whatever_was_not_recorded() {
+    let mut dice = Dice::new(generate::seed("replay"));
+    let (mut told, mut untold) = (0, 0);
+    for _ in 0..pairs() / 5000 {
+        let (old, new) = (policy(&generate::policy(&mut dice)), policy(&generate::policy(&mut dice)));
+        let replay = crate::replay::Replay::new(&old, &new, 0);
+        for _ in 0..50 {
+            let (world, other) = (World::new(&mut dice), World::new(&mut dice));
+            let (from, to) = (world.party(0), world.party(1));
+            let flow = Flow { now: 0, far: Side::To, ..generate::flow(&mut dice, &from, &to) };
+            let ProcessFact::Known(known) = from.process else { continue };
+            let (CertificateFact::Shown(own), ProcessFact::Unknown) = (from.certificate, to.process) else {
+                continue;
+            };
+            let shown = !matches!(to.certificate, CertificateFact::None);
+            let named = |facts: &CertificateFacts| facts.names.first().cloned().into_iter().collect();
+            let recorded = CertificateFacts { names: named(own), ..CertificateFacts::default() };
+            let process_recorded =
+                ProcessFacts { groups: vec![], cmdline: String::new(), ancestors: vec![], ..known.clone() };
+            let from = Party {
+                process: ProcessFact::Known(&process_recorded),
+                certificate: CertificateFact::Shown(&recorded),
+                ..from
+            };
+            let theirs = other.certificate(1);
+            let (names, process) = (named(theirs), theirs.process.clone());
+            let peer = CertificateFacts { names, process, ..CertificateFacts::default() };
+            let peer = if shown { CertificateFact::Shown(&peer) } else { CertificateFact::None };
+            let to = Party { certificate: peer, ..to };
+            let said = replay.flow(&Flow { from: &from, to: &to, ..flow });
+            // The same flow, all of it.
+            let own = CertificateFacts { names: named(own), ..own.clone() };
+            let theirs = CertificateFacts { names: named(theirs), ..theirs.clone() };
+            let from = Party {
+                process: ProcessFact::Known(known),
+                certificate: CertificateFact::Shown(&own),
+                ..from
+            };
+            let theirs = if shown { CertificateFact::Shown(&theirs) } else { CertificateFact::None };
+            let to = Party { certificate: theirs, ..to };
+            let flow = Flow { from: &from, to: &to, ..flow };
+            let permits = |policy: &Policy| policy.evaluate(&flow).permits();
+            let right = match said {
+                Replayed::Same => permits(&old) == permits(&new),
+                Replayed::Allowed => !permits(&old) && permits(&new),
+                Replayed::Refused => permits(&old) && !permits(&new),
+                Replayed::Unknown => true,
+            };
+            assert!(right, "{said:?}\n{flow:#?}");
+            *(if said == Replayed::Unknown { &mut untold } else { &mut told }) += 1;
+        }
+    }
+    assert!(told > untold && untold > 0, "{told} told, {untold} not");
 }
 
 #[test]

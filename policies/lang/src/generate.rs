@@ -244,6 +244,10 @@ impl World {
         }
     }
 
+    pub(crate) fn certificate(&self, side: usize) -> &CertificateFacts {
+        &self.certificates[side]
+    }
+
     pub(crate) fn party(&self, side: usize) -> Party<'_> {
         let (process, certificate) = self.kinds[side];
         Party {

@@ -209,6 +209,30 @@ impl Expr {
         }
     }
 
+    /// How it stands, or its negation, if conditions and their negations stand as `literal` says.
+    pub(crate) fn truth(&self, negated: bool, literal: &impl Fn(&Atom, bool) -> Truth) -> Truth {
+        let known = |holds: bool| if holds { Truth::TRUE } else { Truth::FALSE };
+        match self {
+            Self::Any => known(!negated),
+            Self::Nothing => known(negated),
+            Self::Atom(atom) => literal(atom, negated),
+            Self::Not(inner) => inner.truth(!negated, literal),
+            Self::And(list) | Self::Or(list) if matches!(self, Self::And(_)) != negated => {
+                let mut truth = Truth::TRUE;
+                for expr in list.iter() {
+                    truth = truth & expr.truth(negated, literal);
+                    if truth == Truth::FALSE {
+                        break;
+                    }
+                }
+                truth
+            }
+            Self::And(list) | Self::Or(list) => {
+                list.iter().fold(Truth::FALSE, |truth, expr| truth | expr.truth(negated, literal))
+            }
+        }
+    }
+
     pub(crate) fn mentions(&self, mut what: impl FnMut(&Atom) -> bool) -> bool {
         let mut found = false;
         self.atoms(false, &mut |atom, _| found |= what(atom));

@@ -84,32 +84,7 @@ impl<'a> View<'a> {
 
     /// How a formula stands.
     pub(crate) fn expr(&self, expr: &Expr, negated: bool) -> Truth {
-        match expr {
-            Expr::Any => known(!negated),
-            Expr::Nothing => known(negated),
-            Expr::Atom(atom) => self.atom(atom, negated),
-            Expr::Not(inner) => self.expr(inner, !negated),
-            Expr::And(list) if !negated => self.all(list, negated),
-            Expr::Or(list) if negated => self.all(list, negated),
-            Expr::And(list) | Expr::Or(list) => {
-                let mut truth = Truth::FALSE;
-                for expr in list.iter() {
-                    truth = truth | self.expr(expr, negated);
-                }
-                truth
-            }
-        }
-    }
-
-    fn all(&self, list: &[Expr], negated: bool) -> Truth {
-        let mut truth = Truth::TRUE;
-        for expr in list {
-            truth = truth & self.expr(expr, negated);
-            if truth == Truth::FALSE {
-                break;
-            }
-        }
-        truth
+        expr.truth(negated, &|atom, negated| self.atom(atom, negated))
     }
 
     /// How a condition, or its negation, stands.
