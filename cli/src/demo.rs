@@ -3,6 +3,7 @@
 mod ftp;
 mod probe;
 mod stage;
+mod wire;
 
 use clap::{Args as ClapArgs, Subcommand};
 
@@ -15,6 +16,11 @@ pub enum Command {
     Ftp,
     #[command(hide = true)]
     Probe(ProbeArgs),
+    #[command(hide = true)]
+    Wire {
+        /// Texts that are looked for.
+        texts: Vec<String>,
+    },
 }
 
 /// What the stranger tries.
@@ -30,6 +36,7 @@ pub struct ProbeArgs {
 pub fn run(command: Command, out: &mut Out) -> u8 {
     match command {
         Command::Ftp => ftp::run(out),
+        Command::Wire { texts } => wire::run(&texts, out),
         Command::Probe(args) => probe::run(args.address, &args.ports, out),
     }
 }

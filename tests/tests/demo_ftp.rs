@@ -34,6 +34,11 @@ fn it_ends_well_within_twenty_seconds_without_colour_in_a_pipe() {
         "A passive transfer",
         "An active transfer",
         "filtered: not even a SYN-ACK",
+        "begins with a TLS ClientHello",
+        "in none a command, a file name or a line of the file",
+        "without a certificate vsftpd never hears of it",
+        "refused by what its certificate says",
+        "lane=tls kex=X25519MLKEM768 assurance=certificate",
         "portcullis why",
         "allow ",
     ] {

@@ -259,6 +259,7 @@ impl Broker {
             _ => because.push("No rule permits it.".to_owned()),
         }
         because.extend(text("reason").map(|r| format!("Reason: {r}.")));
+        because.extend(text("peer_cert").map(|shown| format!("The far end showed: {shown}.")));
         let allow = text("allow");
         Response::Ok(Answer::Why(Box::new(Why { record, because, allow })))
     }

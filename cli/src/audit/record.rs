@@ -123,9 +123,21 @@ impl Record {
         // Why it was refused says more than the rule; why it was permitted is the rule.
         let why = if self.is_refusal() { ["reason", "rule"] } else { ["rule", "reason"] };
         let why = why.into_iter().find_map(|name| self.shown(name));
-        let extras = ["assurance", "session", "via", "bytes_in", "bytes_out", "duration", "delay_ms", "lost"];
+        let extras = [
+            "lane",
+            "kex",
+            "assurance",
+            "session",
+            "via",
+            "bytes_in",
+            "bytes_out",
+            "duration",
+            "delay_ms",
+            "lost",
+        ];
         let extras = extras.into_iter().filter_map(|name| {
-            let value = self.shown(name).filter(|v| !["none", "shim", "broker"].contains(&v.as_str()))?;
+            let value =
+                self.shown(name).filter(|v| !["none", "plain", "shim", "broker"].contains(&v.as_str()))?;
             Some(format!("{name}={value}"))
         });
         let all: Vec<String> = why.into_iter().chain(extras).collect();

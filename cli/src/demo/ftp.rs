@@ -9,7 +9,8 @@ use std::{
 
 use super::{
     probe::{Port, Seen},
-    stage::{DemoError, Host, Stage, finish, own_path, start, wait_for},
+    stage::{DemoError, Host, Stage, finish, inside, own_path, start, wait_for},
+    wire,
 };
 use crate::{
     COULD_NOT,
@@ -20,15 +21,22 @@ use crate::{
 
 const POLICY: &str = "\
 service ftp = tcp/21, related;
-clients = IPv4{10.77.0.1};
-servers = IPv4{10.77.0.2};
+here    = IPv4{10.77.0.1, 10.77.0.2};
+inside  = x509{name=\"*.example.com\", ver>20260000} & here;
+vsftpd  = process{exe=\"/usr/sbin/vsftpd\"};
+lftp    = process{exe=\"/usr/bin/lftp\"};
 
-allow ftp(clients, servers);
+allow ftp(inside & lftp, inside & vsftpd);
 ";
 
 /// Bytes of the file that is transferred, and how many of them a second: it takes about two.
 const SIZE: usize = 6 << 20;
 const RATE: usize = 3 << 20;
+
+/// In every line of the file.
+const CONTENT: &str = "minutes of the meeting";
+/// What must not be heard on the link.
+const SECRETS: [&str; 4] = ["USER ", "RETR", "report.bin", CONTENT];
 
 /// Exit status when the story did not go as it should.
 const FINDINGS: u8 = 1;
@@ -69,6 +77,8 @@ struct Story<'a> {
     server: Host,
     stranger: Host,
     wrong: u32,
+    /// What crosses the link, until it is looked at.
+    wire: Option<Child>,
     // Last, so that it is taken down after what plays on it.
     _stage: Stage,
 }
@@ -93,18 +103,25 @@ impl<'a> Story<'a> {
         let Ok([client, server, stranger]) = <[Host; 3]>::try_from(hosts) else {
             return Err(DemoError::Late("three hosts were there".into()));
         };
-        Ok(Self { out, client, server, stranger, wrong: 0, _stage: stage })
+        let mut wire = inside(&stage.switch, &own_path()?);
+        wire.args(["demo", "wire"]).args(SECRETS).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let wire = Some(start(wire, "the capture")?);
+        Ok(Self { out, client, server, stranger, wrong: 0, wire, _stage: stage })
     }
 
     fn tell(mut self) -> Result<u32, DemoError> {
         self.scene();
-        let content: Vec<u8> =
-            (0..SIZE).map(|i| (i.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect();
+        let line = format!("{CONTENT}: nobody on the way is to read this\n");
+        let content: Vec<u8> = line.bytes().cycle().take(SIZE).collect();
+        self.enrol()?;
         self.server.write("files/report.bin", &content)?;
         let daemon = self.open_server()?;
         self.transfer(Way::Passive, &content)?;
         self.transfer(Way::Active, &content)?;
+        self.look_at_wire()?;
+        self.without_certificate()?;
         self.wrong_process()?;
+        self.old_enrolment()?;
         self.log()?;
         drop(daemon);
         self.out.line("");
@@ -132,6 +149,94 @@ impl<'a> Story<'a> {
         }
         self.say("`related`: while a control connection lives, its two ends may open data connections.");
         self.say("No port range, no FTP parser. Everything else is refused.");
+        self.say("`x509`: both prove who they are, in mutual TLS of which lftp and vsftpd know nothing.");
+    }
+
+    /// Gives client and server what they prove themselves with.
+    fn enrol(&mut self) -> Result<(), DemoError> {
+        self.head("A trust domain, and two hosts in it");
+        let authority = self.server.path("authority").display().to_string();
+        let hosts = [("client", &self.client, "20260101"), ("server", &self.server, "20260301")];
+        let mut lines = vec!["portcullis ca init --trust-domain example.com".to_owned()];
+        self.server.portcullis(&["ca", "init", "--trust-domain", "example.com", "--state", &authority])?;
+        for (name, host, ver) in hosts {
+            let (name, address) = (format!("{name}.example.com"), host.address.to_string());
+            let out = host.state().display().to_string();
+            let words = ["ca", "host", &name, "--address", &address, "--ver", ver];
+            host.portcullis(&[&words[..], &["--out", &out, "--state", &authority]].concat())?;
+            lines.push(format!("portcullis {} --out …", words.join(" ")));
+        }
+        for (_, host, _) in hosts {
+            let out = host.state().display().to_string();
+            host.portcullis(&["ca", "renew", "--out", &out, "--state", &authority])?;
+        }
+        lines.iter().for_each(|line| self.shell("anywhere", line));
+        Ok(())
+    }
+
+    /// What somebody on the link has heard so far.
+    fn look_at_wire(&mut self) -> Result<(), DemoError> {
+        self.head("Somebody listens on the link all the time");
+        let Some(mut wire) = self.wire.take() else { return Ok(()) };
+        drop(wire.stdin.take());
+        let said = finish(wire, "the capture")?;
+        let told = said.lines().last().unwrap_or_default();
+        let seen: wire::Seen = serde_json::from_str(told)
+            .map_err(|e| DemoError::Program { program: "the capture".into(), said: e.to_string() })?;
+        self.shell("link", "(listens)");
+        self.check(
+            seen.found.is_empty() && seen.segments > 100,
+            &format!(
+                "{} segments heard; in none a command, a file name or a line of the file",
+                seen.segments
+            ),
+        );
+        let control = seen.hellos.iter().filter(|(_, to)| *to == 21).count();
+        let data = seen.hellos.len() - control;
+        self.check(
+            control == 2 && data == 2,
+            &format!("{control} control and {data} data connections, each begins with a TLS ClientHello"),
+        );
+        Ok(())
+    }
+
+    /// A program of the client's own host, in plain.
+    fn without_certificate(&mut self) -> Result<(), DemoError> {
+        self.head("Another program on the client's host, which Portcullis does not hold, wants in");
+        self.shell("client", "lftp 10.77.0.2    (not wrapped: it speaks plain)");
+        let after = self.server.last()?;
+        let script = "set net:max-retries 1; set net:timeout 1; open 10.77.0.2; ls";
+        let mut plain = self.client.command(Path::new("/usr/bin/lftp"));
+        plain.args(["-c", script]).stderr(Stdio::null());
+        let got_in = finish(start(plain, "lftp")?, "lftp").is_ok();
+        let refused = self.server.record("it was refused", after, |r| {
+            r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.client.address)
+        })?;
+        self.show(&refused);
+        self.check(!got_in, "the right address is no proof: without a certificate vsftpd never hears of it");
+        Ok(())
+    }
+
+    /// The policy asks for newer enrolments than the client's.
+    fn old_enrolment(&mut self) -> Result<(), DemoError> {
+        self.head("The policy asks for newer enrolments, and the client's is old");
+        self.say("inside  = x509{name=\"*.example.com\", ver>20260200} & here;");
+        let after = self.server.last()?;
+        self.server.write("policy.pol", POLICY.replace("20260000", "20260200"))?;
+        let loaded = |r: &Record| r.text("op") == Some("policy");
+        self.server.record("the policy is in force", after, loaded)?;
+        let script = "set net:max-retries 1; set net:timeout 3; open 10.77.0.2; ls";
+        self.shell("client", "portcullis run -- lftp 10.77.0.2");
+        let lftp = self.client.wrapped(&["/usr/bin/lftp", "-c", script])?;
+        let got_in = finish(start(lftp, "lftp")?, "lftp").is_ok();
+        let refused = self.server.record("it was refused", after, |r| {
+            r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.client.address)
+        })?;
+        self.show(&refused);
+        let peer = refused.text("peer").unwrap_or_default().to_owned();
+        let by_name = peer.contains("client.example.com");
+        self.check(!got_in && by_name, "refused by what its certificate says, not by where it comes from");
+        Ok(())
     }
 
     fn open_server(&mut self) -> Result<Daemon, DemoError> {

@@ -75,7 +75,8 @@ const PREFIX: &str = "portcullis-demo";
 
 /// A link with hosts.
 pub struct Stage {
-    switch: String,
+    /// The link's own namespace.
+    pub switch: String,
     hosts: Vec<String>,
     folder: PathBuf,
 }
@@ -192,6 +193,14 @@ fn sweep() {
     }
 }
 
+/// A command in a namespace.
+pub fn inside(namespace: &str, program: &Path) -> Command {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net=/run/netns/{namespace}")).arg("--").arg(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
 impl Host {
     /// Its state folder.
     pub fn state(&self) -> PathBuf {
@@ -218,9 +227,8 @@ impl Host {
 
     /// A command on this host.
     pub fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.namespace)).arg("--").arg(program);
-        command.current_dir(&self.folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut command = inside(&self.namespace, program);
+        command.current_dir(&self.folder);
         command
     }
 
@@ -233,6 +241,16 @@ impl Host {
         command.arg("run").arg("--state").arg(self.state()).arg("--policy").arg(self.path("policy.pol"));
         command.arg("--").args(words);
         Ok(command)
+    }
+
+    /// A `portcullis` command on this host, to its end.
+    ///
+    /// # Errors
+    /// [`DemoError`].
+    pub fn portcullis(&self, words: &[&str]) -> Result<String, DemoError> {
+        let mut command = self.command(&own_path()?);
+        command.args(words).stdout(Stdio::piped());
+        finish(start(command, "portcullis")?, "portcullis")
     }
 
     /// Records that are in its log now.
