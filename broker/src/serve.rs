@@ -227,6 +227,8 @@ pub(crate) struct Broker {
     /// Processes that asked through the shim.
     shimmed: HashSet<ProcessKey>,
     last_refusal: Option<u64>,
+    /// When the log was last written (monotonic).
+    flushed: u64,
     /// Doors closed at once for want of descriptors.
     turned_away: u64,
     stop: bool,
@@ -260,7 +262,7 @@ impl Broker {
             }
             self.flush_handed();
             self.tend_waiting();
-            self.flush_log();
+            self.flush_soon();
         }
         self.end();
         Ok(())
@@ -305,7 +307,7 @@ impl Broker {
             Source::Keyd => self.take_keyd(),
             Source::Handed => self.take_handed(),
             Source::Backstop => self.wake_backstop(),
-            Source::Guard(guard) => self.take_held(guard),
+            Source::Guard(guard) => self.take_held(guard, events),
             Source::Waiting(call) => self.take_waiting(call),
             Source::Accepting(listener) => self.take_accepting(listener),
             Source::Channel(channel) => self.take_message(channel),
@@ -319,6 +321,7 @@ impl Broker {
         let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
         let expiry = [expiry, self.next_certificate_end()].into_iter().flatten().min();
         let quiet = self.busy.is_empty()
+            && !self.log.is_behind()
             && self.endings_looked_at.is_none()
             && !self.kernel.as_ref().is_some_and(backstop::Kernel::is_awake);
         let expiry = [expiry, self.next_deadline()].into_iter().flatten().min();
@@ -337,6 +340,16 @@ impl Broker {
         self.log.error().is_some()
             && self.settings.audit.when_unwritable == WhenUnwritable::Refuse
             && self.mode == Mode::Enforce
+    }
+
+    /// Writes what the turns of some milliseconds have left, at once: a busy guard does not wait for the disk each
+    /// time. What must be on record before a call goes on is written there and then.
+    fn flush_soon(&mut self) {
+        let now = monotonic();
+        if now.saturating_sub(self.flushed) >= POLL.as_nanos() as u64 / 2 {
+            self.flushed = now;
+            self.flush_log();
+        }
     }
 
     fn flush_log(&mut self) {

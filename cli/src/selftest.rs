@@ -15,11 +15,12 @@ use std::{
 
 use nix::{
     sched::{CloneFlags, unshare},
+    sys::socket::{AddressFamily, SockFlag, SockType, socket},
     unistd::geteuid,
 };
 use serde::Serialize;
 
-use self::ways::{Aim, Proof, WAYS};
+use self::ways::{Aim, Opens, Proof, WAYS};
 use crate::{
     COULD_NOT, Format,
     output::{Ink, Out},
@@ -32,18 +33,18 @@ pub struct Args {
     /// How to print the table
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Be the wrapped program that tries: first port, outside process, its descriptor
-    #[arg(long, hide = true, num_args = 3)]
+    /// Be the wrapped program that tries: first port, outside process, its descriptor, an inherited one
+    #[arg(long, hide = true, num_args = 4)]
     inside: Option<Vec<i32>>,
     /// Be the program that one way becomes: connect to this port
     #[arg(long, hide = true)]
     way: Option<u16>,
 }
 
-/// First port; each way has the next.
+/// First port; each way has the next. What both policies permit is the one before.
 const FIRST: u16 = 7100;
-/// What both policies permit.
-const OPEN: u16 = 7099;
+/// Where to look for ports that are free, in a network that others use too.
+const RANGES: usize = 40;
 /// How long all ways together may take under one policy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -71,13 +72,14 @@ impl Row {
 /// Runs the test, or is one of its programs.
 pub fn run(args: &Args, out: &mut Out) -> u8 {
     if let Some(port) = args.way {
-        let aim = Aim { port, open: OPEN, outside: 0, flow: -1 };
+        let aim = Aim { port, open: 0, outside: 0, flow: -1, made: -1 };
         return u8::from(!ways::raw_connect(&aim));
     }
     if let Some(inside) = &args.inside {
-        let [first, outside, flow] = inside.as_slice() else { return COULD_NOT };
-        let first = u16::try_from(*first).unwrap_or(FIRST);
-        for way in ways::try_all(first, OPEN, *outside, *flow) {
+        let [first, outside, flow, made] = *inside.as_slice() else { return COULD_NOT };
+        let first = u16::try_from(first).unwrap_or(FIRST);
+        let aim = Aim { port: first, open: first.saturating_sub(1), outside, flow, made };
+        for way in ways::try_all(first, &aim) {
             out.line(way.to_string());
         }
         return 0;
@@ -96,7 +98,7 @@ fn print(rows: &[Row], format: Format, out: &mut Out) -> u8 {
     match format {
         Format::Json => rows.iter().for_each(|row| out.json(row)),
         Format::Text => {
-            out.line(format!("{:<38} {:<10} {:<10} {}", "WAY OUT", "REFUSED", "BY", "PERMITTED"));
+            out.line(format!("{:<42} {:<10} {:<10} {}", "WAY OUT", "REFUSED", "BY", "PERMITTED"));
             for row in rows {
                 let (word, ink) = match (row.out, row.is_held()) {
                     (true, _) => ("GOT OUT", Ink::Bad),
@@ -110,7 +112,7 @@ fn print(rows: &[Row], format: Format, out: &mut Out) -> u8 {
                     (false, false) => "closed by design",
                     (false, true) => "does not work",
                 };
-                out.line(format!("{:<38} {word} {by:<10} {control}", row.way));
+                out.line(format!("{:<42} {word} {by:<10} {control}", row.way));
             }
             match bad {
                 0 => out.line(format!("{} ways tried, all held", rows.len())),
@@ -123,26 +125,33 @@ fn print(rows: &[Row], format: Format, out: &mut Out) -> u8 {
 
 /// Tries everything under both policies.
 fn table() -> io::Result<Vec<Row>> {
-    if !geteuid().is_root() {
-        return Err(io::Error::other("needs root, to make a network namespace"));
+    let root = geteuid().is_root();
+    if root {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        sys::loopback_up()?;
+        // Packets that come from below carry no route, and loopback addresses on them are martian otherwise.
+        for switch in ["route_localnet", "accept_local"] {
+            fs::write(format!("/proc/sys/net/ipv4/conf/all/{switch}"), "1")?;
+        }
     }
-    unshare(CloneFlags::CLONE_NEWNET)?;
-    sys::loopback_up()?;
-    // Packets that come from below carry no route, and loopback addresses on them are martian otherwise.
-    for switch in ["route_localnet", "accept_local"] {
-        fs::write(format!("/proc/sys/net/ipv4/conf/all/{switch}"), "1")?;
-    }
+    // An ordinary user stays in the network that there is.
+    let width = u16::try_from(WAYS.len()).unwrap_or(0) + 1;
+    let ranges = (FIRST..).step_by(width.into()).take(if root { 1 } else { RANGES });
+    let free = |first: &u16| (first - 1..first - 1 + width).all(|port| Door::open(port).is_ok());
+    let first = ranges.into_iter().find(free).ok_or_else(|| io::Error::other("no free ports"))?;
+    let open = first - 1;
     let folder = std::env::temp_dir().join(format!("portcullis-selftest-{}", std::process::id()));
     fs::DirBuilder::new().mode(0o711).create(&folder)?;
     let done = (|| {
-        let refused = Trial::run(&folder.join("refuse"), &format!("allow tcp/{OPEN}(*, *);\n"))?;
-        let permitted = Trial::run(&folder.join("permit"), "allow *(*, *);\n")?;
+        let some = format!("service open = tcp/{open}, udp/{open};\nallow open(*, *);\n");
+        let refused = Trial::run(&folder.join("refuse"), &some, first)?;
+        let permitted = Trial::run(&folder.join("permit"), "allow *(*, *);\n", first)?;
         let rows = WAYS.iter().enumerate().map(|(n, way)| Row {
             way: way.name,
             out: refused.got_out(n, way.proof),
             refused_by: refused.refused_by.get(n).cloned().flatten(),
             control: permitted.got_out(n, way.proof),
-            opens: way.opens,
+            opens: way.opens == Opens::Anybody || (way.opens == Opens::Root && root),
         });
         Ok(rows.collect())
     })();
@@ -165,21 +174,22 @@ impl Trial {
         }
     }
 
-    fn run(state: &Path, policy: &str) -> io::Result<Self> {
+    fn run(state: &Path, policy: &str, first: u16) -> io::Result<Self> {
         fs::DirBuilder::new().mode(0o711).create(state)?;
         let file = state.join("policy.pol");
         fs::write(&file, policy)?;
-        let ports: Vec<u16> = (FIRST..).take(WAYS.len()).collect();
+        let ports: Vec<u16> = (first..).take(WAYS.len()).collect();
         let mut doors = ports.iter().map(|port| Door::open(*port)).collect::<io::Result<Vec<_>>>()?;
-        let open = TcpListener::bind((Ipv4Addr::LOCALHOST, OPEN))?;
-        open.set_nonblocking(true)?;
+        let mut open = Door::open(first - 1)?;
         // A flow of ours that somebody may want to take.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let ours = TcpStream::connect(port.local_addr()?)?;
         let (mut far, _) = port.accept()?;
         far.set_nonblocking(true)?;
         let exe = std::env::current_exe()?;
-        let numbers = [i32::from(FIRST), std::process::id().cast_signed(), ours.as_raw_fd()];
+        let made = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None)?;
+        let numbers =
+            [i32::from(first), std::process::id().cast_signed(), ours.as_raw_fd(), made.as_raw_fd()];
         let mut child = Command::new(&exe)
             .arg("run")
             .args([
@@ -197,7 +207,7 @@ impl Trial {
             .spawn()?;
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
-            while open.accept().is_ok() {}
+            open.look();
             doors.iter_mut().for_each(Door::look);
             if let Some(status) = child.try_wait()? {
                 break status;

@@ -156,6 +156,12 @@ impl Log {
         format!("{}.{:09}Z", self.second.1, time % 1_000_000_000)
     }
 
+    /// Whether records wait to be written.
+    #[must_use]
+    pub const fn is_behind(&self) -> bool {
+        self.buffered > 0
+    }
+
     /// Writes what was pushed. `false`: it is not on disk, and was counted as lost.
     #[must_use]
     pub fn commit(&mut self) -> bool {

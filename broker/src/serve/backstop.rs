@@ -23,6 +23,8 @@ use crate::{
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
 /// Most calls that are remembered as on record already.
 const MOST_RECORDED: usize = 1 << 16;
+/// How often the ring is looked at while records come, in nanoseconds.
+const LOOK: u64 = 5_000_000;
 /// After how long without a record the ring is no longer looked at, in nanoseconds.
 const QUIET: u64 = 100_000_000;
 
@@ -32,8 +34,9 @@ pub(super) struct Kernel {
     /// Whom the call being judged will be granted to: asked before anything else was.
     asking: Option<Holder>,
     awake: bool,
-    /// When the last record came (monotonic).
+    /// When the last record came, and when it was looked for (monotonic).
     heard: u64,
+    looked: u64,
     /// Refusals that were known to be missing in the log.
     unrecorded: u64,
     /// Calls that the broker put on record and the kernel will: cookie, address, port.
@@ -96,6 +99,7 @@ impl Broker {
                     asking: None,
                     awake: false,
                     heard: 0,
+                    looked: 0,
                     unrecorded: 0,
                     recorded: Recorded::default(),
                     cgroup: cgroup_name(&self.state),
@@ -305,7 +309,12 @@ impl Broker {
 
     /// As for the rings of processes: looks while there is something, then asks to be woken.
     pub(super) fn look_at_backstop(&mut self) {
-        if !self.kernel.as_ref().is_some_and(Kernel::is_awake) || self.drain_backstop() > 0 {
+        let now = monotonic();
+        match &mut self.kernel {
+            Some(kernel) if kernel.awake && now.saturating_sub(kernel.looked) >= LOOK => kernel.looked = now,
+            _ => return,
+        }
+        if self.drain_backstop() > 0 {
             return;
         }
         let Some(kernel) = &mut self.kernel else { return };

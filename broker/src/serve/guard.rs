@@ -26,7 +26,7 @@ use std::{
     time::Instant,
 };
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::EpollFlags;
 use portcullis_guard::{
     book::{Book, Line},
     listener::{self, Answer, Notification},
@@ -42,9 +42,6 @@ use crate::{
     process::ProcessKey,
     sys::message::Writer,
 };
-
-/// How many held calls of one tree are answered in a row, so that none starves the others.
-const IN_A_ROW: usize = 16;
 
 /// One tree's listener.
 #[derive(Debug)]
@@ -149,20 +146,14 @@ impl Broker {
     }
 
     /// Answers held calls of one tree.
-    pub(super) fn take_held(&mut self, id: u64) {
-        for _ in 0..IN_A_ROW {
-            let Some(tree) = self.guards.trees.get(&id) else { return };
-            let mut one = [PollFd::new(tree.listener.as_fd(), PollFlags::POLLIN)];
-            let ready = poll(&mut one, PollTimeout::ZERO);
-            let events = one.first().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-            if ready.is_err() || !events.contains(PollFlags::POLLIN) {
-                if events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
-                    self.forget_tree(id);
-                }
-                return;
-            }
-            // ENOENT: the caller was killed or interrupted meanwhile.
-            let Ok(call) = listener::receive(tree.listener.as_fd()) else { continue };
+    pub(super) fn take_held(&mut self, id: u64, events: EpollFlags) {
+        let Some(tree) = self.guards.trees.get(&id) else { return };
+        if !events.contains(EpollFlags::EPOLLIN) {
+            return self.forget_tree(id);
+        }
+        // One a turn: no tree starves another. It does not wait, as somebody was there; ENOENT: was killed or
+        // interrupted meanwhile.
+        if let Ok(call) = listener::receive(tree.listener.as_fd()) {
             self.serve_held(id, &call);
         }
     }

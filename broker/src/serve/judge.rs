@@ -47,6 +47,8 @@ pub(super) struct Call {
 /// What was found out about one call.
 #[derive(Debug)]
 pub(super) struct Finding {
+    /// An earlier verdict covers it.
+    pub(super) known: bool,
     pub(super) judgement: Judgement,
     pub(super) far: Option<FarEnd>,
     pub(super) session: Option<Control>,
@@ -65,7 +67,7 @@ pub(super) struct Finding {
 impl Finding {
     pub(super) const fn of(judgement: Judgement) -> Self {
         let (far, session, shared, scope, allow) = (None, None, None, None, None);
-        Self { judgement, far, session, shared, scope, allow, opened: None, errno: None }
+        Self { judgement, far, session, shared, scope, allow, opened: None, errno: None, known: false }
     }
 }
 
@@ -200,7 +202,8 @@ impl Broker {
         let permitted = finding.judgement.permitted || self.mode == Mode::Audit;
         let rule = self.rule_text(finding.judgement.rule);
         let seq = self.record(context, call, &finding, rule.as_ref());
-        let written = self.log.commit();
+        // What is known is written with the rest of this turn, as what a process finds in its table is.
+        let written = finding.known || self.log.commit();
         self.renew_lease();
         let permitted = permitted && (written || !self.refuses_for_log());
         if let Some(process) = self.processes.get_mut(&key) {

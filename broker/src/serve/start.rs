@@ -121,6 +121,7 @@ impl Broker {
             kernel: None,
             shimmed: HashSet::new(),
             last_refusal: None,
+            flushed: 0,
             turned_away: 0,
             stop: false,
             owner,

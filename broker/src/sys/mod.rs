@@ -28,6 +28,18 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     }
 }
 
+/// Opens a thread by its id (`PIDFD_THREAD`, Linux 6.9).
+///
+/// # Errors
+/// `EINVAL` before that.
+pub fn pidfd_open_thread(tid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: as in `pidfd_open`.
+    #[expect(unsafe_code, reason = "no wrapper in nix")]
+    unsafe {
+        owned(libc::syscall(libc::SYS_pidfd_open, tid, libc::O_EXCL))
+    }
+}
+
 /// Copies descriptor `number` out of another process (pidfd_getfd(2)).
 ///
 /// # Errors

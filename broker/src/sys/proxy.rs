@@ -55,13 +55,18 @@ pub fn patience(socket: BorrowedFd<'_>, sending: bool) -> Option<Duration> {
 /// # Errors
 /// As connect(2).
 pub fn connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
-    without_waiting(socket, || {
-        let length = libc::socklen_t::try_from(address.len()).unwrap_or(0);
-        // SAFETY: `address` is readable for its length.
-        #[expect(unsafe_code, reason = "nix takes no raw address")]
-        check(unsafe { libc::connect(socket.as_raw_fd(), address.as_ptr().cast(), length) } as isize)
-            .map(drop)
-    })
+    without_waiting(socket, || finish_connect(socket, address))
+}
+
+/// connect(2) as the socket's mode is: to learn how an attempt went that is over.
+///
+/// # Errors
+/// As connect(2).
+pub fn finish_connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    // SAFETY: `address` is readable for its length.
+    #[expect(unsafe_code, reason = "nix takes no raw address")]
+    check(unsafe { libc::connect(socket.as_raw_fd(), address.as_ptr().cast(), length) } as isize).map(drop)
 }
 
 /// listen(2).

@@ -17,6 +17,8 @@ pub struct Aim {
     pub outside: i32,
     /// Number of a connected socket in it.
     pub flow: i32,
+    /// Number here of a socket that was made there, and not connected.
+    pub made: i32,
 }
 
 /// What shows that a way got out.
@@ -28,40 +30,68 @@ pub enum Proof {
     Word,
 }
 
+/// To whom a way is open if the policy permits everything.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Opens {
+    Anybody,
+    Root,
+    Nobody,
+}
+
 /// One way.
 pub struct Way {
     pub name: &'static str,
     pub proof: Proof,
-    /// Whether it is open to a wrapped program that the policy permits everything.
-    pub opens: bool,
+    /// To whom it is open if the policy permits everything.
+    pub opens: Opens,
     pub go: fn(&Aim) -> bool,
 }
 
 const fn way(name: &'static str, go: fn(&Aim) -> bool) -> Way {
-    Way { name, proof: Proof::Arrival, opens: true, go }
+    Way { name, proof: Proof::Arrival, opens: Opens::Anybody, go }
+}
+const fn root(name: &'static str, go: fn(&Aim) -> bool) -> Way {
+    Way { name, proof: Proof::Arrival, opens: Opens::Root, go }
 }
 const fn shut(name: &'static str, proof: Proof, go: fn(&Aim) -> bool) -> Way {
-    Way { name, proof, opens: false, go }
+    Way { name, proof, opens: Opens::Nobody, go }
 }
 
 /// All of them, in the order of the table.
 pub const WAYS: &[Way] = &[
     way("libc", through_libc),
+    way("libc's syscall function", through_syscall),
+    way("libc's connect, looked up", through_dlsym),
+    way("libc's sendmmsg", through_sendmmsg),
     way("raw system call", raw_connect),
+    way("child of a raw clone", raw_clone),
+    way("the dynamic loader as a program", through_loader),
     way("static program", static_program),
     way("cleared environment", cleared_environment),
     way("TCP fast open", fast_open),
+    way("TCP fast open by sendmsg", |aim| fast_open_message(aim, libc::SYS_sendmsg)),
+    way("TCP fast open by sendmmsg", |aim| fast_open_message(aim, libc::SYS_sendmmsg)),
+    way("TCP fast open, connect put off", fast_open_connect),
+    way("IPv4 in IPv6", mapped),
     way("multipath TCP", multipath),
     way("UDP sendto", |aim| datagram(aim, Send::To)),
     way("UDP sendmsg", |aim| datagram(aim, Send::Message)),
     way("UDP sendmmsg", |aim| datagram(aim, Send::Messages)),
     way("UDP to an unspecified family", |aim| datagram(aim, Send::Unspecified)),
+    way("UDP connect", datagram_connect),
+    way("UDP connected elsewhere, then freed", datagram_freed),
+    way("UDP connected elsewhere, with an address", datagram_elsewhere),
     way("second thread flips the address", flipped),
-    way("another user", other_user),
+    way("second thread flips a message's name", flipped_message),
+    way("second thread swaps the descriptor", swapped),
+    way("thread with descriptors of its own", own_descriptors),
+    root("another user", other_user),
+    root("another root folder", other_folder),
     way("user and pid namespaces", namespaces),
     way("descriptor passed to a child", passed),
-    way("raw socket", raw_socket),
-    way("packet socket", packet_socket),
+    way("socket made outside, not connected", made_outside),
+    root("raw socket", raw_socket),
+    root("packet socket", packet_socket),
     shut("call from the shim's page, not asked", Proof::Arrival, from_the_page),
     shut("io_uring", Proof::Arrival, io_uring),
     shut("32-bit call", Proof::Arrival, int80),
@@ -207,6 +237,107 @@ fn fast_open(aim: &Aim) -> bool {
     call(libc::SYS_sendto, [fd, x, 1, number(libc::MSG_FASTOPEN), at(&to), LENGTH]) == 1
 }
 
+/// A message to 127.0.0.1, as words: struct msghdr, then the length of struct mmsghdr.
+fn message(to: &sockaddr_in, part: &[u64; 2]) -> [u64; 8] {
+    [at(to), LENGTH, part.as_ptr() as u64, 1, 0, 0, 0, 0]
+}
+
+fn fast_open_message(aim: &Aim, nr: c_long) -> bool {
+    let to = address(aim.port);
+    let part: [u64; 2] = [b"x".as_ptr() as u64, 1];
+    let message = message(&to, &part);
+    let Some(fd) = tcp() else { return false };
+    let fast = number(libc::MSG_FASTOPEN);
+    // sendmsg(fd, message, flags), sendmmsg(fd, messages, 1, flags)
+    let (third, fourth) = if nr == libc::SYS_sendmsg { (fast, 0) } else { (1, fast) };
+    call(nr, [fd, message.as_ptr() as u64, third, fourth, 0, 0]) == 1
+}
+
+/// connect(2) does nothing yet (tcp(7), `TCP_FASTOPEN_CONNECT`), the first write connects.
+fn fast_open_connect(aim: &Aim) -> bool {
+    const TCP_FASTOPEN_CONNECT: i32 = 30; // linux/tcp.h
+    let Some(fd) = tcp() else { return false };
+    let on = 1i32;
+    let option = [fd, number(libc::IPPROTO_TCP), number(TCP_FASTOPEN_CONNECT), at(&on), 4, 0];
+    call(libc::SYS_setsockopt, option) == 0 && connect_by(fd, aim.port)
+}
+
+fn mapped(aim: &Aim) -> bool {
+    let Some(fd) = socket(libc::AF_INET6, libc::SOCK_STREAM, 0) else { return false };
+    let mut to = [0u8; 28];
+    let [high, low] = aim.port.to_be_bytes();
+    let parts: [(usize, &[u8]); 3] = [(0, &[10, 0, high, low]), (18, &[0xff, 0xff]), (20, &[127, 0, 0, 1])];
+    for (at, what) in parts {
+        for (to, from) in to.iter_mut().skip(at).zip(what) {
+            *to = *from;
+        }
+    }
+    call(libc::SYS_connect, [fd, to.as_ptr() as u64, 28, 0, 0, 0]) == 0 && say(fd)
+}
+
+fn through_syscall(aim: &Aim) -> bool {
+    let to = address(aim.port);
+    let Some(fd) = tcp() else { return false };
+    // SAFETY: a live address and its length.
+    unsafe { libc::syscall(libc::SYS_connect, fd, at(&to), LENGTH) == 0 && say(fd) }
+}
+
+fn through_dlsym(aim: &Aim) -> bool {
+    type Connect = unsafe extern "C" fn(i32, *const sockaddr_in, u32) -> i32;
+    let to = address(aim.port);
+    let Some(fd) = tcp().and_then(|fd| i32::try_from(fd).ok()) else { return false };
+    // SAFETY: C strings; `connect` of libc has this type; a live address and its length.
+    unsafe {
+        let libc = libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_NOW);
+        let found = libc::dlsym(libc, c"connect".as_ptr());
+        if found.is_null() {
+            return false;
+        }
+        let connect: Connect = std::mem::transmute::<*mut libc::c_void, Connect>(found);
+        connect(fd, &raw const to, 16) == 0 && say(number(fd))
+    }
+}
+
+fn through_sendmmsg(aim: &Aim) -> bool {
+    let to = address(aim.port);
+    let part: [u64; 2] = [b"x".as_ptr() as u64, 1];
+    let mut message = message(&to, &part);
+    let Some(fd) = socket(libc::AF_INET, libc::SOCK_DGRAM, 0).and_then(|fd| i32::try_from(fd).ok()) else {
+        return false;
+    };
+    // SAFETY: one struct mmsghdr, which is eight words, of live parts.
+    unsafe { libc::sendmmsg(fd, message.as_mut_ptr().cast(), 1, 0) == 1 }
+}
+
+fn raw_clone(aim: &Aim) -> bool {
+    match call(libc::SYS_clone, [number(libc::SIGCHLD), 0, 0, 0, 0, 0]) {
+        0 => {
+            let done = raw_connect(aim);
+            call(libc::SYS_exit_group, [u64::from(!done), 0, 0, 0, 0, 0]);
+            done
+        }
+        pid => ended_well(pid),
+    }
+}
+
+/// ld.so(8) run by name starts this very program, without an environment.
+fn through_loader(aim: &Aim) -> bool {
+    let port = std::ffi::CString::new(aim.port.to_string()).unwrap_or_default();
+    let loader = c"/lib64/ld-linux-x86-64.so.2";
+    let words: [&CStr; 5] = [loader, c"/proc/self/exe", c"selftest", c"--way", &port];
+    let exe = std::env::current_exe()
+        .ok()
+        .and_then(|e| std::ffi::CString::new(e.into_os_string().into_encoded_bytes()).ok());
+    let Some(exe) = exe else { return false };
+    let mut argv: Vec<u64> = words.iter().map(|w| w.as_ptr() as u64).collect();
+    if let Some(second) = argv.get_mut(1) {
+        *second = exe.as_ptr() as u64; // the loader is itself /proc/self/exe by then
+    }
+    argv.push(0);
+    let none: [u64; 1] = [0];
+    call(libc::SYS_execve, [loader.as_ptr() as u64, argv.as_ptr() as u64, none.as_ptr() as u64, 0, 0, 0]) == 0
+}
+
 fn multipath(aim: &Aim) -> bool {
     socket(libc::AF_INET, libc::SOCK_STREAM, 262).is_some_and(|fd| connect_by(fd, aim.port))
 }
@@ -227,13 +358,109 @@ fn datagram(aim: &Aim, how: Send) -> bool {
     let Some(fd) = socket(libc::AF_INET, libc::SOCK_DGRAM, 0) else { return false };
     let x = b"x".as_ptr() as u64;
     let part: [u64; 2] = [x, 1];
-    // struct msghdr as words, then the length of struct mmsghdr
-    let message: [u64; 8] = [at(&to), LENGTH, part.as_ptr() as u64, 1, 0, 0, 0, 0];
+    let message = message(&to, &part);
     match how {
         Send::To | Send::Unspecified => call(libc::SYS_sendto, [fd, x, 1, 0, at(&to), LENGTH]) == 1,
         Send::Message => call(libc::SYS_sendmsg, [fd, message.as_ptr() as u64, 0, 0, 0, 0]) == 1,
         Send::Messages => call(libc::SYS_sendmmsg, [fd, message.as_ptr() as u64, 1, 0, 0, 0]) == 1,
     }
+}
+
+fn udp() -> Option<u64> {
+    socket(libc::AF_INET, libc::SOCK_DGRAM, 0)
+}
+
+fn datagram_connect(aim: &Aim) -> bool {
+    udp().is_some_and(|fd| connect_by(fd, aim.port))
+}
+
+/// Connected to what is permitted, dissolved (connect(2), `AF_UNSPEC`), connected to what is not.
+fn datagram_freed(aim: &Aim) -> bool {
+    let Some(fd) = udp() else { return false };
+    let (open, mut nowhere) = (address(aim.open), address(0));
+    nowhere.sin_family = 0;
+    for to in [open, nowhere] {
+        call(libc::SYS_connect, [fd, at(&to), LENGTH, 0, 0, 0]);
+    }
+    connect_by(fd, aim.port)
+}
+
+fn datagram_elsewhere(aim: &Aim) -> bool {
+    let Some(fd) = udp() else { return false };
+    let (open, to) = (address(aim.open), address(aim.port));
+    call(libc::SYS_connect, [fd, at(&open), LENGTH, 0, 0, 0]);
+    call(libc::SYS_sendto, [fd, b"x".as_ptr() as u64, 1, 0, at(&to), LENGTH]) == 1
+}
+
+/// As [`flipped`], with the port in the name of a datagram's header.
+fn flipped_message(aim: &Aim) -> bool {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    let Some(fd) = udp() else { return false };
+    let (good, bad) = (address(aim.open), address(aim.port));
+    let part: [u64; 2] = [b"x".as_ptr() as u64, 1];
+    let header = message(&good, &part).map(AtomicU64::new);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                for to in [&bad, &good] {
+                    header.iter().take(1).for_each(|name| name.store(at(to), Relaxed));
+                }
+            }
+        });
+        for _ in 0..1000 {
+            call(libc::SYS_sendmsg, [fd, header.as_ptr() as u64, 0, 0, 0, 0]);
+        }
+        stop.store(true, Relaxed);
+    });
+    true
+}
+
+/// One number is a unix socket and a TCP socket by turns.
+fn swapped(aim: &Aim) -> bool {
+    const NUMBER: u64 = 200;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+    let (Some(unix), Some(fd)) = (socket(libc::AF_UNIX, libc::SOCK_STREAM, 0), tcp()) else { return false };
+    let to = address(aim.port);
+    let stop = AtomicBool::new(false);
+    let take = |fd: u64| call(libc::SYS_dup2, [fd, NUMBER, 0, 0, 0, 0]);
+    take(unix);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Relaxed) {
+                take(fd);
+                take(unix);
+            }
+        });
+        for _ in 0..1000 {
+            call(libc::SYS_connect, [NUMBER, at(&to), LENGTH, 0, 0, 0]);
+        }
+        stop.store(true, Relaxed);
+    });
+    say(fd)
+}
+
+/// A number that is a unix socket in the first thread is a TCP socket in another (unshare(2), `CLONE_FILES`).
+fn own_descriptors(aim: &Aim) -> bool {
+    const NUMBER: u64 = 201;
+    let Some(unix) = socket(libc::AF_UNIX, libc::SOCK_STREAM, 0) else { return false };
+    call(libc::SYS_dup2, [unix, NUMBER, 0, 0, 0, 0]);
+    let port = aim.port;
+    let other = std::thread::spawn(move || {
+        call(libc::SYS_unshare, [number(libc::CLONE_FILES), 0, 0, 0, 0, 0]);
+        let Some(fd) = tcp() else { return false };
+        call(libc::SYS_dup2, [fd, NUMBER, 0, 0, 0, 0]);
+        connect_by(NUMBER, port)
+    });
+    other.join().unwrap_or(false)
+}
+
+fn made_outside(aim: &Aim) -> bool {
+    connect_by(number(aim.made), aim.port)
+}
+
+fn other_folder(aim: &Aim) -> bool {
+    call(libc::SYS_chroot, [c"/proc".as_ptr() as u64, 0, 0, 0, 0, 0]) == 0 && raw_connect(aim)
 }
 
 /// The address of a permitted destination, which another thread exchanges all the while.
@@ -456,10 +683,10 @@ fn memory_of(aim: &Aim) -> bool {
 }
 
 /// Tries every way, each in a child; prints the numbers of those that say they got out.
-pub fn try_all(first: u16, open: u16, outside: i32, flow: i32) -> Vec<usize> {
+pub fn try_all(first: u16, aim: &Aim) -> Vec<usize> {
     let mut said = Vec::new();
     for ((n, way), port) in WAYS.iter().enumerate().zip(first..) {
-        let aim = Aim { port, open, outside, flow };
+        let aim = Aim { port, ..*aim };
         match call(libc::SYS_fork, [0; 6]) {
             0 => {
                 call(libc::SYS_alarm, [5, 0, 0, 0, 0, 0]);

@@ -24,7 +24,7 @@ use crate::{
     process::ProcessKey,
     serve::{Broker, judge::Call},
     sys::{
-        pidfd_getfd,
+        pidfd_getfd, pidfd_open_thread,
         proxy::{self, Message},
         realtime,
         socket::Facts,
@@ -142,14 +142,17 @@ impl Broker {
     /// The socket behind a descriptor of the caller's.
     pub(super) fn found(&mut self, held: &Held, fd: i32) -> Found {
         let Some(process) = self.processes.get(&held.key) else { return Found::None(libc::EACCES) };
-        let taken =
-            pidfd_getfd(process.pidfd.as_fd(), fd).map_err(|e| e.raw_os_error().unwrap_or(libc::EBADF));
+        // A thread may have descriptors of its own (unshare(2), `CLONE_FILES`).
+        let thread = if held.is_first() { None } else { pidfd_open_thread(held.tid()).ok() };
+        let sure = held.is_first() || thread.is_some();
+        let whose = thread.as_ref().map_or(process.pidfd.as_fd(), AsFd::as_fd);
+        let taken = pidfd_getfd(whose, fd).map_err(|e| e.raw_os_error().unwrap_or(libc::EBADF));
         let found = match taken {
             Ok(socket) => match Facts::of(socket.as_fd()) {
                 Ok(facts) if [libc::AF_INET, libc::AF_INET6].contains(&facts.domain) => {
                     Found::Internet(socket, facts)
                 }
-                Ok(facts) if held.by_proxy && !held.is_first() => {
+                Ok(facts) if held.by_proxy && !sure => {
                     return if target::holds(held.tid(), fd, facts.inode) {
                         Found::Other
                     } else {
@@ -174,9 +177,9 @@ impl Broker {
             }
         };
         match found {
-            // A thread may have descriptors of its own.
+            // Before Linux 6.9 it is seen whether the number is the same for this thread.
             Found::Internet(_, facts)
-                if held.by_proxy && !held.is_first() && !target::holds(held.tid(), fd, facts.inode) =>
+                if held.by_proxy && !sure && !target::holds(held.tid(), fd, facts.inode) =>
             {
                 Found::None(libc::EACCES)
             }

@@ -94,7 +94,9 @@ impl Broker {
         line: Option<Line>,
     ) -> Option<Outcome> {
         let Asked::Connect { fd, address } = calls::asked(call) else { return None };
-        let key = self.thread_of(call.pid.cast_signed())?;
+        let tid = call.pid.cast_signed();
+        // Of one that has ended there is no memory to read any more.
+        let key = self.by_pid.get(&tid).copied().or_else(|| self.thread_of(tid))?;
         let held = Held { tree, call: *call, key, by_proxy };
         // A thread with descriptors of its own is looked at closely.
         if by_proxy && !held.is_first() {
@@ -117,7 +119,7 @@ impl Broker {
         let socket = pidfd_getfd(process.pidfd.as_fd(), fd).ok()?;
         let facts = Facts::of_stream(socket.as_fd()).ok()?;
         let fresh = facts.namespace == self.namespace && self.flows.get(facts.cookie).is_none();
-        if facts.protocol != Protocol::TCP || facts.multipath || !fresh || !self.still_held(tree, call.id) {
+        if !fresh {
             return None;
         }
         self.forget_interrupted(key);
@@ -149,7 +151,7 @@ impl Broker {
         };
         let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
         reply.flags |= Flags::CACHED;
-        self.settle(key, &context, &call, Finding::of(judgement), &mut reply);
+        self.settle(key, &context, &call, Finding { known: true, ..Finding::of(judgement) }, &mut reply);
         if reply.errno != 0 {
             return Some(super::fail(reply.errno));
         }
