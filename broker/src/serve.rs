@@ -67,6 +67,9 @@ const LEASE: u64 = 2_000_000_000;
 /// How often rings are looked at while their processes are busy.
 const POLL: Duration = Duration::from_millis(10);
 
+/// How long records that nobody waits for may lie unwritten, in nanoseconds.
+const FLUSH: u64 = 5_000_000;
+
 /// How long one round over channels may take, beyond one of each user.
 const TURN: Duration = Duration::from_millis(20);
 
@@ -346,7 +349,7 @@ impl Broker {
     /// time. What must be on record before a call goes on is written there and then.
     fn flush_soon(&mut self) {
         let now = monotonic();
-        if now.saturating_sub(self.flushed) >= POLL.as_nanos() as u64 / 2 {
+        if now.saturating_sub(self.flushed) >= FLUSH {
             self.flushed = now;
             self.flush_log();
         }

@@ -408,7 +408,7 @@ fn flipped_message(aim: &Aim) -> bool {
                 }
             }
         });
-        for _ in 0..1000 {
+        for _ in 0..300 {
             call(libc::SYS_sendmsg, [fd, header.as_ptr() as u64, 0, 0, 0, 0]);
         }
         stop.store(true, Relaxed);
@@ -432,7 +432,7 @@ fn swapped(aim: &Aim) -> bool {
                 take(unix);
             }
         });
-        for _ in 0..1000 {
+        for _ in 0..300 {
             call(libc::SYS_connect, [NUMBER, at(&to), LENGTH, 0, 0, 0]);
         }
         stop.store(true, Relaxed);
@@ -485,7 +485,7 @@ fn flipped(aim: &Aim) -> bool {
                 shared.store(halves(&good), Relaxed);
             }
         });
-        for _ in 0..2000 {
+        for _ in 0..500 {
             let Some(fd) = tcp() else { break };
             if call(libc::SYS_connect, [fd, at(&whole), LENGTH, 0, 0, 0]) == 0 {
                 say(fd);
