@@ -16,8 +16,8 @@ use crate::{escape::json_string, settings::Audit};
 
 /// How much of a file's end is searched for its last record, in bytes.
 const LAST: u64 = 256 * 1024;
-/// How much is searched for what may be in the kernel's ring as well: more than what fits there.
-const RECENT: u64 = 16 << 20;
+/// How much is searched for what may be in the kernel's ring as well, because its writer died between the two.
+const RECENT: u64 = 4 << 20;
 
 /// Where the log stood when it was opened.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -254,14 +254,10 @@ impl Log {
             if read.and_then(|_| file.read_to_end(&mut end)).is_err() {
                 continue;
             }
-            for line in end.split(|b| *b == b'\n') {
-                let Ok(record) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
-                let text = |field: &str| record.get(field).and_then(serde_json::Value::as_str);
-                if text("op") == Some("connect")
-                    && let Some(flow) = text("association").and_then(|a| u64::from_str_radix(a, 16).ok())
-                {
-                    found.insert(flow);
-                }
+            // Within a string of JSON there is no bare quotation mark.
+            for line in String::from_utf8_lossy(&end).lines().filter(|l| l.contains("\"op\":\"connect\"")) {
+                let flow = line.split_once("\"association\":\"").and_then(|(_, rest)| rest.split_once('"'));
+                found.extend(flow.and_then(|(flow, _)| u64::from_str_radix(flow, 16).ok()));
             }
         }
         found
@@ -342,6 +338,20 @@ mod tests {
 
     fn line(generation: u64) -> Line<'static> {
         Line { generation: Some(generation), ..Line::bare(1_700_000_000_123_456_789, "connect", "shim") }
+    }
+
+    #[test]
+    fn the_last_flows_are_known_and_so_is_who_took_leave() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut log, _) = Log::open(folder.path(), Audit::default(), "h").unwrap();
+        let bait = "\"op\":\"connect\",\"association\":\"99\"";
+        log.push(&Line { association: Some(0x4f), reason: Some(bait), ..line(1) });
+        log.push(&Line { association: Some(0x50), ..Line::bare(1, "close", "broker") });
+        log.push(&Line { reason: Some(ENDS), ..Line::bare(2, "broker", "broker") });
+        assert!(log.commit());
+        assert_eq!(log.recent_connects(), HashSet::from([0x4f]));
+        let (_, tail) = Log::open(folder.path(), Audit::default(), "h").unwrap();
+        assert!(tail.ended);
     }
 
     #[test]
