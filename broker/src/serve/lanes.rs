@@ -18,7 +18,7 @@ use std::{
 };
 
 use portcullis_policy::{CertificateFacts, Fact, Policy};
-use portcullis_types::{Op, Protocol, Verdict};
+use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
 use portcullis_wire::{
     Addr, Flags, Reply, Request,
     keyd::{Open, Places},
@@ -32,6 +32,7 @@ use super::{
     sessions::{Control, ticks},
 };
 use crate::{
+    Mode,
     decide::{Judgement, Papers},
     keyd::Who,
     process::{Context, ProcessKey},
@@ -250,6 +251,15 @@ impl Broker {
     pub(super) fn protect(&mut self, context: &Rc<Context>, call: &Call, finding: &mut Finding) {
         let judgement = &finding.judgement;
         if judgement.verdict != Verdict::Protect || !judgement.permitted || call.op != Op::Connect {
+            return;
+        }
+        if self.mode == Mode::Audit {
+            // No listener of such a host stands behind a front: what is only watched goes as it went before.
+            let judgement = &mut finding.judgement;
+            (judgement.verdict, judgement.lane) = (Verdict::Permit, Lane::Plain);
+            judgement.assurance = Assurance::None;
+            judgement.reason =
+                Some("audit mode: it goes in plain; enforced, it would be protected".to_owned());
             return;
         }
         let refuse = |finding: &mut Finding, why: &str| {

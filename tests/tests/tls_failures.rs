@@ -1,0 +1,167 @@
+//! What becomes of protected flows when something fails or changes, with a control beside each.
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use portcullis_tests::{Finished, Host, Net, Running, eventually, trust::Trust, wire::Capture};
+
+const PROTECTED: &str = "allow tcp/8080(x509{name=\"*.example.com\"}, x509{name=\"*.example.com\"});\n";
+const PLAIN: &str = "allow tcp/8080(*, *) using plain;\n";
+
+/// Says back what it hears, to each who comes.
+const ECHO: &str = "import socket, sys, threading\n\
+    l = socket.create_server(('10.77.0.2', 8080))\n\
+    print('listening', flush=True)\n\
+    def serve(s):\n    \
+        try:\n        \
+            while part := s.recv(4096): s.sendall(part)\n    \
+        except OSError as e: print('broken', e.errno, flush=True)\n\
+    while True: threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()\n";
+
+/// Says a line whenever it is told to, over one connection.
+const TALK: &str = "import socket, sys\n\
+    s = socket.create_connection(('10.77.0.2', 8080), timeout=10)\n\
+    print('up', flush=True)\n\
+    for line in sys.stdin:\n    \
+        try:\n        \
+            s.sendall(b'secret words'); print('heard', s.recv(100).decode(), flush=True)\n    \
+        except OSError as e: print('broken', e.errno, flush=True)\n";
+
+/// One question and its answer.
+fn once(client: &Host) -> Finished {
+    let script = "import socket; s = socket.create_connection(('10.77.0.2', 8080), timeout=10)\n\
+        s.sendall(b'secret words'); print(s.recv(100).decode())";
+    Finished::of(&mut client.run(&["/usr/bin/python3", "-c", script]))
+}
+
+fn part(host: &Host, name: &str) -> Pid {
+    let found = eventually(&format!("{name} of {}", host.name), || {
+        host.daemons().into_iter().find(|(_, is)| is == name).map(|(pid, _)| pid)
+    });
+    Pid::from_raw(found)
+}
+
+fn echo(server: &Host) -> Running {
+    let running = server.start(&["/usr/bin/python3", "-c", ECHO]);
+    running.line("listening");
+    running
+}
+
+fn talk(client: &Host) -> Running {
+    let mut running = client.start(&["/usr/bin/python3", "-c", TALK]);
+    running.line("up");
+    running.say("\n");
+    running.line("heard secret words");
+    running
+}
+
+fn net() -> (Net, Trust) {
+    let net = Net::client_server_stranger(PROTECTED);
+    let [client, server, _] = net.hosts();
+    let trust = Trust::of(&[client, server]);
+    (net, trust)
+}
+
+#[test]
+fn a_killed_key_daemon_ends_its_flows_and_nothing_goes_in_plain_until_it_is_back() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let _echo = echo(server);
+    let wire = Capture::on(client);
+    let mut talking = talk(client);
+    kill(part(server, "keyd"), Signal::SIGKILL).unwrap();
+    talking.say("\n");
+    talking.line("broken");
+    let closed = server.record("the end", |r| r["op"] == "close" && r["lane"] == "tls");
+    assert_eq!(closed["reason"], "the key daemon has gone", "{closed}");
+    let served = eventually("it is served again", || Some(once(client)).filter(|it| it.code() == 0));
+    assert_eq!(served.stdout, "secret words\n");
+    assert!(!wire.has(b"secret words"));
+}
+
+#[test]
+fn a_flow_goes_on_when_its_broker_is_killed_and_is_the_next_ones() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let _echo = echo(server);
+    let mut talking = talk(client);
+    let before = part(server, "broker");
+    kill(before, Signal::SIGKILL).unwrap();
+    eventually("another broker", || (part(server, "broker") != before).then_some(()));
+    talking.say("\n");
+    talking.line("heard secret words");
+    eventually("the next broker knows it", || {
+        server.portcullis(&["ps", "--format", "json"]).stdout.contains("client.example.com").then_some(())
+    });
+    assert_eq!(once(client).stdout, "secret words\n");
+    // And it is the next one's to cut.
+    server.policy("allow tcp/9(*, *);\n");
+    server.record("the cut", |r| r["op"] == "cut" && r["lane"] == "tls");
+    talking.say("\n");
+    talking.line("broken");
+}
+
+#[test]
+fn a_listener_turns_from_plain_to_protected_and_back_while_it_listens() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    for host in [client, server] {
+        host.policy(PLAIN);
+    }
+    let _echo = echo(server);
+    let wire = Capture::on(client);
+    assert_eq!(once(client).stdout, "secret words\n");
+    eventually("it goes in plain", || wire.has(b"secret words").then_some(()));
+    let turn = |policy| [client, server].map(|host| host.policy(policy).address);
+    turn(PROTECTED);
+    eventually("it is protected", || {
+        let records = || server.records();
+        (once(client).code() == 0 && records().iter().any(|r| r["op"] == "accept" && r["lane"] == "tls"))
+            .then_some(())
+    });
+    // Who still speaks plain is not heard.
+    let script = "import socket; s = socket.create_connection(('10.77.0.2', 8080), timeout=3)\n\
+        s.sendall(b'plain words'); print(s.recv(100))";
+    let plain = Finished::of(&mut client.plain(&["/usr/bin/python3", "-c", script]));
+    assert!(!plain.stdout.contains("plain words"), "{plain}");
+    turn(PLAIN);
+    eventually("it is plain again", || {
+        let plain = Finished::of(&mut client.plain(&["/usr/bin/python3", "-c", script]));
+        plain.stdout.contains("plain words").then_some(())
+    });
+}
+
+#[test]
+fn in_audit_mode_members_talk_in_plain_and_the_log_says_so() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let echo = Running::start(server.run_with(&["--mode", "audit"], &["/usr/bin/python3", "-c", ECHO]));
+    echo.line("listening");
+    let script = "import socket; s = socket.create_connection(('10.77.0.2', 8080), timeout=10)\n\
+        s.sendall(b'words'); print(s.recv(100).decode())";
+    let words = ["/usr/bin/python3", "-c", script];
+    let said = Finished::of(&mut client.run_with(&["--mode", "audit"], &words));
+    assert_eq!(said.stdout, "words\n", "{said}");
+    client.record("what it would be", |r| {
+        r["lane"] == "plain" && r["reason"].as_str().is_some_and(|why| why.contains("would be protected"))
+    });
+    server.record("what it would not be", |r| r["op"] == "accept" && r["verdict"] == "would-refuse");
+}
+
+#[test]
+fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let _echo = echo(server);
+    assert_eq!(once(client).stdout, "secret words\n", "the control");
+    // A namespace below the client's, with a way out.
+    let script =
+        "import socket; s = socket.socket(); s.settimeout(5); print(s.connect_ex(('10.77.0.2', 8080)))";
+    let words = ["unshare", "--net", "/usr/bin/python3", "-c", script];
+    let said = Finished::of(&mut client.run(&words));
+    assert_eq!(said.stdout, format!("{}\n", nix::errno::Errno::EACCES as i32), "{said}");
+    client.record("the reason", |r| {
+        r["verdict"] == "refuse" && r["reason"].as_str().is_some_and(|why| why.contains("network namespace"))
+    });
+}
