@@ -20,7 +20,17 @@ use zerocopy::FromZeros;
 
 fn pair(at: &str) -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind(at).unwrap();
-    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (to, end) = (listener.local_addr().unwrap(), Instant::now() + Duration::from_secs(10));
+    let near = loop {
+        match TcpStream::connect(to) {
+            // A namespace that has just been made loses its routes once more, when the kernel notices that its
+            // loopback is up.
+            Err(e) if e.kind() == std::io::ErrorKind::NetworkUnreachable && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            connected => break connected.unwrap(),
+        }
+    };
     let far = listener.accept().unwrap().0;
     (near, far)
 }

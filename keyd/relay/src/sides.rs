@@ -80,10 +80,7 @@ impl ClientSide {
 
 /// What an accepting end needs: TLS 1.3, mutual, no early data; no tickets but within one session.
 #[derive(Clone)]
-pub struct ServerSide {
-    stock: Arc<ServerConfig>,
-    confirming: Arc<ServerConfig>,
-}
+pub struct ServerSide(Arc<ServerConfig>);
 
 impl ServerSide {
     /// `verifier` judges the peer's chain and must demand one; `identity` gives our own.
@@ -105,25 +102,24 @@ impl ServerSide {
         config.send_tls13_tickets = 0;
         config.key_log = Arc::new(ExporterSecret);
         config.enable_secret_extraction = true;
-        let mut confirming = config.clone();
-        confirming.alpn_protocols = vec![CONFIRM.to_vec()];
-        Ok(Self { stock: Arc::new(config), confirming: Arc::new(confirming) })
+        Ok(Self(Arc::new(config)))
     }
 
     /// The same, for one session, as [`ClientSide::for_session`].
     #[must_use]
     pub fn for_session(&self) -> Self {
-        let tickets = ServerSessionMemoryCache::new(MOST_TICKETS);
-        let with = |config: &ServerConfig| {
-            let mut config = config.clone();
-            (config.session_storage, config.send_tls13_tickets) = (tickets.clone(), TICKETS);
-            Arc::new(config)
-        };
-        Self { stock: with(&self.stock), confirming: with(&self.confirming) }
+        let mut config = ServerConfig::clone(&self.0);
+        config.session_storage = ServerSessionMemoryCache::new(MOST_TICKETS);
+        config.send_tls13_tickets = TICKETS;
+        Self(Arc::new(config))
     }
 
     pub(crate) fn config(&self, confirm: bool) -> Arc<ServerConfig> {
-        Arc::clone(if confirm { &self.confirming } else { &self.stock })
+        let mut config = Arc::clone(&self.0);
+        if confirm {
+            Arc::make_mut(&mut config).alpn_protocols = vec![CONFIRM.to_vec()];
+        }
+        config
     }
 }
 

@@ -17,7 +17,8 @@ use super::{
 #[derive(Debug)]
 pub struct Host {
     root: CertificateDer<'static>,
-    issuing: CertificateDer<'static>,
+    /// In every chain, so it is there once for all, and for good.
+    issuing: &'static [u8],
     /// Signs with the key of `issuing`.
     issuer: Issuer<'static, Key>,
     facts: HostFacts,
@@ -75,6 +76,7 @@ impl Host {
         let addresses = Peer::from(leaf, &read).map_err(|_| unfit())?.addresses;
         let shown = certified(chain, Key::load(&folder.join("host.key"))?);
         let issuer = Issuer::from_ca_cert_der(&issuing, Key::load(&folder.join("issuer.key"))?)?;
+        let issuing = issuing.to_vec().leak();
         let (domain, until, facts) = (members.domain.clone(), read.until, read.facts);
         Ok(Self { domain, root, issuing, issuer, facts, until, addresses, shown, members })
     }
@@ -156,7 +158,7 @@ impl Host {
         let validity = Validity { until: validity.until.min(self.until), ..validity };
         let key = Key::generate()?;
         let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &self.issuer, validity)?;
-        let chain = vec![made.certificate.der().clone(), self.issuing.clone()];
+        let chain = vec![made.certificate.der().clone(), CertificateDer::from_slice(self.issuing)];
         Ok(ProcessIdentity { shown: certified(chain, key), id, serial: made.serial, validity })
     }
 }

@@ -40,7 +40,7 @@ pub fn own_network(addresses: &[&str]) {
         // The route follows a little later.
         let bare = address.split('/').next().unwrap();
         let there = || std::net::UdpSocket::bind((bare, 0)).and_then(|socket| socket.connect((bare, 9)));
-        let end = Instant::now() + Duration::from_secs(2);
+        let end = Instant::now() + Duration::from_secs(20);
         while there().is_err() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
         }
