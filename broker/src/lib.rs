@@ -29,6 +29,11 @@ pub mod fuzzing {
         crate::sys::diag::read_any(bytes);
     }
 
+    /// A held call, and bytes as a program could leave them where its arguments point.
+    pub fn held_call(bytes: &[u8]) {
+        crate::guard::calls::read_any(bytes);
+    }
+
     /// Bytes as a command could write them to the control socket.
     pub fn control(bytes: &[u8]) {
         drop(serde_json::from_slice::<crate::control::Request>(bytes));

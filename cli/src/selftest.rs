@@ -20,7 +20,7 @@ use nix::{
 };
 use serde::Serialize;
 
-use self::ways::{Aim, Opens, Proof, WAYS};
+use self::ways::{Aim, Proof, WAYS};
 use crate::{
     COULD_NOT, Format,
     output::{Ink, Out},
@@ -151,7 +151,7 @@ fn table() -> io::Result<Vec<Row>> {
             out: refused.got_out(n, way.proof),
             refused_by: refused.refused_by.get(n).cloned().flatten(),
             control: permitted.got_out(n, way.proof),
-            opens: way.opens == Opens::Anybody || (way.opens == Opens::Root && root),
+            opens: way.opens.here(root),
         });
         Ok(rows.collect())
     })();

@@ -250,6 +250,7 @@ int main(int n, char **words) {
 	stop = 1;
 	pthread_join(other, 0);
 	stop = 0;
+	if (n > 3) return puts("done"), 0;
 	unix_ = socket(AF_UNIX, SOCK_STREAM, 0), tcp = socket(AF_INET, SOCK_STREAM, 0);
 	to.sin_port = bad;
 	dup2(unix_, 100);
@@ -260,6 +261,14 @@ int main(int n, char **words) {
 	puts("done");
 }
 "#;
+
+/// Whether Landlock takes connect(2) of TCP from the tree (Linux 6.7): before that an exchanged descriptor passes, as
+/// SECURITY.md says.
+fn has_second_lock() -> bool {
+    let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(7))
+}
 
 #[test]
 fn what_was_judged_is_what_is_done() {
@@ -290,7 +299,12 @@ fn what_was_judged_is_what_is_done() {
                 }
                 count
             });
-            let ran = Finished::of(&mut run(&host, &[&program, &near.to_string(), &far.to_string()]));
+            let (near, far) = (near.to_string(), far.to_string());
+            let mut words = vec![program.as_str(), near.as_str(), far.as_str()];
+            if !has_second_lock() {
+                words.push("addresses alone");
+            }
+            let ran = Finished::of(&mut run(&host, &words));
             done.store(true, std::sync::atomic::Ordering::Relaxed);
             assert_eq!(ran.success(), "done\n");
             accepted.join().unwrap()

@@ -210,9 +210,56 @@ pub fn protocol_of(domain: i32, kind: i32, protocol: i32) -> Protocol {
     }
 }
 
+/// For fuzzing: a notification in the first bytes, and then memory that its arguments lead to.
+pub fn read_any(bytes: &[u8]) {
+    let mut words =
+        bytes.chunks_exact(8).map(|word| word.first_chunk().map_or(0, |w| u64::from_le_bytes(*w)));
+    let mut word = || words.next().unwrap_or_default();
+    let [nr, a, b, c, d, e, f] = std::array::from_fn(|_| word());
+    let [low, high, ..] = nr.to_le_bytes();
+    let nr = i32::from(u16::from_le_bytes([low, high]) % 512);
+    let call = Notification { id: 1, pid: 1, nr, instruction_pointer: 0, args: [a, b, c, d, e, f] };
+    let _understood = asked(&call);
+    let memory = bytes.get(56..).unwrap_or_default();
+    let named = address(memory);
+    if let Named::Address(at) = named {
+        // What is judged is what would be said instead.
+        let again = match address(&bytes_of(&Addr::from(at))) {
+            Named::Address(again) => Some((again.ip(), again.port())),
+            _ => None,
+        };
+        assert_eq!(again, Some((at.ip(), at.port())), "{memory:?}");
+    }
+    let _ = unspecified_as_v4(memory);
+    if let Some(first) = memory.first_chunk() {
+        let _ = header(first);
+    }
+    assert!(parts(memory).len() <= memory.len() / 16);
+    let _ = protocol_of(nr, nr, nr);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_upset_the_decoder(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
+            read_any(&bytes);
+        }
+
+        #[test]
+        fn an_address_that_is_read_is_written_as_it_was(
+            six in proptest::prelude::any::<bool>(),
+            rest in proptest::collection::vec(proptest::prelude::any::<u8>(), 26),
+        ) {
+            let mut bytes = vec![if six { 10 } else { 2 }, 0];
+            bytes.extend(rest);
+            let mut call = vec![0; 56];
+            call.extend(&bytes);
+            read_any(&call);
+        }
+    }
 
     fn notification(nr: i64, args: [u64; 6]) -> Notification {
         Notification { id: 1, pid: 1, nr: i32::try_from(nr).unwrap(), instruction_pointer: 0, args }

@@ -35,7 +35,27 @@ pub enum Proof {
 pub enum Opens {
     Anybody,
     Root,
+    /// Anybody, where the kernel has multipath TCP.
+    Multipath,
+    /// Anybody, where another thread's own descriptors can be told apart (`PIDFD_THREAD`, Linux 6.9).
+    Threads,
     Nobody,
+}
+
+impl Opens {
+    /// Whether it is here.
+    pub fn here(self, root: bool) -> bool {
+        match self {
+            Self::Anybody => true,
+            Self::Root => root,
+            Self::Multipath => socket(libc::AF_INET, libc::SOCK_STREAM, 262).is_some(),
+            Self::Threads => {
+                let me = number(std::process::id().cast_signed());
+                call(libc::SYS_pidfd_open, [me, number(libc::O_EXCL), 0, 0, 0, 0]) >= 0
+            }
+            Self::Nobody => false,
+        }
+    }
 }
 
 /// One way.
@@ -49,6 +69,9 @@ pub struct Way {
 
 const fn way(name: &'static str, go: fn(&Aim) -> bool) -> Way {
     Way { name, proof: Proof::Arrival, opens: Opens::Anybody, go }
+}
+const fn if_there(opens: Opens, name: &'static str, go: fn(&Aim) -> bool) -> Way {
+    Way { name, proof: Proof::Arrival, opens, go }
 }
 const fn root(name: &'static str, go: fn(&Aim) -> bool) -> Way {
     Way { name, proof: Proof::Arrival, opens: Opens::Root, go }
@@ -73,7 +96,7 @@ pub const WAYS: &[Way] = &[
     way("TCP fast open by sendmmsg", |aim| fast_open_message(aim, libc::SYS_sendmmsg)),
     way("TCP fast open, connect put off", fast_open_connect),
     way("IPv4 in IPv6", mapped),
-    way("multipath TCP", multipath),
+    if_there(Opens::Multipath, "multipath TCP", multipath),
     way("UDP sendto", |aim| datagram(aim, Send::To)),
     way("UDP sendmsg", |aim| datagram(aim, Send::Message)),
     way("UDP sendmmsg", |aim| datagram(aim, Send::Messages)),
@@ -84,7 +107,7 @@ pub const WAYS: &[Way] = &[
     way("second thread flips the address", flipped),
     way("second thread flips a message's name", flipped_message),
     way("second thread swaps the descriptor", swapped),
-    way("thread with descriptors of its own", own_descriptors),
+    if_there(Opens::Threads, "thread with descriptors of its own", own_descriptors),
     root("another user", other_user),
     root("another root folder", other_folder),
     way("user and pid namespaces", namespaces),
