@@ -226,7 +226,9 @@ impl Checker<'_> {
             return;
         }
         let guess = nearest(&name.value, self.names.sets.keys().map(String::as_str));
+        let other = crate::parser::elsewhere(&name.value).filter(|g| g.contains(['*', '{']));
         match guess.and_then(|g| self.names.sets.get(g)) {
+            _ if other.is_some() => error.label = other.map(|g| format!("did you mean `{g}`?")),
             Some(set) => {
                 error.label = Some(format!("did you mean `{}`?", set.name.value));
                 error.related.push(("defined here".to_owned(), set.name.span));

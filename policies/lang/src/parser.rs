@@ -60,6 +60,34 @@ pub(crate) fn parse_service(text: &str, errors: &mut Diagnostics) -> Option<Vec<
     Some(items)
 }
 
+/// What other tools call it, and this language otherwise.
+pub(crate) fn elsewhere(word: &str) -> Option<&'static str> {
+    Some(match word.to_ascii_lowercase().as_str() {
+        "permit" | "accept" | "pass" => "allow",
+        "drop" | "reject" | "block" | "forbid" | "refuse" => "deny",
+        "mtls" | "ssl" | "https" => "tls",
+        "esp" | "vpn" | "wireguard" => "ipsec",
+        "none" | "clear" | "tcp" => "plain",
+        "and" => "&",
+        "or" => "|",
+        "not" => "!",
+        "any" | "all" | "anyone" | "everyone" | "anybody" | "world" => "*",
+        "localhost" | "loopback" => "IPv4{127.0.0.0/8}",
+        "cn" | "dns" | "host" | "hostname" | "san" | "fqdn" => "name",
+        "o" | "organisation" | "organization" => "org",
+        "version" => "ver",
+        "ca" => "issuer",
+        "path" | "program" | "binary" | "file" | "command" | "image" => "exe",
+        "uid" | "username" | "owner" => "user",
+        "gid" => "group",
+        "hash" | "checksum" | "digest" => "sha256",
+        "args" | "argv" | "arguments" => "cmdline",
+        "parent" | "ppid" => "ancestor",
+        "service" => "unit",
+        _ => return None,
+    })
+}
+
 struct Parser<'a> {
     text: &'a str,
     tokens: Vec<Token>,
@@ -131,7 +159,12 @@ impl<'a> Parser<'a> {
             return self.unexpected(wanted);
         }
         let token = self.take();
-        Ok(Spanned { value: self.slice(token).to_owned(), span: token.span })
+        let text = self.slice(token);
+        if text.contains('.') {
+            let error = Diagnostic::error(format!("`{text}` has dots, and names have none"), token.span);
+            return self.lost(error.label(format!("a host is `x509{{name=\"{text}\"}}`")));
+        }
+        Ok(Spanned { value: text.to_owned(), span: token.span })
     }
 
     fn text_token(&mut self, wanted: &str) -> Parsed<Name> {
@@ -228,7 +261,8 @@ impl<'a> Parser<'a> {
             "" => return self.unexpected("a statement"),
             other => {
                 let span = self.peek().span;
-                let guess = nearest(other, STATEMENTS.into_iter());
+                let guess = elsewhere(other).filter(|g| STATEMENTS.contains(g));
+                let guess = guess.or_else(|| nearest(other, STATEMENTS.into_iter()));
                 let mut error = Diagnostic::error(format!("no statement begins with `{other}`"), span);
                 error.label = guess.map(|g| format!("did you mean `{g}`?"));
                 error.help = guess.is_none().then(|| {
@@ -336,6 +370,14 @@ impl<'a> Parser<'a> {
             Some(token) => start.to(token.span),
             None => start,
         };
+        if self.peek().kind == Kind::Name {
+            let found = self.slice(self.peek());
+            let error = Diagnostic::error(
+                format!("expected `(` after the service, found `{found}`"),
+                self.peek().span,
+            );
+            return self.lost(error.help("a rule is `allow SERVICE(FROM, TO);`: FROM opens, TO accepts"));
+        }
         self.expect(Kind::ParenOpen, "after the service")?;
         let from = self.expr()?;
         if self.peek().kind == Kind::ParenClose {
@@ -428,7 +470,9 @@ impl<'a> Parser<'a> {
             "ktls" => Lane::Ktls,
             "ipsec" => Lane::Ipsec,
             other => {
-                let guess = nearest(other, ["plain", "tls", "ktls", "ipsec"].into_iter());
+                let lanes = ["plain", "tls", "ktls", "ipsec"];
+                let guess = elsewhere(other).filter(|g| lanes.contains(g));
+                let guess = guess.or_else(|| nearest(other, lanes.into_iter()));
                 let mut error = Diagnostic::error(format!("there is no lane `{other}`"), name.span);
                 error.label = Some(guess.map_or_else(
                     || "one of `plain`, `tls`, `ktls`, `ipsec`".to_owned(),

@@ -169,7 +169,18 @@ impl Lexer<'_> {
                 self.take(Kind::Word, |c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':'))
             }
             c if c == '_' || c.is_alphabetic() => {
-                self.take(Kind::Name, |c| c == '_' || c == '-' || c.is_alphanumeric());
+                let rest = self.rest();
+                let mut len = rest.len();
+                for (i, c) in rest.char_indices() {
+                    // A dot before a letter: a DNS name without its quotes, which the parser tells of.
+                    let dotted =
+                        c == '.' && rest.get(i + 1..).is_some_and(|r| r.starts_with(char::is_alphanumeric));
+                    if !(c == '_' || c == '-' || c.is_alphanumeric() || dotted) {
+                        len = i;
+                        break;
+                    }
+                }
+                self.push(Kind::Name, len);
             }
             c => self.unexpected(c),
         }
@@ -187,6 +198,7 @@ impl Lexer<'_> {
         let help = match c {
             '\'' => Some("strings stand in double quotes"),
             '\0' => Some("a policy is text: it has no NUL"),
+            ':' => Some("a set is written `name = …;`"),
             '.' => Some("a name with dots is a string: \"…\""),
             _ => None,
         };

@@ -8,6 +8,7 @@ use super::{Checker, and, not};
 use crate::{
     diagnostic::{Diagnostic, nearest},
     model::{AddressSet, Atom, CertificateField, Expr, ProcessField, merge},
+    parser::elsewhere,
     pattern::{LONGEST, Pattern, PatternError, Scope},
     source::Span,
     syntax::{Attribute, Comparison, Name, Value},
@@ -107,7 +108,10 @@ impl Checker<'_> {
         let mut error = Diagnostic::error(format!("unknown attribute `{}`", name.value), name.span);
         if other.contains(&name.value.as_str()) {
             error.label = Some(format!("belongs to `{owner}{{…}}`"));
-        } else if let Some(guess) = nearest(&name.value, known.iter().copied()) {
+        } else if let Some(guess) = elsewhere(&name.value)
+            .filter(|guess| known.contains(guess))
+            .or_else(|| nearest(&name.value, known.iter().copied()))
+        {
             error.label = Some(format!("did you mean `{guess}`?"));
         } else {
             error.help = Some(format!("there are `{}`", known.join("`, `")));

@@ -1,11 +1,18 @@
 //! Principals: `x509{…}`, `IPv4{…}`, `IPv6{…}`, `process{…}`, names, `& | !` and parentheses.
 
-use super::{DEEPEST, Parsed, Parser};
+use super::{DEEPEST, Parsed, Parser, elsewhere};
 use crate::{
     diagnostic::{Diagnostic, nearest},
+    source::Span,
     syntax::{Attribute, Comparison, Expr, Spanned, Value},
     tokens::Kind,
 };
+
+/// The sign for what other languages have a word for.
+fn written(word: &str, span: Span) -> Diagnostic {
+    let sign = elsewhere(word).unwrap_or_default();
+    Diagnostic::error(format!("`{word}` is written `{sign}`"), span).label(format!("did you mean `{sign}`?"))
+}
 
 pub(super) const PRINCIPALS: [&str; 4] = ["x509", "IPv4", "IPv6", "process"];
 
@@ -14,6 +21,9 @@ impl Parser<'_> {
         let mut list = vec![self.conjunction()?];
         while self.accept(Kind::Or).is_some() {
             list.push(self.conjunction()?);
+        }
+        if let word @ ("and" | "or") = self.word() {
+            return self.lost(written(word, self.peek().span));
         }
         Ok(if list.len() == 1 { list.remove(0) } else { Expr::Or(list) })
     }
@@ -68,6 +78,11 @@ impl Parser<'_> {
                 Ok(expr)
             }
             Kind::Name if self.peek_at(1).kind == Kind::BraceOpen => self.braces(),
+            Kind::Name
+                if self.word() == "not" && matches!(self.peek_at(1).kind, Kind::Name | Kind::ParenOpen) =>
+            {
+                self.lost(written("not", token.span))
+            }
             Kind::Name => {
                 let name = self.name("a principal")?;
                 if let Some(right) = PRINCIPALS.iter().find(|p| p.eq_ignore_ascii_case(&name.value)) {
@@ -80,10 +95,16 @@ impl Parser<'_> {
                 Diagnostic::error("a string alone is no principal", token.span)
                     .label(format!("did you mean `x509{{name={}}}`?", self.slice(token))),
             ),
-            Kind::Word => self.lost(
-                Diagnostic::error("an address alone is no principal", token.span)
-                    .label(format!("did you mean `IPv4{{{}}}`?", self.slice(token))),
-            ),
+            Kind::Word => {
+                let mut span = token.span;
+                if self.peek_at(1).kind == Kind::Slash && self.peek_at(2).kind == Kind::Word {
+                    span = span.to(self.peek_at(2).span);
+                }
+                let text = self.text.get(span.range()).unwrap_or("");
+                let family = if text.contains(':') { "IPv6" } else { "IPv4" };
+                let error = Diagnostic::error("an address alone is no principal", span);
+                self.lost(error.label(format!("did you mean `{family}{{{text}}}`?")))
+            }
             _ => self.unexpected("a principal"),
         }
     }
@@ -105,7 +126,7 @@ impl Parser<'_> {
         }
     }
 
-    fn addresses(&mut self, v6: bool, start: crate::source::Span) -> Parsed<Expr> {
+    fn addresses(&mut self, v6: bool, start: Span) -> Parsed<Expr> {
         self.expect(Kind::BraceOpen, "after the principal")?;
         let mut words = Vec::new();
         loop {
@@ -126,7 +147,7 @@ impl Parser<'_> {
         }
     }
 
-    fn attributes(&mut self, process: bool, start: crate::source::Span) -> Parsed<Expr> {
+    fn attributes(&mut self, process: bool, start: Span) -> Parsed<Expr> {
         self.expect(Kind::BraceOpen, "after the principal")?;
         let mut list = Vec::new();
         loop {
@@ -166,6 +187,14 @@ impl Parser<'_> {
             Kind::Star => {
                 let error = Diagnostic::error("a value stands in quotes", token.span);
                 return self.lost(error.label("did you mean \"*\"?"));
+            }
+            // A path without its quotes, up to where the attribute ends.
+            Kind::Slash => {
+                let rest = self.text.get(token.span.range().start..).unwrap_or("");
+                let path = rest.split([',', '}', ';', '\n', '"', ' ']).next().unwrap_or("");
+                let end = token.span.start + crate::source::to_u32(path.len());
+                let error = Diagnostic::error("a value stands in quotes", Span { end, ..token.span });
+                return self.lost(error.label(format!("did you mean \"{path}\"?")));
             }
             _ => return self.unexpected("a value"),
         };
