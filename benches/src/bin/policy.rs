@@ -2,8 +2,8 @@
 //!
 //! Policies of four sizes, made the way large ones grow (services × groups × prefixes, some rules for
 //! executables, some denials), take turns on the same flows in short batches. Beside them, in the same
-//! run, libwrap's `hosts_ctl` (tcpd's rules, where Debian's libwrap0 is installed) on as many lines, and
-//! a bare hash table as the floor. Then: compiling, checking, and what it takes of memory.
+//! run, libwrap's `hosts_ctl` (tcpd's rules, where Debian's libwrap0 is installed) on as many lines, Cedar
+//! on as many policies, and a bare hash table as the floor. Then: compiling, checking, and what it takes of memory.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -423,6 +423,12 @@ fn main() {
             }
         }
         None => row("libwrap: not installed (libwrap0)"),
+    }
+    for rules in [100, 1_000, 10_000] {
+        match portcullis_benches::cedar::micros(rules) {
+            Some(us) => row(&format!("cedar, {rules} policies: {us:.1} µs")),
+            None => row("cedar: not built in (feature `peers`)"),
+        }
     }
     for share in [100, 1] {
         compare(10_000, share);
