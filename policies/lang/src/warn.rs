@@ -7,7 +7,7 @@ use std::{collections::HashMap, sync::Arc};
 pub(crate) use characters::characters;
 
 use crate::{
-    check::Checked,
+    check::{Checked, and, not},
     diagnostic::{Diagnostic, Diagnostics},
     diff::is_empty,
     display,
@@ -21,6 +21,8 @@ const SOON: u64 = 30 * 86_400;
 const MANY: u32 = 1024;
 /// Pairs of rules that are compared in search of denials that hide a rule.
 const MOST_PAIRS: usize = 2_000_000;
+/// Pairs that are looked at more closely.
+const MOST_EXACT: usize = 500;
 
 /// Looks at the rules; `now`, in seconds since the Unix epoch, if it is known.
 pub(crate) fn warn(checked: &Checked, now: Option<u64>, out: &mut Diagnostics) {
@@ -142,7 +144,7 @@ fn equal(rules: &[Rule], out: &mut Diagnostics) {
 fn hidden(rules: &[Rule], out: &mut Diagnostics) {
     let denies = rules.iter().filter(|r| r.effect == Effect::Deny && !r.audit);
     let denies: Vec<&Rule> = denies.collect();
-    let mut room = MOST_PAIRS;
+    let (mut room, mut exact) = (MOST_PAIRS, MOST_EXACT);
     for rule in rules.iter().filter(|r| r.effect == Effect::Allow) {
         if room < denies.len() {
             return;
@@ -155,7 +157,23 @@ fn hidden(rules: &[Rule], out: &mut Diagnostics) {
                 && contains(&deny.to, &rule.to)
                 && lasts(deny)
         };
-        if let Some(deny) = denies.iter().find(covers) {
+        let mut deny = denies.iter().find(covers);
+        if deny.is_none() {
+            // What a glance does not tell may be told by looking for anybody who is left.
+            let mut left = |outer: &Expr, inner: &Expr| {
+                exact = exact.saturating_sub(1);
+                exact > 0 && is_empty(&and(vec![inner.clone(), not(outer.clone())]))
+            };
+            deny = denies.iter().find(|deny| {
+                let (from, to) = (contains(&deny.from, &rule.from), contains(&deny.to, &rule.to));
+                (from || to)
+                    && deny.service.covers(&rule.service)
+                    && lasts(deny)
+                    && (from || left(&deny.from, &rule.from))
+                    && (to || left(&deny.to, &rule.to))
+            });
+        }
+        if let Some(deny) = deny {
             out.push(
                 Diagnostic::warning("this rule never counts", rule.span)
                     .label("all of it is denied")
