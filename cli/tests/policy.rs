@@ -190,3 +190,42 @@ fn query_lists_who_may_reach_what() {
     assert_eq!((status, stdout.lines().count()), (0, 1));
     assert_eq!(policy(&["query", &figure, "--mentions", "nothing"]).0, 1);
 }
+
+/// What a command prints, with the folder of the corpus taken out.
+fn printed(arguments: &[&str]) -> String {
+    let (_, stdout, _) = policy(arguments);
+    stdout.replace(&file(""), "")
+}
+
+#[test]
+fn each_tool_prints_what_it_always_printed() {
+    let figure = file("examples/figure-1.pol");
+    let flow = ["--from", "x509{name=\"mailgw.example.com\"}", "--to", "x509{name=\"h1.example.com\"}"];
+    assert_eq!(
+        printed(&[&["explain", &figure, "--service", "smtp"][..], &flow].concat()),
+        "permit smtp\n  rule examples/figure-1.pol:6: allow smtp(mail_gw, inside_net);\n  \
+         why  this rule allows it, and none denies it\n"
+    );
+    assert_eq!(
+        printed(&["query", &figure, "--mentions", "time_server"]),
+        "examples/figure-1.pol:7: allow ntp(time_server, inside_net);\n"
+    );
+    assert_eq!(
+        printed(&["query", &figure, "--to", "x509{name=\"h1.example.com\"}", "--service", "ntp"]),
+        "ntp(IPv4{10.1.2.3}, x509{name=\"h1.example.com\"})\n  \
+         by     examples/figure-1.pol:7: allow ntp(time_server, inside_net);\n\
+         ntp(x509{name=\"*.example.com\"}, x509{name=\"h1.example.com\"})\n  \
+         by     examples/figure-1.pol:8: allow *(inside_net, *);\n"
+    );
+    let narrower = written("narrower.pol", "allow ntp(IPv4{10.1.2.0/30}, x509{name=\"*.example.com\"});\n");
+    let wider = written("wider-still.pol", "allow ntp(IPv4{10.1.2.0/29}, x509{name=\"*.example.com\"});\n");
+    let (narrower, wider) = (narrower.to_str().unwrap(), wider.to_str().unwrap());
+    let told = printed(&["diff", narrower, wider]).replace(wider, "new.pol");
+    assert_eq!(
+        told,
+        "+ becomes allowed: ntp(IPv4{10.1.2.4/30}, x509{name=\"*.example.com\"})\n    \
+         for example --from 'IPv4{10.1.2.5}' --to 'x509{name=\"host.example.com\"} & IPv4{192.0.2.1}' --service udp/123\n    \
+         before refuse as no rule allows it\n    \
+         now    permit by new.pol:1: allow ntp(IPv4{10.1.2.0/29}, x509{name=\"*.example.com\"});\n"
+    );
+}
