@@ -23,8 +23,7 @@ fn pair(at: &str) -> (TcpStream, TcpStream) {
     let (to, end) = (listener.local_addr().unwrap(), Instant::now() + Duration::from_secs(10));
     let near = loop {
         match TcpStream::connect(to) {
-            // A namespace that has just been made loses its routes once more, when the kernel notices that its
-            // loopback is up.
+            // Seen on a busy machine: a namespace that has just been made has no route for a moment more.
             Err(e) if e.kind() == std::io::ErrorKind::NetworkUnreachable && Instant::now() < end => {
                 std::thread::sleep(Duration::from_millis(10));
             }

@@ -27,7 +27,7 @@ use nix::{
 use portcullis_keyd::{Config, run};
 use portcullis_wire::{
     Addr,
-    keyd::{FRAME, Head, Kind, Open, Places},
+    keyd::{FRAME, Head, Kind, Net, Open, Places},
 };
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -136,7 +136,10 @@ impl Broker {
     /// Protects a listener, as a broker does where every peer must have a certificate. With `control`, who comes there
     /// belongs to that association.
     pub(crate) fn protect(&self, listener: &TcpListener, control: Option<u64>) -> Outcome<()> {
-        let (_, _, filter) = self.ask(Head::new(Kind::Filter, 0), &[], &[listener.as_fd()])?;
+        // Nobody comes in plain, and anybody may prove who he is.
+        let nets = Net::everyone().map(Net::refused);
+        let head = Head { count: 2, ..Head::new(Kind::Filter, 0) };
+        let (_, _, filter) = self.ask(head, nets.as_bytes(), &[listener.as_fd()])?;
         let filter = filter.ok_or("no filter")?;
         let head = Head { count: 4096, ..Head::new(Kind::Serve, 0) };
         let process = control.map_or_else(|| PROCESS.to_owned(), of);
