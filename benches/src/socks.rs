@@ -32,11 +32,20 @@ fn pass_on(mut client: TcpStream) -> io::Result<()> {
         client.read_exact(&mut vec![0; usize::from(password)])?;
         client.write_all(&[1, 0])?;
     }
-    let [_, command, _, kind, a, b, c, d, high, low] = take(&mut client)?;
-    if (command, kind) != (1, 1) {
-        return client.write_all(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]);
-    }
-    let to = SocketAddr::from((Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([high, low])));
+    let [_, command, _, kind] = take(&mut client)?;
+    let ip = match (command, kind) {
+        (1, 1) => Some(Ipv4Addr::from(take::<4>(&mut client)?)),
+        // A name: torsocks writes addresses so.
+        (1, 3) => {
+            let [length] = take(&mut client)?;
+            let mut name = vec![0; usize::from(length)];
+            client.read_exact(&mut name)?;
+            String::from_utf8_lossy(&name).parse().ok()
+        }
+        _ => None,
+    };
+    let Some(ip) = ip else { return client.write_all(&[5, 7, 0, 1, 0, 0, 0, 0, 0, 0]) };
+    let to = SocketAddr::from((ip, u16::from_be_bytes(take(&mut client)?)));
     let far = TcpStream::connect(to)?;
     client.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0])?;
     // Nothing is carried: connect is what is measured.

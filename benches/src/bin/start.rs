@@ -67,7 +67,7 @@ fn bench() -> io::Result<bool> {
     let mut cold = Vec::new();
     for _ in 0..COLD {
         cold.push(timed(&mut command(&run, "/bin/true"))?);
-        wait_until_gone(&far);
+        wait_until_gone(&far)?;
     }
     let mut keeper = command(&run, "/bin/sleep");
     let mut keeper = keeper.arg("600").spawn()?;
@@ -77,14 +77,16 @@ fn bench() -> io::Result<bool> {
     outcome
 }
 
-fn wait_until_gone(far: &Far) {
-    let socket = far.folder.join("state/broker.sock");
-    for _ in 0..100 {
-        if !socket.exists() {
-            break;
+/// The supervisor holds this lock until it has ended.
+fn wait_until_gone(far: &Far) -> io::Result<()> {
+    let lock = fs::File::open(far.folder.join("state/lock"))?;
+    for _ in 0..300 {
+        if lock.try_lock_shared().is_ok() {
+            return Ok(());
         }
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
+    Err(io::Error::other("a supervisor does not end"))
 }
 
 fn warm(run: &[String], cold: &[f64]) -> io::Result<bool> {
