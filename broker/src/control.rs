@@ -137,9 +137,12 @@ pub struct ListenerRow {
     pub local: String,
     /// `anyone`, `addresses`, `session`, `closed`.
     pub scope: String,
-    /// `kernel-filter`: others get no SYN-ACK; `accept`: a stranger is closed at accept; `native`:
-    /// anyone may come.
+    /// `kernel-filter`: others get no SYN-ACK; `front`: as that, and some must prove who they are first; `accept`: a
+    /// stranger is closed at accept; `native`: anyone may come.
     pub held_by: String,
+    /// Why nobody can prove who he is there, if somebody should: all such are refused.
+    #[serde(default)]
+    pub unprotected: Option<String>,
 }
 
 /// How the broker is.

@@ -87,6 +87,10 @@ fn table(rows: &[Row], out: &mut Out) {
                 Ink::Faint,
                 &format!("         listens on {} for {}, by {}", it.local, it.scope, it.held_by),
             ));
+            if let Some(why) = &it.unprotected {
+                let text = format!("           who must prove who he is there is refused: {}", escape(why));
+                out.line(out.ink(Ink::Bad, &text));
+            }
         }
         for it in &row.associations {
             let address = |a: &Option<String>| a.as_deref().map_or_else(|| "?".into(), escape);

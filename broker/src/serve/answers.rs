@@ -148,10 +148,11 @@ impl Broker {
                 local: l.local.to_string(),
                 scope: l.scope_word().to_owned(),
                 held_by: l.held_by().to_owned(),
+                unprotected: l.unprotected.clone(),
             })
             .collect();
         let mut held_by = self.held_by(key);
-        if listeners.iter().any(|l| l.held_by == "kernel-filter") {
+        if listeners.iter().any(|l| ["kernel-filter", "front"].contains(&l.held_by.as_str())) {
             held_by.push("filter".to_owned());
         }
         let process = self.processes.get(&key);

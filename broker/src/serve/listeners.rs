@@ -80,6 +80,7 @@ impl Listener {
 
     pub(super) const fn held_by(&self) -> &'static str {
         match (&self.filter, &self.scope) {
+            (Some(_), _) if self.front.is_some() => "front",
             (Some(_), _) => "kernel-filter",
             (None, _) if self.stuck => "kernel-filter",
             (None, Scope::Anyone) => "native",

@@ -88,12 +88,11 @@ pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
 /// # Safety
 /// As for connect(2).
 pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
-    let mut audit_seq = 0;
+    let (mut audit_seq, mut asked) = (0, None);
     // SAFETY: by this function's contract.
     let mut peer = unsafe { take(addr, len) };
-    let asked = peer;
     if let Some(peer) = &mut peer
-        && let Err(errno) = shield(|| judge_connect(fd, peer, &mut audit_seq))
+        && let Err(errno) = shield(|| judge_connect(fd, peer, &mut audit_seq, &mut asked))
     {
         return fail(errno);
     }
@@ -101,19 +100,24 @@ pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int
     // SAFETY: by this function's contract; a copied address outlives the call; no destructors.
     let result = unsafe { call_cancellable(libc::SYS_connect, &[arg(fd), at, length, 0, 0, 0]) };
     if result < 0
-        && let Some(asked) = &asked
+        && let Some(peer) = &peer
     {
         // Asked again, the program names the same address, whichever it was sent to.
-        connect_failed(fd, asked, c_int::try_from(-result).unwrap_or(0), audit_seq);
+        connect_failed(
+            fd,
+            asked.or_else(|| peer.internet()),
+            c_int::try_from(-result).unwrap_or(0),
+            audit_seq,
+        );
     }
     returned_int(result)
 }
 
 #[cold]
-fn connect_failed(fd: c_int, peer: &Peer, errno: c_int, audit_seq: u64) {
+fn connect_failed(fd: c_int, far: Option<Addr>, errno: c_int, audit_seq: u64) {
     let _ = shield(|| {
         if matches!(errno, libc::EINPROGRESS | libc::EINTR) {
-            if let (Some(sock), Some(far)) = (hints::get(fd), peer.internet()) {
+            if let (Some(sock), Some(far)) = (hints::get(fd), far) {
                 dgram::remember(Op::Connect, sock, &far);
                 hints::mark(fd, CONNECTING, 0);
             }
@@ -129,7 +133,12 @@ fn connect_failed(fd: c_int, peer: &Peer, errno: c_int, audit_seq: u64) {
     });
 }
 
-fn judge_connect(fd: c_int, peer: &mut Peer, audit_seq: &mut u64) -> Result<(), Errno> {
+fn judge_connect(
+    fd: c_int,
+    peer: &mut Peer,
+    audit_seq: &mut u64,
+    asked: &mut Option<Addr>,
+) -> Result<(), Errno> {
     let family = peer.family();
     if family == libc::AF_UNIX {
         return Ok(());
@@ -155,7 +164,10 @@ fn judge_connect(fd: c_int, peer: &mut Peer, audit_seq: &mut u64) -> Result<(), 
     call.remote = remote;
     let permit = judge(&call)?;
     *audit_seq = permit.audit_seq;
-    rewrite(&permit, peer);
+    if permit.rewrite.is_some() {
+        *asked = Some(remote);
+        rewrite(&permit, peer);
+    }
     Ok(())
 }
 
