@@ -630,6 +630,7 @@ mod tests {
                 },
             ]
         );
+        assert!(!keyd.wait(PATIENCE), "it ends, and has said all");
         assert!(keyd.reports().is_err(), "it has ended since");
     }
 
