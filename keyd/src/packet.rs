@@ -8,8 +8,9 @@ use libc::sock_filter;
 pub const NET: u32 = 0x7f40_0000;
 /// Its mask.
 pub const MASK: u32 = 0xffc0_0000;
-/// Port of IPv4 tokens that stand for a far side. Above the ephemeral ports (ip(7), ip_local_port_range).
-pub const FAR_PORT: u16 = 61000;
+/// Port of IPv4 tokens that stand for a far side: one that IANA gives to nobody, and below those that any user may
+/// bind (ip(7), ip_unprivileged_port_start). Nobody keeps it from us, or answers there once we are dead.
+pub const FAR_PORT: u16 = 1023;
 /// IPv6 has one loopback address, so its tokens differ by port: this one and those above.
 pub const FIRST_SIX: u16 = 61002;
 

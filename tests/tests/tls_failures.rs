@@ -165,3 +165,39 @@ fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
         r["verdict"] == "refuse" && r["reason"].as_str().is_some_and(|why| why.contains("network namespace"))
     });
 }
+
+#[test]
+fn no_other_user_takes_the_place_of_a_killed_key_daemon() {
+    let net = Net::client_server_stranger(PROTECTED);
+    let [client, server, stranger] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    // Its handshake never ends, so that the program waits on its token.
+    let mute = "import socket, time; l = socket.create_server(('10.77.0.3', 8080)); \
+        print('listening', flush=True); time.sleep(60)";
+    let mute = Running::start(stranger.plain(&["/usr/bin/python3", "-c", mute]));
+    mute.line("listening");
+    let talk = "import socket; s = socket.socket(); s.settimeout(15); print('begins', flush=True)\n\
+        try: s.connect(('10.77.0.3', 8080)); s.sendall(b'secret words'); print('said')\n\
+        except OSError as e: print('broken', e.errno)";
+    let talking = client.start(&["/usr/bin/python3", "-c", talk]);
+    talking.line("begins");
+    // Another user sees where it waits, and wants to be the one who answers.
+    let thief = "import errno, os, socket, sys, time\n\
+        end, there = time.time() + 20, None\n\
+        while not there and time.time() < end:\n    \
+            lines = [line.split() for line in open('/proc/net/tcp')][1:]\n    \
+            there = next((l[2] for l in lines if l[3] == '02' and l[2].split(':')[0].endswith('7F')), None)\n\
+        port, why = int(there.split(':')[1], 16), errno.EADDRINUSE\n\
+        socket.create_server(('0.0.0.0', 54321)).close(); print('any other', flush=True)\n\
+        while why == errno.EADDRINUSE and time.time() < end:\n    \
+            s = socket.socket()\n    \
+            try: s.bind(('0.0.0.0', port)); s.listen(); print('answers', flush=True); time.sleep(20)\n    \
+            except OSError as e: why = e.errno; s.close()\n\
+        print('ends', why, flush=True)";
+    let as_other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3"];
+    let thief = Running::start(client.plain(&[&as_other[..], &["-c", thief]].concat()));
+    thief.line("any other");
+    kill(part(client, "keyd"), Signal::SIGKILL).unwrap();
+    thief.line(&format!("ends {}", nix::errno::Errno::EACCES as i32));
+    talking.line("broken");
+}
