@@ -260,6 +260,8 @@ impl<'a> Story<'a> {
         let daemon = Daemon(start(self.server.wrapped(&words)?, "vsftpd")?);
         let listens = self.server.record("vsftpd listens", 0, |r| r.text("op") == Some("listen"))?;
         self.show(&listens);
+        // It is put on record before the kernel does it; what a stranger sees before that is a closed port.
+        wait_for("vsftpd listens", || listens_on(daemon.0.id(), 21).then_some(()))?;
         let seen = self.probe(&self.stranger, &self.server, &[21])?;
         self.shell("stranger", "connect 10.77.0.2:21");
         self.seen(&seen, 21);
@@ -460,6 +462,17 @@ fn is_data_listener(record: &Record) -> bool {
     record.text("op") == Some("listen")
         && record.verdict() == "permit"
         && record.text("local").is_some_and(|l| !l.ends_with(":21"))
+}
+
+/// Whether something listens on this TCP port, in the network namespace of this process (proc_net(5)).
+fn listens_on(pid: u32, port: u16) -> bool {
+    let (local, listening) = (format!(":{port:04X}"), "0A");
+    fs::read_to_string(format!("/proc/{pid}/net/tcp")).is_ok_and(|table| {
+        table.lines().any(|line| {
+            let mut fields = line.split_whitespace().skip(1);
+            fields.next().is_some_and(|at| at.ends_with(&local)) && fields.nth(1) == Some(listening)
+        })
+    })
 }
 
 /// vsftpd, until the story is over.
