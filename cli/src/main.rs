@@ -131,7 +131,10 @@ fn start() -> u8 {
     let mut out = Out::new();
     match Cli::try_parse() {
         Ok(cli) => dispatch(cli.command, &mut out),
-        Err(error) => out.usage(&error),
+        Err(error) => match out.usage(&error) {
+            COULD_NOT if std::env::args_os().nth(1).is_some_and(|word| word == "run") => run::RUN_FAILED,
+            status => status,
+        },
     }
 }
 

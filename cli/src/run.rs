@@ -45,12 +45,12 @@ pub struct Args {
     #[command(flatten)]
     state: StateArg,
     /// The program and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD")]
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
 /// Exit status when it is `run` itself that failed (env(1)).
-const RUN_FAILED: u8 = 125;
+pub const RUN_FAILED: u8 = 125;
 /// Exit status when the program is there but cannot be started (env(1)).
 const CANNOT_EXEC: u8 = 126;
 /// Exit status when there is no such program (env(1)).
