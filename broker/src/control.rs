@@ -162,7 +162,7 @@ pub struct Status {
     pub loaded: Option<String>,
     /// Why the file as it is now is not in force: the diagnostic, as `policy check` prints it.
     pub diagnostic: Option<String>,
-    /// Served processes.
+    /// Processes of the trees, whether they have asked anything or not.
     pub processes: usize,
     /// Open channels and doors.
     pub channels: usize,

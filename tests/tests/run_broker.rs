@@ -211,6 +211,17 @@ fn a_broken_policy_is_shown_and_nothing_runs() {
 }
 
 #[test]
+fn an_option_that_run_has_not_is_no_program() {
+    let host = host();
+    for (options, command) in [(&["--bogus"][..], &["echo", "ran"][..]), (&[][..], &[][..])] {
+        let done = Finished::of(&mut host.run_with(options, command));
+        assert_eq!((done.code(), done.stdout.as_str()), (125, ""), "{done}");
+        assert!(done.stderr.contains("Usage: portcullis run"), "{done}");
+    }
+    assert_eq!(Finished::of(&mut host.run(&["echo", "--bogus"])).success(), "--bogus\n");
+}
+
+#[test]
 fn without_a_policy_nothing_runs() {
     let host = Host::here();
     let done = Finished::of(&mut host.run(&["echo", "ran"]));
@@ -240,6 +251,8 @@ fn every_process_is_listed(host: &Host, held_by: &str) {
     for command in ["sleep 1000", "sleep 1001"] {
         assert!(rows.iter().any(|row| row.ends_with(command)), "{command}: {listed}");
     }
+    let status = host.portcullis(&["status"]);
+    assert!(status.stdout.contains("serves       4 processes"), "{status}");
     drop(it);
 }
 

@@ -207,6 +207,7 @@ impl Broker {
         if self.owner != 0 {
             gaps.push("without root, processes of other users cannot be looked at".to_owned());
         }
+        let silent = self.members().iter().filter(|pid| !self.by_pid.contains_key(pid)).count();
         Status {
             pid: std::process::id().cast_signed(),
             uid: nix::unistd::geteuid().as_raw(),
@@ -215,7 +216,7 @@ impl Broker {
             generation: self.generation_in_force(),
             loaded: self.in_force.as_ref().map(|f| rfc3339(f.since)),
             diagnostic: self.diagnostic.clone(),
-            processes: self.processes.len(),
+            processes: self.processes.len() + silent,
             channels: self.channels.len(),
             associations: self.flows.len(),
             audit_seq: self.log.seq(),
