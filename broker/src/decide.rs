@@ -233,7 +233,7 @@ fn protect(question: &Question<'_>, decision: &Decision) -> Judgement {
         (Lane::Tls, None) => Some(
             "needs certificate; lane tls not available: this host has no keys (see `portcullis ca host`)",
         ),
-        _ => Some("needs certificate, by a lane that is not available"),
+        _ => Some("needs certificate, by a lane that is not there yet: plain and tls are"),
     };
     Judgement {
         permitted: reason.is_none(),

@@ -42,7 +42,7 @@ use crate::{
     sys,
 };
 
-/// Options of the hidden command, written by `run` and by the systemd unit.
+/// Serve a state folder until told to end: what `run` and the systemd unit start.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// State folder, absolute

@@ -154,7 +154,7 @@ fn rule(record: &Record) -> Option<String> {
     };
     let named = record.shown("rule_name").map_or_else(String::new, |n| format!(" ({n})"));
     let at = record.shown("rule_at").map_or_else(String::new, |at| format!(", at {at}"));
-    Some(format!("Rule: {rule}{named}{at}."))
+    Some(format!("Rule: {}{named}{at}.", rule.trim_end_matches(';')))
 }
 
 fn other(record: &Record) -> Option<String> {

@@ -78,6 +78,7 @@ pub(crate) fn benches() -> Outcome {
         .map(|entry| entry.path().file_stem().unwrap_or_default().to_string_lossy().into_owned())
         .collect();
     names.sort();
+    names.dedup();
     names.iter().for_each(|name| say(&format!("    {name}")));
     Ok(())
 }

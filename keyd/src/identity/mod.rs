@@ -125,8 +125,8 @@ pub enum IdentityError {
     /// The host is enrolled already.
     #[error("host `{0}` is enrolled already; `renew` it, or `revoke` it first")]
     Enrolled(HostName),
-    /// The host is not enrolled.
-    #[error("host `{0}` is not enrolled")]
+    /// The host is not enrolled, or no longer.
+    #[error("host `{0}` is not enrolled, or revoked; `portcullis ca host` enrols it")]
     NotEnrolled(HostName),
     /// An address is another member's.
     #[error("address {address} belongs to member `{owner}`")]
