@@ -201,3 +201,38 @@ fn no_other_user_takes_the_place_of_a_killed_key_daemon() {
     thief.line(&format!("ends {}", nix::errno::Errno::EACCES as i32));
     talking.line("broken");
 }
+
+#[test]
+fn what_waited_to_be_accepted_when_the_key_daemon_was_killed_is_no_local_connection() {
+    let net = Net::client_server_stranger("allow tcp/8080(*, *);\n");
+    let [client, server, _] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    let script = "import socket, sys\n\
+        l = socket.create_server(('10.77.0.2', 8080)); print('listening', flush=True)\n\
+        for line in sys.stdin:\n    \
+            s, peer = l.accept(); print('accepted', peer[0], flush=True)";
+    let mut serving = server.start(&["/usr/bin/python3", "-c", script]);
+    serving.line("listening");
+    let come = "import socket, sys; s = socket.create_connection(('10.77.0.2', 8080), timeout=10)\n\
+        print('up', flush=True); sys.stdin.read()";
+    let come = ["/usr/bin/python3", "-c", come];
+    let first = client.start(&come);
+    first.line("up");
+    serving.say("\n");
+    assert_eq!(serving.line("accepted"), "accepted 10.77.0.1", "the control");
+    let waits = client.start(&come);
+    waits.line("up");
+    kill(part(server, "keyd"), Signal::SIGKILL).unwrap();
+    server.record("its end", |r| {
+        r["op"] == "broker" && r["reason"].to_string().contains("key daemon has gone")
+    });
+    serving.say("\n");
+    server.record("what it was", |r| {
+        r["op"] == "accept"
+            && r["verdict"] == "refuse"
+            && r["reason"] == "the protected flow that it belonged to is over"
+    });
+    let local =
+        |r: &serde_json::Value| r["op"] == "accept" && r["verdict"] == "permit" && r["lane"] == "plain";
+    assert!(!server.records().iter().any(local), "{:#?}", server.records());
+}

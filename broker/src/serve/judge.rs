@@ -302,6 +302,15 @@ impl Broker {
         let Some(remote) = call.remote else {
             return Finding::of(Judgement::refusal("the far address is not known"));
         };
+        if call.op == Op::Accept
+            && call.association.is_none()
+            && call.protocol == Protocol::TCP
+            && remote.is_ipv4()
+            && self.lanes.is_inner(remote)
+        {
+            // It waited in the program's queue; by now nobody knows whose it was.
+            return Finding::of(Judgement::refusal("the protected flow that it belonged to is over"));
+        }
         if call.op == Op::Receive
             && let Some(cookie) = call.cookie()
             && self.datagrams.has_asked(cookie, remote)
