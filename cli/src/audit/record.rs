@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::output::{Ink, Out, escape};
 
-/// One line of `STATE/audit/*.jsonl`, with the fields that DESIGN names; others are kept as they are.
+/// One line of `STATE/audit/*.jsonl`, with the fields that every record has; others are kept as they are.
 #[derive(Clone, Debug)]
 pub struct Record {
     value: Value,

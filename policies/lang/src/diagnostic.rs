@@ -192,7 +192,7 @@ struct Place<'a> {
 }
 
 impl fmt::Display for Diagnostics {
-    /// In the shape of EXAMPLES.md, section 8. Nothing in it can move a terminal's cursor.
+    /// As the compiler of Rust shows its own. Nothing in it can move a terminal's cursor.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, d) in self.list.iter().enumerate() {
             if i > 0 {
