@@ -518,7 +518,8 @@ impl Keyd {
     }
 
     /// Asks for what has outlived an earlier broker: [`News::Live`] for each association that runs, that and
-    /// [`News::Over`] for each that has ended since, `Over` alone for who waited for that broker's word.
+    /// [`News::Over`] for each that has ended since, `Over` alone for who waited for that broker's word. They
+    /// are there when this returns.
     ///
     /// # Errors
     /// `BrokenPipe` and the like.

@@ -340,6 +340,12 @@ impl Server {
                 Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EBADMSG)),
             });
         }
+        if kind == Kind::List && program.is_none() {
+            // Told before the answer: what comes after it is news.
+            all.list();
+            self.tell_all()?;
+            return Ok(Answer::default());
+        }
         let mixed = head.flags & Head::MIXED != 0;
         let tagged = |tag| Answer { tag: Some(tag), ..Answer::default() };
         let plain = |()| Answer::default();
@@ -353,10 +359,6 @@ impl Server {
             (Kind::Serve, Some(program)) => {
                 let filter = filter.ok_or(misfit)?;
                 all.serve(program, filter.as_fd(), head.count, rest, mixed, diag).map(tagged)
-            }
-            (Kind::List, None) => {
-                all.list();
-                Ok(Answer::default())
             }
             (Kind::Release, None) => {
                 all.release(head.tag);
@@ -384,7 +386,14 @@ impl Server {
             return Ok(());
         };
         all.turn(diag);
-        let Some(broker) = &self.broker else { return Ok(()) };
+        self.tell_all()
+    }
+
+    /// Tells the broker what there is to report of associations.
+    fn tell_all(&mut self) -> Result<(), KeydError> {
+        let (Some(all), Some(broker)) = (&mut self.associations, &self.broker) else {
+            return Ok(());
+        };
         let mut reports = all.reports().into_iter();
         while let Some((head, body)) = reports.next() {
             if let Err(e) = send(broker.as_fd(), &[head.as_bytes(), &body], &[]) {

@@ -103,6 +103,32 @@ fn a_flow_goes_on_when_its_broker_is_killed_and_is_the_next_ones() {
 }
 
 #[test]
+fn a_connect_that_waits_when_its_broker_is_killed_has_its_end_on_record() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    // Answers SYNs and nothing else.
+    let silent = "import socket, sys; l = socket.create_server(('10.77.0.2', 8080))\n\
+        print('listening', flush=True); sys.stdin.read()";
+    let silent = Running::start(server.plain(&["/usr/bin/python3", "-c", silent]));
+    silent.line("listening");
+    let come = "import socket\n\
+        try: socket.create_connection(('10.77.0.2', 8080))\n\
+        except OSError as e: print('failed', e.errno, flush=True)\n\
+        input()";
+    let come = client.start(&["/usr/bin/python3", "-c", come]);
+    let asked = client.record("it is asked for", |r| r["op"] == "connect" && r["verdict"] == "protect");
+    kill(part(client, "broker"), Signal::SIGKILL).unwrap();
+    assert_eq!(come.line("failed"), format!("failed {}", nix::libc::ECONNREFUSED));
+    let end = client.record("its end", |r| r["op"] == "connect" && r["verdict"] == "refuse");
+    assert_eq!((&end["reason"], &end["remote"]), (&"there is no broker".into(), &asked["remote"]), "{end}");
+    drop(silent);
+    let _echo = echo(server);
+    assert_eq!(once(client).stdout, "secret words\n", "the control");
+    let refused = client.records().into_iter().filter(|r| r["verdict"] == "refuse").count();
+    assert_eq!(refused, 1, "one end for each");
+}
+
+#[test]
 fn a_listener_turns_from_plain_to_protected_and_back_while_it_listens() {
     let (net, _trust) = net();
     let [client, server, _] = net.hosts();

@@ -179,6 +179,8 @@ pub(super) struct Lanes {
     /// Who this host is; known for as long as it ever was.
     pub(super) who: Option<Who>,
     flood: news::Flood,
+    /// While the key daemon tells what an earlier broker had begun.
+    taking_up: bool,
 }
 
 impl Lanes {

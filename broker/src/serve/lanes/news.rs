@@ -77,7 +77,8 @@ impl Broker {
                 let end = End { errno, why, shown, sent: carried.sent, received: carried.received };
                 match self.lanes.forget(id) {
                     Some(one) => self.over(&one, &end),
-                    None => self.failed_in(front, &places, &end),
+                    None if front.is_some() => self.failed_in(front, &places, &end),
+                    None => self.failed_out(&places, &end),
                 }
             }
         }
@@ -87,7 +88,9 @@ impl Broker {
     pub(in crate::serve) fn take_up_lanes(&mut self) {
         let Some(keyd) = self.keyd.as_mut().filter(|keyd| keyd.who().is_some()) else { return };
         if keyd.list().is_ok() {
+            self.lanes.taking_up = true;
             self.take_keyd();
+            self.lanes.taking_up = false;
         }
     }
 
@@ -346,12 +349,31 @@ impl Broker {
         let behind = self.lanes.fronts.get(&front);
         let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
         let context = listener.map(|l| Rc::clone(&l.context));
+        self.turned_away("accept", context.as_deref(), missed, places, end);
+    }
+
+    /// A flow that an earlier broker had asked for, and that waited for its word, has ended meanwhile. Those that
+    /// this one has given up are on record.
+    fn failed_out(&mut self, places: &Places, end: &End) {
+        if self.lanes.taking_up {
+            self.turned_away("connect", None, 0, places, end);
+        }
+    }
+
+    fn turned_away(
+        &mut self,
+        op: &'static str,
+        process: Option<&Context>,
+        missed: u64,
+        places: &Places,
+        end: &End,
+    ) {
         let mut more = facts(None, end.shown.as_deref());
         if missed > 0 {
             more.push(("missed", More::Number(missed)));
         }
         let seq = self.log.push(&Line {
-            process: context.as_deref(),
+            process,
             protocol: Some(Protocol::TCP),
             local: places.local.socket_addr(),
             remote: places.remote.socket_addr(),
@@ -361,7 +383,7 @@ impl Broker {
             lane: Some(Lane::Tls),
             generation: Some(self.generation_in_force()),
             more: &more,
-            ..Line::bare(realtime(), "accept", "keyd")
+            ..Line::bare(realtime(), op, "keyd")
         });
         self.last_refusal = Some(seq);
     }
