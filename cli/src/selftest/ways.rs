@@ -417,50 +417,58 @@ fn datagram_elsewhere(aim: &Aim) -> bool {
 
 /// As [`flipped`], with the port in the name of a datagram's header.
 fn flipped_message(aim: &Aim) -> bool {
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     let Some(fd) = udp() else { return false };
     let (good, bad) = (address(aim.open), address(aim.port));
     let part: [u64; 2] = [b"x".as_ptr() as u64, 1];
     let header = message(&good, &part).map(AtomicU64::new);
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Relaxed) {
-                for to in [&bad, &good] {
-                    header.iter().take(1).for_each(|name| name.store(at(to), Relaxed));
-                }
-            }
-        });
-        for _ in 0..300 {
-            call(libc::SYS_sendmsg, [fd, header.as_ptr() as u64, 0, 0, 0, 0]);
+    let flip = || {
+        for to in [&bad, &good] {
+            header.iter().take(1).for_each(|name| name.store(at(to), Relaxed));
         }
-        stop.store(true, Relaxed);
+    };
+    race(flip, || {
+        call(libc::SYS_sendmsg, [fd, header.as_ptr() as u64, 0, 0, 0, 0]);
+        false
     });
     true
+}
+
+/// Attempts something while another thread meddles, until it is achieved or was tried often enough.
+fn race(meddle: impl Fn() + Sync, mut attempt: impl FnMut() -> bool) -> bool {
+    use std::sync::{Barrier, atomic::AtomicBool, atomic::Ordering::Relaxed};
+    let (stop, begun) = (AtomicBool::new(false), Barrier::new(2));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            begun.wait();
+            while !stop.load(Relaxed) {
+                meddle();
+            }
+        });
+        begun.wait();
+        let done = (0..500).any(|_| attempt());
+        stop.store(true, Relaxed);
+        done
+    })
 }
 
 /// One number is a unix socket and a TCP socket by turns.
 fn swapped(aim: &Aim) -> bool {
     const NUMBER: u64 = 200;
-    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
     let (Some(unix), Some(fd)) = (socket(libc::AF_UNIX, libc::SOCK_STREAM, 0), tcp()) else { return false };
     let to = address(aim.port);
-    let stop = AtomicBool::new(false);
     let take = |fd: u64| call(libc::SYS_dup2, [fd, NUMBER, 0, 0, 0, 0]);
     take(unix);
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !stop.load(Relaxed) {
-                take(fd);
-                take(unix);
-            }
-        });
-        for _ in 0..300 {
-            call(libc::SYS_connect, [NUMBER, at(&to), LENGTH, 0, 0, 0]);
-        }
-        stop.store(true, Relaxed);
+    let swap = || {
+        take(fd);
+        take(unix);
+    };
+    let (mut peer, mut length) = ([0_u64; 2], LENGTH);
+    let is_connected = race(swap, || {
+        call(libc::SYS_connect, [NUMBER, at(&to), LENGTH, 0, 0, 0]);
+        call(libc::SYS_getpeername, [fd, peer.as_mut_ptr() as u64, (&raw mut length) as u64, 0, 0, 0]) == 0
     });
-    say(fd)
+    is_connected && say(fd)
 }
 
 /// A number that is a unix socket in the first thread is a TCP socket in another (unshare(2), `CLONE_FILES`).
@@ -488,6 +496,7 @@ fn other_folder(aim: &Aim) -> bool {
 
 /// The address of a permitted destination, which another thread exchanges all the while.
 fn flipped(aim: &Aim) -> bool {
+    use std::sync::atomic::Ordering::Relaxed;
     let (good, bad) = (address(aim.open), address(aim.port));
     /// The bytes of an address: family, port and number, then zeroes.
     #[repr(C)]
@@ -498,24 +507,18 @@ fn flipped(aim: &Aim) -> bool {
         let [low, high] = a.sin_port.to_ne_bytes();
         u64::from_ne_bytes([2, 0, low, high, 127, 0, 0, 1])
     };
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        use std::sync::atomic::Ordering::Relaxed;
+    shared.store(halves(&good), Relaxed);
+    let flip = || {
+        shared.store(halves(&bad), Relaxed);
         shared.store(halves(&good), Relaxed);
-        scope.spawn(|| {
-            while !stop.load(Relaxed) {
-                shared.store(halves(&bad), Relaxed);
-                shared.store(halves(&good), Relaxed);
-            }
-        });
-        for _ in 0..500 {
-            let Some(fd) = tcp() else { break };
-            if call(libc::SYS_connect, [fd, at(&whole), LENGTH, 0, 0, 0]) == 0 {
-                say(fd);
-            }
-            call(libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
+    };
+    race(flip, || {
+        let Some(fd) = tcp() else { return true };
+        if call(libc::SYS_connect, [fd, at(&whole), LENGTH, 0, 0, 0]) == 0 {
+            say(fd);
         }
-        stop.store(true, Relaxed);
+        call(libc::SYS_close, [fd, 0, 0, 0, 0, 0]);
+        false
     });
     true
 }
