@@ -75,6 +75,40 @@ pub fn syns_six() -> [sock_filter; 15] {
     ]
 }
 
+/// For the program's own socket: of what comes from its token, only the key daemon may begin a connection (its packets
+/// carry `mark`, which takes CAP_NET_ADMIN). All else passes, an RST too. The TCP header is at 0.
+pub fn only_ours(token: SocketAddr, mark: u32) -> Vec<sock_filter> {
+    const IP: u32 = 0xfff0_0000; // linux/filter.h, SKF_NET_OFF
+    const MARK: u32 = 0xffff_f000 + 20; // SKF_AD_OFF + SKF_AD_MARK
+    let (source, words) = match token.ip() {
+        IpAddr::V4(ip) => (12, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (8, ip.octets().to_vec()),
+    };
+    let (words, _) = words.as_chunks::<4>();
+    let mut checks = vec![
+        (op(0x30, 0, 0, 13), op(0x45, 0, 1, 0x02)), // ldb [13]: flags; jset SYN
+        (op(0x28, 0, 0, 0), op(0x15, 0, 1, token.port().into())), // ldh [0]: port; jeq
+    ];
+    checks.extend((source..).step_by(4).zip(words).map(|(at, word)| {
+        (op(0x20, 0, 0, IP + at), op(0x15, 0, 1, u32::from_be_bytes(*word))) // ld source; jeq
+    }));
+    checks.push((op(0x20, 0, 0, MARK), op(0x15, 1, 0, mark))); // jeq
+    let mut code = Vec::new();
+    // What is not so goes to the end.
+    let mut left = u8::try_from(2 * checks.len()).unwrap_or(u8::MAX);
+    for (load, mut jump) in checks {
+        left -= 2;
+        if jump.jt == 0 {
+            jump.jf = left + 1
+        } else {
+            jump.jt = left + 1
+        }
+        code.extend([load, jump]);
+    }
+    code.extend([op(0x06, 0, 0, 0), op(0x06, 0, 0, u32::MAX)]); // drop; pass
+    code
+}
+
 fn port(tcp: &[u8], at: usize) -> Option<u16> {
     tcp.get(at..)?.first_chunk().copied().map(u16::from_be_bytes)
 }

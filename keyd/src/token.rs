@@ -147,6 +147,12 @@ impl Tokens {
         Err(Errno::EADDRNOTAVAIL.into())
     }
 
+    /// Has a program's socket take nobody but this key daemon for what its token stands for, also when this one has been
+    /// killed and somebody else answers there.
+    pub fn guard(&self, program: BorrowedFd<'_>, token: &Token) -> io::Result<()> {
+        sock::attach_classic(program, &mut packet::only_ours(token.at, self.mark))
+    }
+
     /// SYNs that arrived; readable when one of [`Self::as_fds`] is.
     pub fn held(&self) -> Vec<Syn> {
         let mut found = Vec::new();
@@ -166,6 +172,7 @@ impl Tokens {
     /// is writable, and makes sure that it is the right program before a byte passes.
     pub fn open(&self, syn: &Syn) -> io::Result<OwnedFd> {
         let near = stream(family(syn.token))?;
+        setsockopt(&near, sockopt::Mark, &self.mark)?;
         shared(&near)?;
         bind(near.as_raw_fd(), &SockaddrStorage::from(syn.token))?;
         begin(&near, syn.from)?;

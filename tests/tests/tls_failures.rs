@@ -192,40 +192,62 @@ fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
     });
 }
 
-#[test]
-fn no_other_user_takes_the_place_of_a_killed_key_daemon() {
+/// Another user waits for the token of a program's connect(2), and answers there once the key daemon is
+/// dead. Returns what he says, and what becomes of the program.
+fn steal(bound_to: &str, far: &str, table: &str) -> (String, String) {
     let net = Net::client_server_stranger(PROTECTED);
     let [client, server, stranger] = net.hosts();
     let _trust = Trust::of(&[client, server]);
     // Its handshake never ends, so that the program waits on its token.
-    let mute = "import socket, time; l = socket.create_server(('10.77.0.3', 8080)); \
-        print('listening', flush=True); time.sleep(60)";
-    let mute = Running::start(stranger.plain(&["/usr/bin/python3", "-c", mute]));
+    let mute = "import socket, sys, time; family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET\n\
+        l = socket.create_server((sys.argv[1], 8080), family=family); print('listening', flush=True); time.sleep(60)";
+    let mute = Running::start(stranger.plain(&["/usr/bin/python3", "-c", mute, far]));
     mute.line("listening");
-    let talk = "import socket; s = socket.socket(); s.settimeout(15); print('begins', flush=True)\n\
-        try: s.connect(('10.77.0.3', 8080)); s.sendall(b'secret words'); print('said')\n\
-        except OSError as e: print('broken', e.errno)";
-    let talking = client.start(&["/usr/bin/python3", "-c", talk]);
+    let talk = "import socket, sys\n\
+        s = socket.socket(socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET); s.bind((sys.argv[1], 0))\n\
+        s.settimeout(15); print('begins', flush=True)\n\
+        try: s.connect((sys.argv[2], 8080)); s.sendall(b'secret words'); print('said')\n\
+        except OSError as e: print('broken', e)";
+    let talking = client.start(&["/usr/bin/python3", "-c", talk, bound_to, far]);
     talking.line("begins");
-    // Another user sees where it waits, and wants to be the one who answers.
-    let thief = "import errno, os, socket, sys, time\n\
+    let thief = "import errno, socket, sys, time\n\
+        six = sys.argv[1] == 'tcp6'\n\
+        family, local = (socket.AF_INET6, '::1') if six else (socket.AF_INET, '127.0.0.1')\n\
         end, there = time.time() + 20, None\n\
         while not there and time.time() < end:\n    \
-            lines = [line.split() for line in open('/proc/net/tcp')][1:]\n    \
-            there = next((l[2] for l in lines if l[3] == '02' and l[2].split(':')[0].endswith('7F')), None)\n\
+            lines = [line.split() for line in open('/proc/net/' + sys.argv[1])][1:]\n    \
+            there = next((l[2] for l in lines if l[3] == '02' and (six or l[2].split(':')[0].endswith('7F'))), None)\n\
         port, why = int(there.split(':')[1], 16), errno.EADDRINUSE\n\
-        socket.create_server(('0.0.0.0', 54321)).close(); print('any other', flush=True)\n\
+        socket.create_server(('', 54321)).close(); print('any other', flush=True)\n\
         while why == errno.EADDRINUSE and time.time() < end:\n    \
-            s = socket.socket()\n    \
-            try: s.bind(('0.0.0.0', port)); s.listen(); print('answers', flush=True); time.sleep(20)\n    \
-            except OSError as e: why = e.errno; s.close()\n\
-        print('ends', why, flush=True)";
+            l = socket.socket(family)\n    \
+            try: l.bind(('::1' if six else '0.0.0.0', port)); l.listen(); why = 0\n    \
+            except OSError as e: why = e.errno; l.close()\n\
+        if why: print('ends', why, flush=True); sys.exit()\n\
+        socket.create_connection((local, port)).sendall(b'the control')\n\
+        heard = l.accept()[0].recv(100); l.settimeout(5)\n\
+        try: heard += l.accept()[0].recv(100)\n\
+        except TimeoutError: pass\n\
+        print('ends', heard.decode(), flush=True)";
     let as_other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3"];
-    let thief = Running::start(client.plain(&[&as_other[..], &["-c", thief]].concat()));
+    let thief = Running::start(client.plain(&[&as_other[..], &["-c", thief, table]].concat()));
     thief.line("any other");
     kill(part(client, "keyd"), Signal::SIGKILL).unwrap();
-    thief.line(&format!("ends {}", nix::errno::Errno::EACCES as i32));
-    talking.line("broken");
+    (thief.line("ends"), talking.line(""))
+}
+
+#[test]
+fn no_other_user_takes_the_place_of_a_killed_key_daemon() {
+    let (thief, program) = steal("10.77.0.1", "10.77.0.3", "tcp");
+    assert_eq!(thief, format!("ends {}", nix::errno::Errno::EACCES as i32));
+    assert!(program.starts_with("broken"), "{program}");
+}
+
+#[test]
+fn who_takes_the_port_on_which_a_program_of_ipv6_waits_is_not_taken_for_its_far_side() {
+    let (thief, program) = steal("fd77::1", "fd77::3", "tcp6");
+    assert_eq!(thief, "ends the control");
+    assert!(program.starts_with("broken"), "{program}");
 }
 
 #[test]

@@ -61,6 +61,7 @@ impl Associations {
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
         let token = self.tokens.far(six, |at| self.by_token.contains_key(at))?;
+        self.tokens.guard(program, &token)?;
         let patience = if ask.patience == 0 {
             CONNECTING + PATIENCE
         } else {
