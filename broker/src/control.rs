@@ -83,6 +83,9 @@ pub struct ProcessRow {
     pub cmdline: String,
     /// What holds it: `shim`, `guard`, `backstop`, and `filter` if a listening socket of its has one.
     pub held_by: Vec<String>,
+    /// The same, one by one, with what does not hold it.
+    #[serde(default)]
+    pub coverage: Vec<Hold>,
     /// Since when the broker knows it, RFC 3339; `null` if it has not asked anything yet.
     pub since: Option<String>,
     /// Live associations that are known.
@@ -93,6 +96,39 @@ pub struct ProcessRow {
     pub permitted: u64,
     /// See `permitted`.
     pub refused: u64,
+}
+
+/// Whether one of the four holds a process.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Hold {
+    /// `shim`, `guard`, `backstop`, `filter`.
+    pub by: String,
+    /// Whether it does.
+    pub holds: bool,
+    /// Since when, RFC 3339: since the process began, or since it was first seen to be otherwise than before.
+    pub since: String,
+    /// Why it does not.
+    pub why: Option<String>,
+}
+
+/// One of the four, over all processes.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Covered {
+    /// `shim`, `guard`, `backstop`, `filter`.
+    pub by: String,
+    /// How many it holds.
+    pub processes: usize,
+    /// Those that it does not hold.
+    pub missing: Vec<Uncovered>,
+}
+
+/// Processes that something does not hold, for one reason.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Uncovered {
+    /// Why.
+    pub why: String,
+    /// How many.
+    pub processes: usize,
 }
 
 /// One live association.
@@ -178,6 +214,9 @@ pub struct Status {
     pub closings_lost: u64,
     /// Whether a key daemon answers.
     pub keyd: bool,
+    /// How many processes are held by what, and why others are not.
+    #[serde(default)]
+    pub coverage: Vec<Covered>,
     /// What is not held here, one sentence each.
     pub gaps: Vec<String>,
 }

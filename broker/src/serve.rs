@@ -6,6 +6,7 @@
 mod answers;
 mod backstop;
 mod channels;
+mod coverage;
 mod datagrams;
 mod far;
 mod flows;
@@ -227,6 +228,9 @@ pub(crate) struct Broker {
     inherited: HashMap<u64, OwnedFd>,
     guards: guard::Guards,
     kernel: Option<backstop::Kernel>,
+    /// Why there is no backstop.
+    unbacked: Option<String>,
+    coverages: coverage::Coverages,
     /// Processes that asked through the shim.
     shimmed: HashSet<ProcessKey>,
     last_refusal: Option<u64>,
@@ -388,13 +392,10 @@ impl Broker {
         }
     }
 
-    /// Writes what is still in the rings.
+    /// Writes what is still in the rings, the kernel's own among them.
     fn end(&mut self) {
         self.finish_lanes();
-        let keys: Vec<_> = self.processes.keys().copied().collect();
-        for key in keys {
-            self.drain(key);
-        }
+        self.drain_all();
         self.note("broker", ENDS, &[]);
         self.flush_log();
         let _ = self.log.sync();

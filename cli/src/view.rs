@@ -1,6 +1,6 @@
 //! `portcullis ps` and `portcullis status`: what is wrapped, and what holds it.
 
-use portcullis_broker::control::{Answer, ProcessRow, Request, Status};
+use portcullis_broker::control::{Answer, Hold, ProcessRow, Request, Status};
 use serde::Serialize;
 
 use crate::{
@@ -82,6 +82,9 @@ fn table(rows: &[Row], out: &mut Out) {
             // The broker has escaped it already.
             row.cmdline,
         ));
+        for line in coverage(&row.coverage) {
+            out.line(out.ink(Ink::Faint, &format!("         {}", escape(&line))));
+        }
         for it in &row.listeners {
             out.line(out.ink(
                 Ink::Faint,
@@ -111,6 +114,25 @@ fn table(rows: &[Row], out: &mut Out) {
             }
         }
     }
+}
+
+/// Since when a process is held by what, and what does not hold it. That it has no filter says nothing, unless it
+/// listens.
+fn coverage(all: &[Hold]) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    let mut times: Vec<&str> = all.iter().filter(|h| h.holds).map(|h| h.since.as_str()).collect();
+    times.dedup();
+    for since in times {
+        let names: Vec<&str> =
+            all.iter().filter(|h| h.holds && h.since == since).map(|h| h.by.as_str()).collect();
+        lines.push(format!("held by {} since {since}", names.join(", ")));
+    }
+    for hold in all.iter().filter(|h| h.by != "filter") {
+        if let Some(why) = &hold.why {
+            lines.push(format!("no {} since {}: {why}", hold.by, hold.since));
+        }
+    }
+    lines
 }
 
 /// `status` as JSON.
@@ -172,6 +194,12 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
         n => out.line(format!("generation   {n}{loaded}")),
     }
     out.line(format!("serves       {} processes, {} associations", s.processes, s.associations));
+    for covered in &s.coverage {
+        out.line(format!("  {:<10} {} processes", covered.by, covered.processes));
+        for missing in covered.missing.iter().filter(|_| covered.by != "filter") {
+            out.line(format!("             not {}: {}", missing.processes, escape(&missing.why)));
+        }
+    }
     out.line(format!("audit        {} records, {} lost", s.audit_seq, s.audit_lost));
     out.line(format!("key daemon   {}", if s.keyd { "answers" } else { "none" }));
     if let Some(error) = &s.audit_error {

@@ -2,7 +2,7 @@
 //! The ways out themselves are those of `portcullis selftest`.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
-use std::{collections::BTreeSet, process::Command};
+use std::process::Command;
 
 use portcullis_tests::{ALLOW_ALL, Finished, Host, built};
 use serde_json::Value;
@@ -45,26 +45,15 @@ fn build(host: &Host) -> String {
     program.to_str().unwrap().to_owned()
 }
 
-/// The ways out under one kind of hold: none gets out, and each has its control. A race that nobody won shows
-/// nothing, and what the kernel has just refused may not be on record yet; such a way is tried again.
-fn try_all(command: impl Fn() -> Command, is_shown: impl Fn(&Value) -> bool) {
-    let mut shown = BTreeSet::new();
-    let mut rest = Vec::new();
-    for _ in 0..6 {
-        let done = Finished::of(&mut command());
-        let rows: Vec<Value> = done.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert!(rows.len() >= 40, "{done}");
-        assert!(rows.iter().all(|row| row["out"] == false), "{done}");
-        if rows.iter().all(&is_shown) {
-            assert_eq!(done.code(), 0, "{done}");
-        }
-        shown.extend(rows.iter().filter(|row| is_shown(row)).map(|row| row["way"].to_string()));
-        rest = rows.into_iter().filter(|row| !shown.contains(&row["way"].to_string())).collect();
-        if rest.is_empty() {
-            return;
-        }
-    }
-    panic!("not shown: {rest:#?}");
+/// The ways out under one kind of hold: none gets out, and each has its control.
+fn try_all(mut command: Command, is_shown: impl Fn(&Value) -> bool) {
+    let done = Finished::of(&mut command);
+    let rows: Vec<Value> = done.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(rows.len() >= 40, "{done}");
+    assert!(rows.iter().all(|row| row["out"] == false), "{done}");
+    let rest: Vec<&Value> = rows.iter().filter(|row| !is_shown(row)).collect();
+    assert!(rest.is_empty(), "not shown: {rest:#?}");
+    assert_eq!(done.code(), 0, "{done}");
 }
 
 fn selftest() -> Command {
@@ -76,7 +65,7 @@ fn selftest() -> Command {
 #[test]
 fn no_way_out_gets_out_and_each_has_its_control() {
     let page = |row: &Value| row["way"] == "call from the shim's page, not asked";
-    try_all(selftest, |row| {
+    try_all(selftest(), |row| {
         row["control"] == row["opens"] && (!page(row) || row["refused_by"] == "backstop")
     });
 }
@@ -84,15 +73,12 @@ fn no_way_out_gets_out_and_each_has_its_control() {
 #[test]
 fn the_guard_alone_holds_them_too() {
     let has_control = |row: &Value| row["control"] == true || row["opens"] == false;
-    let alone = || {
-        let mut command = selftest();
-        command.env("PORTCULLIS_NO_BACKSTOP", "1");
-        command
-    };
+    let mut alone = selftest();
+    alone.env("PORTCULLIS_NO_BACKSTOP", "1");
     try_all(alone, has_control);
     let user = Host::here().as_user(65534);
     let program = user.path("portcullis");
-    try_all(|| user.plain(&[program.to_str().unwrap(), "selftest", "--format", "json"]), has_control);
+    try_all(user.plain(&[program.to_str().unwrap(), "selftest", "--format", "json"]), has_control);
 }
 
 #[test]
@@ -120,17 +106,78 @@ fn a_static_program_has_verdicts_and_records_like_any_other() {
     assert_eq!(connects.count(), 1, "on record once, though two hold it");
 }
 
+/// What `ps` says of one of the four for a process.
+fn hold(host: &Host, pid: i32, by: &str) -> Value {
+    let listed = host.portcullis(&["ps", "--format", "json"]).success();
+    let rows: Vec<Value> = serde_json::from_str(&listed).unwrap();
+    let row = rows.iter().find(|row| row["pid"] == pid).unwrap_or_else(|| panic!("{pid}: {listed}"));
+    let all = row["coverage"].as_array().unwrap();
+    let named = |hold: &&Value| hold["holds"] == true;
+    let held: Vec<&Value> = all.iter().filter(named).map(|hold| &hold["by"]).collect();
+    assert_eq!(row["held_by"].as_array().unwrap().iter().collect::<Vec<_>>(), held, "{row}");
+    all.iter().find(|hold| hold["by"] == by).unwrap().clone()
+}
+
 #[test]
-fn what_holds_a_process_is_shown() {
+fn what_holds_a_process_is_shown_with_why_not_and_since_when() {
     let host = Host::here();
     host.policy(ALLOW_ALL);
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let script = format!(
-        "import socket,sys\nsocket.create_connection(('127.0.0.1',{port}))\nprint('up', flush=True)\nsys.stdin.read()"
+    let wait =
+        host.write("wait.c", "#include <stdio.h>\nint main() { puts(\"up\"); fflush(stdout); getchar(); }\n");
+    let program = host.path("wait");
+    let mut compiler = Command::new("cc");
+    let _built = Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&program).arg(wait)).success();
+    let program = program.to_str().unwrap();
+    let [shimmed, fixed] = [&["sh", "-c", "echo up; read x"][..], &[program][..]].map(|it| host.start(it));
+    for (running, shim) in [(&shimmed, true), (&fixed, false)] {
+        running.line("up");
+        assert_eq!(hold(&host, running.pid(), "shim")["holds"], shim);
+        for by in ["guard", "backstop"] {
+            assert_eq!(hold(&host, running.pid(), by)["holds"], true);
+        }
+    }
+    assert_eq!(hold(&host, fixed.pid(), "shim")["why"], "it is a static program");
+    let status = host.portcullis(&["status"]).stdout;
+    assert!(
+        status.contains("  shim       1 processes\n             not 1: it is a static program\n"),
+        "{status}"
     );
-    let running = host.start(&["sh", "-c", &format!("sleep 1000 | python3 -c \"{script}\"")]);
-    running.line("up");
-    let rows = host.portcullis(&["ps", "--format", "json"]).success();
-    assert!(rows.contains("\"held_by\":[\"shim\",\"guard\",\"backstop\"]"), "{rows}");
+
+    // Root takes it out of its cgroup: that it did not begin so is shown.
+    let began = hold(&host, fixed.pid(), "backstop")["since"].clone();
+    let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", fixed.pid())).unwrap();
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::")).unwrap();
+    let (outer, own) = group.rsplit_once('/').unwrap();
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    let tree =
+        mounts.lines().find(|line| line.contains(" cgroup2 ")).and_then(|l| l.split(' ').nth(1)).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1100)); // times are in seconds
+    std::fs::write(format!("{tree}{outer}/cgroup.procs"), fixed.pid().to_string()).unwrap();
+    let moved = hold(&host, fixed.pid(), "backstop");
+    assert_eq!(moved["holds"], false);
+    assert!(moved["since"].as_str() > began.as_str(), "{moved} {began}");
+    assert!(moved["why"].as_str().unwrap().ends_with(&format!("not one of {own}")), "{moved}");
+    assert_eq!(hold(&host, shimmed.pid(), "backstop")["since"], began, "the other is as it was");
+}
+
+#[test]
+fn without_backstop_it_is_said_why() {
+    let user = Host::here().as_user(65534);
+    user.policy(ALLOW_ALL);
+    let mut alone = user.run(&["sh", "-c", "echo up; read x"]);
+    alone.env("PORTCULLIS_NO_BACKSTOP", "1");
+    let root = Host::here();
+    root.policy(ALLOW_ALL);
+    let mut told = root.run(&["sh", "-c", "echo up; read x"]);
+    told.env("PORTCULLIS_NO_BACKSTOP", "1");
+    for (host, command, why) in [
+        (&user, alone, "only root may load it"),
+        (&root, told, "it was told to do without (PORTCULLIS_NO_BACKSTOP)"),
+    ] {
+        let running = portcullis_tests::Running::start(command);
+        running.line("up");
+        let backstop = hold(host, running.pid(), "backstop");
+        assert_eq!((&backstop["holds"], &backstop["why"]), (&false.into(), &why.into()));
+        assert_eq!(hold(host, running.pid(), "guard")["holds"], true);
+    }
 }

@@ -5,6 +5,7 @@
 //! | letter | numbers | descriptors | from |
 //! |---|---|---|---|
 //! | `B` | | the backstop, as `portcullis_backstop::load_for_another` gives it | supervisor |
+//! | `N` | why there is no backstop, as text | | supervisor |
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
 //! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
 //! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
@@ -36,6 +37,8 @@ pub const MOST: usize = 128;
 pub enum Handed {
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
     Backstop(Vec<OwnedFd>),
+    /// Why there is none.
+    Unbacked(String),
     /// What the kernel put on record and the broker before had no time for.
     Ring(OwnedFd),
     /// Guards' listeners, of trees whose calls are made by proxy or go on under the backstop.
@@ -143,6 +146,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Trees { by_proxy, listeners } => {
             (if *by_proxy { b'P' } else { b'T' }, Vec::new(), raw(listeners))
         }
+        Handed::Unbacked(_) => (b'N', Vec::new(), Vec::new()),
         Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
         Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
@@ -152,7 +156,13 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Forget(tag) => (b'X', vec![*tag], Vec::new()),
         Handed::Watch(fds) => (b'W', Vec::new(), raw(fds)),
     };
-    let text: Vec<u8> = std::iter::once(letter).chain(tags.iter().flat_map(|t| t.to_ne_bytes())).collect();
+    let words = match handed {
+        Handed::Unbacked(why) => why.as_bytes(),
+        _ => &[],
+    };
+    let words = words.iter().take(8 * MOST).copied();
+    let text: Vec<u8> =
+        std::iter::once(letter).chain(tags.iter().flat_map(|t| t.to_ne_bytes())).chain(words).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
     let control: &[_] = if fds.is_empty() { &[] } else { &rights };
     let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
@@ -161,11 +171,13 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
 }
 
 fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
+    let words = tags;
     let (tags, rest) = tags.as_chunks::<8>();
     let mut tags = tags.iter().map(|t| u64::from_ne_bytes(*t));
     Ok(match letter {
         b'B' => Handed::Backstop(fds),
         b'T' | b'P' => Handed::Trees { by_proxy: letter == b'P', listeners: fds },
+        b'N' => Handed::Unbacked(String::from_utf8_lossy(words).into_owned()),
         b'R' => Handed::Ring(fds.pop().ok_or(io::ErrorKind::InvalidData)?),
         b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),
@@ -195,10 +207,12 @@ mod tests {
         ours.send(Handed::Filters((0..MOST as u64).map(|tag| (tag, fd())).collect()));
         ours.send(Handed::Trees { by_proxy: true, listeners: vec![fd()] });
         ours.send(Handed::Forget(7));
+        ours.send(Handed::Unbacked("no types".to_owned()));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Filters(all))) if all.len() == MOST));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, .. }))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Unbacked(why))) if why == "no types"));
         assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567"] {
             nix::sys::socket::send(ours.socket.as_raw_fd(), nonsense, MsgFlags::empty()).unwrap();

@@ -13,7 +13,7 @@ use nix::sys::{
     socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
 };
 
-use super::{Broker, Source, flows::Flow, lanes::Peer};
+use super::{Broker, Source, coverage::summary, flows::Flow, lanes::Peer};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
     escape::sentence,
@@ -113,6 +113,7 @@ impl Broker {
     }
 
     pub(super) fn drain_all(&mut self) {
+        self.drain_backstop();
         self.take_endings();
         let keys: Vec<_> = self.processes.keys().copied().collect();
         for key in keys {
@@ -135,10 +136,11 @@ impl Broker {
             }
         }
         all.sort_by_key(|context| context.key);
+        self.coverages.keep(&all.iter().map(|context| context.key).collect());
         all.into_iter().map(|c| self.row(&c, flows.remove(&c.key).unwrap_or_default())).collect()
     }
 
-    fn row(&self, context: &Context, associations: Vec<AssociationRow>) -> ProcessRow {
+    fn row(&mut self, context: &Context, associations: Vec<AssociationRow>) -> ProcessRow {
         let key = context.key;
         let listeners: Vec<ListenerRow> = self
             .listeners
@@ -151,10 +153,7 @@ impl Broker {
                 unprotected: l.unprotected.clone(),
             })
             .collect();
-        let mut held_by = self.held_by(key);
-        if listeners.iter().any(|l| ["kernel-filter", "front"].contains(&l.held_by.as_str())) {
-            held_by.push("filter".to_owned());
-        }
+        let coverage = self.coverage(context, &listeners);
         let process = self.processes.get(&key);
         ProcessRow {
             pid: key.pid,
@@ -165,7 +164,8 @@ impl Broker {
             user: sentence(&context.facts.user),
             unit: context.facts.unit.as_deref().map(sentence),
             cmdline: sentence(&context.facts.cmdline),
-            held_by,
+            held_by: coverage.iter().filter(|hold| hold.holds).map(|hold| hold.by.clone()).collect(),
+            coverage,
             since: process.map(|p| rfc3339(p.since)),
             associations,
             listeners,
@@ -174,7 +174,8 @@ impl Broker {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
+        let rows = self.rows();
         let mut gaps = Vec::new();
         match &self.keyd {
             Some(keyd) if keyd.filters() => {}
@@ -207,7 +208,6 @@ impl Broker {
         if self.owner != 0 {
             gaps.push("without root, processes of other users cannot be looked at".to_owned());
         }
-        let silent = self.members().iter().filter(|pid| !self.by_pid.contains_key(pid)).count();
         Status {
             pid: std::process::id().cast_signed(),
             uid: nix::unistd::geteuid().as_raw(),
@@ -216,7 +216,7 @@ impl Broker {
             generation: self.generation_in_force(),
             loaded: self.in_force.as_ref().map(|f| rfc3339(f.since)),
             diagnostic: self.diagnostic.clone(),
-            processes: self.processes.len() + silent,
+            processes: rows.len(),
             channels: self.channels.len(),
             associations: self.flows.len(),
             audit_seq: self.log.seq(),
@@ -224,6 +224,7 @@ impl Broker {
             audit_error: self.log.error().map(str::to_owned),
             closings_lost: self.endings_lost,
             keyd: self.keyd.is_some(),
+            coverage: summary(&rows),
             gaps,
         }
     }
@@ -324,7 +325,7 @@ fn association(cookie: u64, flow: &Flow, peer: Option<&Peer>) -> AssociationRow 
     }
 }
 
-fn rfc3339(nanoseconds: u64) -> String {
+pub(super) fn rfc3339(nanoseconds: u64) -> String {
     let seconds = i64::try_from(nanoseconds / 1_000_000_000).unwrap_or(0);
     Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH).to_string()
 }

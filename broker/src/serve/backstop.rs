@@ -11,7 +11,7 @@ use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region, cgroup_n
 use portcullis_types::{Assurance, Generation, Lane, Op, Protocol, RuleId};
 use portcullis_wire::{Addr, shared::Entry};
 
-use super::{Broker, Source, far::is_wrapped, flows::Flow, judge::Call, word};
+use super::{Broker, Source, flows::Flow, judge::Call, word};
 use crate::{
     Mode,
     audit::{Line, More},
@@ -73,6 +73,11 @@ impl Kernel {
     pub(super) const fn is_awake(&self) -> bool {
         self.awake
     }
+
+    /// What its cgroups are called.
+    pub(super) fn cgroup(&self) -> &str {
+        &self.cgroup
+    }
 }
 
 /// 128-bit form in which v4 is v4-mapped.
@@ -106,7 +111,10 @@ impl Broker {
                 });
                 self.clear_grants();
             }
-            Err(error) => self.note("broker", &format!("the backstop cannot be used: {error}"), &[]),
+            Err(error) => {
+                self.note("broker", &format!("the backstop cannot be used: {error}"), &[]);
+                self.unbacked = Some(error);
+            }
         }
     }
 
@@ -215,6 +223,7 @@ impl Broker {
             self.kernel = None;
             self.watch.forget(|s| matches!(s, Source::Backstop));
             self.note("broker", &format!("the backstop does not take the generation: {error}"), &[]);
+            self.unbacked = Some(error.to_string());
         }
     }
 
@@ -260,25 +269,6 @@ impl Broker {
     /// by proxy.
     pub(super) fn is_held_alone(&self, key: ProcessKey) -> bool {
         self.guards.by_proxy() && !self.kernel_records(key)
-    }
-
-    /// What really holds a process, for `ps`.
-    pub(super) fn held_by(&self, key: ProcessKey) -> Vec<String> {
-        let mut all = Vec::new();
-        if self.shimmed.contains(&key) || is_wrapped(key.pid) {
-            all.push("shim".to_owned());
-        }
-        let filtered = || {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", key.pid)).unwrap_or_default();
-            status.lines().any(|l| l == "Seccomp:\t2")
-        };
-        if !self.guards.is_empty() && filtered() {
-            all.push("guard".to_owned());
-        }
-        if self.enclosed(key.pid) {
-            all.push("backstop".to_owned());
-        }
-        all
     }
 
     pub(super) fn forget_grants(&mut self, key: ProcessKey) {
@@ -335,7 +325,8 @@ impl Broker {
         }
     }
 
-    fn drain_backstop(&mut self) -> usize {
+    /// Takes in what the kernel has put on record; how much that was.
+    pub(super) fn drain_backstop(&mut self) -> usize {
         if self.refuses_for_log() {
             return 0; // they stay there; once there is no room, the kernel refuses
         }

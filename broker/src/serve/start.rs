@@ -119,6 +119,8 @@ impl Broker {
             inherited: HashMap::new(),
             guards: super::guard::Guards::default(),
             kernel: None,
+            unbacked: None,
+            coverages: super::coverage::Coverages::default(),
             shimmed: HashSet::new(),
             last_refusal: None,
             flushed: 0,

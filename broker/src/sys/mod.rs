@@ -1,6 +1,7 @@
 //! What is read from and done to the kernel. One danger, one file.
 
 pub mod diag;
+pub mod image;
 pub mod local;
 pub mod memory;
 pub mod message;

@@ -208,6 +208,14 @@ impl ProcDir {
         self.read("environ", most)
     }
 
+    /// What the kernel told the image when it began (getauxval(3)).
+    ///
+    /// # Errors
+    /// As [`Self::memory`].
+    pub fn auxiliary_vector(&self) -> io::Result<Vec<u8>> {
+        self.read("auxv", BLOCK as u64)
+    }
+
     /// The first `most` bytes of the command line, arguments separated by NUL.
     ///
     /// # Errors

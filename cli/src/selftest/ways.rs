@@ -434,19 +434,34 @@ fn flipped_message(aim: &Aim) -> bool {
     true
 }
 
-/// Attempts something while another thread meddles, until it is achieved or was tried often enough.
+/// Attempts something while another thread meddles, until it is achieved or was tried often enough. The other has
+/// meddled anew before each attempt, so that none is lost because only one of the two was let run.
 fn race(meddle: impl Fn() + Sync, mut attempt: impl FnMut() -> bool) -> bool {
-    use std::sync::{Barrier, atomic::AtomicBool, atomic::Ordering::Relaxed};
-    let (stop, begun) = (AtomicBool::new(false), Barrier::new(2));
+    use std::{
+        sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        time::{Duration, Instant},
+    };
+    /// What is to be had is had in one of two to four attempts.
+    const ENOUGH: usize = 60;
+    const MOST: usize = 500;
+    const TIME: Duration = Duration::from_millis(500);
+    let (stop, turns) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            begun.wait();
             while !stop.load(Relaxed) {
                 meddle();
+                turns.fetch_add(1, Relaxed);
             }
         });
-        begun.wait();
-        let done = (0..500).any(|_| attempt());
+        let (began, mut seen) = (Instant::now(), 0);
+        let goes_on = |n: &usize| *n < ENOUGH || began.elapsed() < TIME;
+        let done = (0..MOST).take_while(goes_on).any(|_| {
+            while turns.load(Relaxed) == seen {
+                std::thread::yield_now();
+            }
+            seen = turns.load(Relaxed);
+            attempt()
+        });
         stop.store(true, Relaxed);
         done
     })
@@ -715,7 +730,7 @@ pub fn try_all(first: u16, aim: &Aim) -> Vec<usize> {
         let aim = Aim { port, ..*aim };
         match call(libc::SYS_fork, [0; 6]) {
             0 => {
-                call(libc::SYS_alarm, [5, 0, 0, 0, 0, 0]);
+                call(libc::SYS_alarm, [10, 0, 0, 0, 0, 0]);
                 let done = (way.go)(&aim);
                 call(libc::SYS_exit_group, [u64::from(!done), 0, 0, 0, 0, 0]);
             }

@@ -18,7 +18,7 @@ type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
 pub struct Backing {
     /// What the cgroups of this state folder are called.
     name: String,
-    wanted: bool,
+    unwanted: Option<&'static str>,
     /// The first broker's, which is loaded while that broker starts.
     ahead: Option<JoinHandle<Loaded>>,
     attacher: Option<Attacher>,
@@ -30,10 +30,15 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// Nothing yet. `wanted`: whether there shall be a backstop.
-    pub fn new(state: &Path, wanted: bool) -> Self {
-        let ahead = wanted.then(|| thread::spawn(load_for_another));
-        Self { name: cgroup_name(state), wanted, ahead, ..Self::default() }
+    /// Nothing yet. `unwanted`: why there shall be no backstop, if so.
+    pub fn new(state: &Path, unwanted: Option<&'static str>) -> Self {
+        let ahead = unwanted.is_none().then(|| thread::spawn(load_for_another));
+        Self { name: cgroup_name(state), unwanted, ahead, ..Self::default() }
+    }
+
+    /// Why there shall be none.
+    pub const fn unwanted(&self) -> Option<&'static str> {
+        self.unwanted
     }
 
     /// What the last broker may not have put on record, for the next one.
@@ -46,10 +51,7 @@ impl Backing {
     ///
     /// # Errors
     /// What failed; the broker may be started without.
-    pub fn begin(&mut self) -> Result<Option<Vec<OwnedFd>>, BackstopError> {
-        if !self.wanted {
-            return Ok(None);
-        }
+    pub fn begin(&mut self) -> Result<Vec<OwnedFd>, BackstopError> {
         self.attacher = None;
         let ahead = self.ahead.take().and_then(|thread| thread.join().ok());
         let (descriptors, attacher) = ahead.unwrap_or_else(load_for_another)?;
@@ -65,7 +67,7 @@ impl Backing {
             attacher.attach(cgroup)?;
         }
         self.attacher = Some(attacher);
-        Ok(Some(descriptors))
+        Ok(descriptors)
     }
 
     /// Puts a process under the backstop, in a child of its own cgroup. `false`: there is none here.

@@ -32,6 +32,13 @@ pub struct Handover {
     watch: Vec<OwnedFd>,
 }
 
+/// A broker's backstop, or why there is none.
+pub type Backstop = Result<Vec<OwnedFd>, String>;
+
+fn handed(backstop: Backstop) -> Handed {
+    backstop.map_or_else(Handed::Unbacked, Handed::Backstop)
+}
+
 impl Handover {
     /// Lets go of the broker that was.
     pub fn end(&mut self) {
@@ -44,13 +51,13 @@ impl Handover {
     ///
     /// # Errors
     /// As socketpair(2) and sendmsg(2).
-    pub fn begin(&mut self, backstop: Option<Vec<OwnedFd>>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
+    pub fn begin(&mut self, backstop: Option<Backstop>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
         self.end();
         self.tidy();
         let (mut ours, theirs) = Link::pair()?;
         let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
-        if let Some(descriptors) = backstop {
-            ours.send(Handed::Backstop(descriptors));
+        if let Some(backstop) = backstop {
+            ours.send(handed(backstop));
         }
         if let Some(ring) = ring {
             ours.send(Handed::Ring(ring));
@@ -80,8 +87,8 @@ impl Handover {
     }
 
     /// Gives the broker its backstop, before any door or tree.
-    pub fn add_backstop(&mut self, descriptors: Vec<OwnedFd>) {
-        self.tell(Handed::Backstop(descriptors));
+    pub fn add_backstop(&mut self, backstop: Backstop) {
+        self.tell(handed(backstop));
     }
 
     /// Lets the broker serve a tree; one that is just being restarted gets it when it begins.

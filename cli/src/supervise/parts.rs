@@ -21,7 +21,11 @@ use nix::{
     unistd::{Pid, geteuid, pipe2},
 };
 
-use super::{Args, backing::Backing, handover::Handover};
+use super::{
+    Args,
+    backing::Backing,
+    handover::{Backstop, Handover},
+};
 use crate::{
     link,
     place::Place,
@@ -114,7 +118,7 @@ impl Parts {
             keyd: None,
             leads: None,
             broker: None,
-            backing: Backing::new(&args.state, geteuid().is_root() && !args.no_backstop),
+            backing: Backing::new(&args.state, unwanted(args)),
             handover: Handover::default(),
             health: Health::Starting,
             delay: FIRST_DELAY,
@@ -179,7 +183,7 @@ impl Parts {
         // Whoever runs already is held at every moment; the first run of all is not there yet, and its broker
         // starts meanwhile.
         let ring = self.backing.take_events();
-        let before = if self.served { backstop(&mut self.backing) } else { None };
+        let before = self.served.then(|| backstop(&mut self.backing));
         let handed = self.handover.begin(before, ring)?;
         command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
         let _handed = Pass::on(&handed)?;
@@ -190,10 +194,9 @@ impl Parts {
             command.arg("--fresh");
         }
         self.broker = Some(spawn(command, Some(life))?);
-        if !self.served
-            && let Some(descriptors) = backstop(&mut self.backing)
-        {
-            self.handover.add_backstop(descriptors);
+        if !self.served {
+            let backstop = backstop(&mut self.backing);
+            self.handover.add_backstop(backstop);
         }
         Ok(())
     }
@@ -347,12 +350,24 @@ impl Part {
     }
 }
 
+/// Why no backstop is tried.
+fn unwanted(args: &Args) -> Option<&'static str> {
+    match (geteuid().is_root(), args.no_backstop) {
+        (false, _) => Some("only root may load it"),
+        (true, true) => Some("it was told to do without (PORTCULLIS_NO_BACKSTOP)"),
+        (true, false) => None,
+    }
+}
+
 /// The backstop for a broker, if there is one here.
-fn backstop(backing: &mut Backing) -> Option<Vec<OwnedFd>> {
-    backing.begin().unwrap_or_else(|error| {
+fn backstop(backing: &mut Backing) -> Backstop {
+    if let Some(why) = backing.unwanted() {
+        return Err(why.to_owned());
+    }
+    backing.begin().map_err(|error| {
         let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
         log(&format!("no backstop: {error}{source}"));
-        None
+        format!("{error}{source}")
     })
 }
 
