@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `seq` | number of the record; no number is missing, over rotations and restarts |
 //! | `time` | RFC 3339, UTC, nanoseconds |
-//! | `host` | this host's name |
+//! | `host` | this host's name: the one in its certificates, if it has any |
 //! | `pid` `start` `exe` `sha256` `uid` `user` `unit` | the process, see [`crate::process::Context`] |
 //! | `session` | the control association of a related channel |
 //! | `op` | a `portcullis_types::Op`, or `close`, `cut`, `policy`, `broker`, `lost`, `protocol`, `probe` (of getaddrinfo(3), no flow) |

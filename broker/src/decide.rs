@@ -15,8 +15,9 @@ use portcullis_types::{Assurance, Lane, Op, Protocol, RuleId, Verdict};
 /// The process at the far end, if that is on this host.
 #[derive(Clone, Copy, Debug)]
 pub enum FarProcess<'a> {
-    /// A wrapped process.
-    Known(&'a ProcessFacts),
+    /// A wrapped process, and the certificate that this host would give it, if it has keys. Nothing is encrypted
+    /// between two processes of one host, and the one broker knows both ends better than a handshake could tell it.
+    Known(&'a ProcessFacts, Option<&'a CertificateFacts>),
     /// Another, by the user its socket belongs to.
     User {
         /// Numeric.
@@ -24,6 +25,18 @@ pub enum FarProcess<'a> {
         /// Name.
         name: &'a str,
     },
+}
+
+impl<'a> FarProcess<'a> {
+    const fn facts(self) -> (ProcessFact<'a>, CertificateFact<'a>) {
+        match self {
+            Self::Known(facts, Some(certificate)) => {
+                (ProcessFact::Known(facts), CertificateFact::Shown(certificate))
+            }
+            Self::Known(facts, None) => (ProcessFact::Known(facts), CertificateFact::None),
+            Self::User { uid, name } => (ProcessFact::UserOnly { uid, user: name }, CertificateFact::None),
+        }
+    }
 }
 
 /// The far end.
@@ -144,18 +157,20 @@ pub const fn errno(op: Op) -> i32 {
 pub fn judge(policy: &Policy, question: &Question<'_>) -> Judgement {
     match question.far {
         Far::Remote => remote(policy, question),
-        Far::Local([]) => settle(policy, question, local(policy, question, ProcessFact::Unknown), false),
+        Far::Local([]) => settle(
+            policy,
+            question,
+            local(policy, question, ProcessFact::Unknown, CertificateFact::None),
+            false,
+        ),
         Far::Local(holders) => {
             // Whoever of them takes the flow: one that is denied spoils it for all, since the kernel
             // chooses; one that is permitted suffices, since accept is judged again.
             let mut best: Option<Judgement> = None;
             for holder in holders {
-                let fact = match *holder {
-                    FarProcess::Known(facts) => ProcessFact::Known(facts),
-                    FarProcess::User { uid, name } => ProcessFact::UserOnly { uid, user: name },
-                };
+                let (process, certificate) = holder.facts();
                 let user_only = matches!(holder, FarProcess::User { .. });
-                let one = settle(policy, question, local(policy, question, fact), user_only);
+                let one = settle(policy, question, local(policy, question, process, certificate), user_only);
                 if one.denied {
                     return one;
                 }
@@ -181,9 +196,13 @@ fn near<'a>(question: &Question<'a>) -> Party<'a> {
     }
 }
 
-fn local(policy: &Policy, question: &Question<'_>, process: ProcessFact<'_>) -> Decision {
-    let (near, far) =
-        (near(question), Party { addr: question.far_addr, process, certificate: CertificateFact::None });
+fn local(
+    policy: &Policy,
+    question: &Question<'_>,
+    process: ProcessFact<'_>,
+    certificate: CertificateFact<'_>,
+) -> Decision {
+    let (near, far) = (near(question), Party { addr: question.far_addr, process, certificate });
     policy.evaluate(&flow(question, &near, &far))
 }
 
@@ -253,7 +272,12 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
     let by_rule = decision.rule.and_then(|id| policy.get(id));
     let denied = decision.verdict == Verdict::Refuse && by_rule.is_some_and(|r| r.effect == Effect::Deny);
     let far = if question.outbound { "to" } else { "from" };
+    let here = matches!(question.far, Far::Local(_));
+    let certified = here && decision.assurance == Assurance::Certificate;
     let reason = match decision.verdict {
+        Verdict::Permit if certified => {
+            Some("by the certificate that this host gives its process at the far end".to_owned())
+        }
         Verdict::Permit => None,
         Verdict::Protect => Some(format!("needs certificate; lane {} not available", decision.lane)),
         Verdict::Refuse if denied => Some("a rule denies it".to_owned()),
@@ -273,7 +297,11 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
     };
     // On lanes other than plain a permit is one without a handshake, unless one has been.
     let shown = question.papers.shown.is_some();
-    let lane = if shown && decision.lane == Lane::Plain { Lane::Tls } else { decision.lane };
+    let lane = match decision.lane {
+        _ if here => Lane::Plain,
+        Lane::Plain if shown => Lane::Tls,
+        lane => lane,
+    };
     let can = lane == Lane::Plain || (shown && lane == Lane::Tls);
     let permitted = decision.verdict == Verdict::Permit && can;
     let reason = if decision.verdict == Verdict::Permit && !can {
@@ -286,7 +314,11 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
         verdict: decision.verdict,
         rule: decision.rule,
         lane,
-        assurance: if shown { Assurance::Certificate } else { decision.assurance },
+        assurance: match decision.assurance {
+            _ if shown => Assurance::Certificate,
+            Assurance::Certificate if here => Assurance::Kernel,
+            assurance => assurance,
+        },
         related: decision.related,
         denied,
         observed: decision.observed.filter(|_| decision.observe_only),
@@ -299,12 +331,11 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
 #[must_use]
 pub fn suggest(policy: &Policy, question: &Question<'_>) -> Option<String> {
     let near = near(question);
-    let process = match question.far {
-        Far::Local([FarProcess::Known(facts), ..]) => ProcessFact::Known(facts),
-        Far::Local([FarProcess::User { uid, name }, ..]) => ProcessFact::UserOnly { uid: *uid, user: name },
-        Far::Local([]) | Far::Remote => ProcessFact::Unknown,
+    let shown = question.papers.shown.map_or(CertificateFact::None, CertificateFact::Shown);
+    let (process, certificate) = match question.far {
+        Far::Local([first, ..]) => first.facts(),
+        Far::Local([]) | Far::Remote => (ProcessFact::Unknown, shown),
     };
-    let certificate = question.papers.shown.map_or(CertificateFact::None, CertificateFact::Shown);
     let far = Party { addr: question.far_addr, process, certificate };
     policy.explain(&flow(question, &near, &far)).permit_with
 }
@@ -390,7 +421,7 @@ mod tests {
         );
         let (nginx, root) = (process("/usr/sbin/nginx", "www-data"), process("/usr/sbin/nginx", "root"));
         let redis = process("/usr/bin/redis-server", "redis");
-        let there = [FarProcess::Known(&redis)];
+        let there = [FarProcess::Known(&redis, None)];
         let out = |me, end| judge(&policy, &ask(me, true, "127.0.0.1", 6379, end));
         let good = out(&nginx, Far::Local(&there));
         assert!(good.permitted && good.region.is_none());
@@ -400,7 +431,7 @@ mod tests {
         let user = [FarProcess::User { uid: 33, name: "redis" }];
         let refused = out(&nginx, Far::Local(&user));
         assert!(!refused.permitted && refused.reason.unwrap().contains("not wrapped"));
-        let from = [FarProcess::Known(&nginx)];
+        let from = [FarProcess::Known(&nginx, None)];
         assert!(judge(&policy, &ask(&redis, false, "127.0.0.1", 6379, Far::Local(&from))).permitted);
     }
 
@@ -411,11 +442,41 @@ mod tests {
         let me = process("/usr/bin/curl", "u");
         let (master, worker) = (process("/usr/sbin/nginx", "root"), process("/usr/sbin/nginx", "www-data"));
         let evil = process("/tmp/x", "root");
-        let (m, w, e) = (FarProcess::Known(&master), FarProcess::Known(&worker), FarProcess::Known(&evil));
+        let (m, w, e) = (
+            FarProcess::Known(&master, None),
+            FarProcess::Known(&worker, None),
+            FarProcess::Known(&evil, None),
+        );
         let out = |holders: &[_]| judge(&policy, &ask(&me, true, "127.0.0.1", 80, Far::Local(holders)));
         assert!(out(&[m, w]).permitted);
         assert!(!out(&[m]).permitted);
         assert!(out(&[w, e]).denied);
+    }
+
+    #[test]
+    fn a_process_of_this_host_is_who_the_host_would_certify() {
+        let policy = policy(
+            "allow tcp/80(*, x509{name=\"*.example.com\"}) using tls; deny tcp/80(*, x509{ver<5});\
+             allow tcp/81(x509{name=\"*.example.com\"}, *);",
+        );
+        let (me, there) = (process("/usr/bin/curl", "u"), process("/usr/sbin/nginx", "www-data"));
+        let names = vec!["a.example.com".to_owned()];
+        let certificate =
+            |ver| CertificateFacts { names: names.clone(), ver: Some(ver), ..Default::default() };
+        let (new, old) = (certificate(5), certificate(4));
+        let to = |certificate| {
+            let far = [FarProcess::Known(&there, certificate)];
+            judge(&policy, &ask(&me, true, "127.0.0.1", 80, Far::Local(&far)))
+        };
+        let good = to(Some(&new));
+        assert!(good.permitted && good.reason.unwrap().contains("certificate"));
+        assert_eq!((good.lane, good.assurance), (Lane::Plain, Assurance::Kernel));
+        assert!(!to(None).permitted, "a host without keys certifies nobody");
+        assert!(to(Some(&old)).denied);
+        let from = [FarProcess::Known(&there, Some(&new))];
+        assert!(judge(&policy, &ask(&me, false, "127.0.0.1", 81, Far::Local(&from))).permitted);
+        let unwrapped = [FarProcess::User { uid: 33, name: "u" }];
+        assert!(!judge(&policy, &ask(&me, false, "127.0.0.1", 81, Far::Local(&unwrapped))).permitted);
     }
 
     #[test]

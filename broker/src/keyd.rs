@@ -27,6 +27,8 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Most reports that wait here; more are counted into the next one's `missed`.
 const MOST_REPORTS: usize = 4096;
+/// A peer that has proved nothing.
+const NOBODY: &[u8] = b"{}";
 
 /// A connected key daemon.
 ///
@@ -70,9 +72,9 @@ pub enum News {
         /// Its addresses, as far as they are known.
         places: Places,
         /// Whom the certificate names: a JSON object with `id names addresses process ver groups exe
-        /// sha256 user unit serial issuer_serial fingerprint key until cipher kex`. Empty for one that speaks plain,
+        /// sha256 user unit serial issuer_serial fingerprint key until cipher kex`. `None` for one that speaks plain,
         /// as it may at a mixed listener.
-        peer: String,
+        peer: Option<String>,
     },
     /// Somebody came to a listener that serves plain peers as well; [`Keyd::speak`] is next.
     Arrived {
@@ -127,7 +129,8 @@ impl News {
         match kind {
             Kind::Shown => {
                 let (places, peer) = Places::read_from_prefix(rest).ok()?;
-                Some(Self::Shown { id, front, places, peer: String::from_utf8(peer.to_vec()).ok()? })
+                let peer = Some(peer).filter(|it| *it != NOBODY).map(|it| String::from_utf8(it.to_vec()));
+                Some(Self::Shown { id, front, places, peer: peer.transpose().ok()? })
             }
             Kind::Arrived => {
                 Some(Self::Arrived { id, front: head.flags, places: Places::read_from_bytes(rest).ok()? })
@@ -419,7 +422,6 @@ impl Keyd {
 }
 
 /// Protected flows.
-#[expect(dead_code, reason = "the broker lets no front serve plain peers")]
 impl Keyd {
     /// Who this host is. `None`: it has no keys, and flows cannot be protected.
     #[must_use]
@@ -605,7 +607,9 @@ mod tests {
             Places { local: portcullis_wire::Addr::v4([192, 0, 2, 1].into(), 21), ..Places::default() };
         let mut keyd = greeted(move |socket| {
             let shown = Head { tag: 3, count: 1, flags: 9, ..Head::new(Kind::Shown, 0) };
-            tell(&socket, &[shown.as_bytes(), places.as_bytes(), b"{}"]);
+            for peer in [&b"{\"id\":1}"[..], NOBODY] {
+                tell(&socket, &[shown.as_bytes(), places.as_bytes(), peer]);
+            }
             tell(&socket, &[Head { tag: 3, ..Head::new(Kind::Associated, 0) }.as_bytes(), places.as_bytes()]);
             let over = Head { tag: 3, errno: 5, ..Head::new(Kind::Over, 0) };
             let carried = Over { sent: 1, received: 2 };
@@ -618,7 +622,8 @@ mod tests {
         assert_eq!(
             keyd.news().unwrap(),
             [
-                News::Shown { id, front: Some(9), places, peer: "{}".to_owned() },
+                News::Shown { id, front: Some(9), places, peer: Some("{\"id\":1}".to_owned()) },
+                News::Shown { id, front: Some(9), places, peer: None },
                 News::Associated { id, places },
                 News::Over {
                     id,

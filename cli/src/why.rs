@@ -95,7 +95,8 @@ fn tell(record: &Record, out: &mut Out) {
 
 /// Who, what, and by which rule, in plain words and safe for a terminal.
 fn sentences(record: &Record) -> Vec<String> {
-    [who(record), what(record), rule(record), record.shown("reason").map(|r| capital(&r)), other(record)]
+    let reason = record.shown("reason").map(|reason| capital(&reason));
+    [who(record), what(record), rule(record), reason, certificate(record), other(record)]
         .into_iter()
         .flatten()
         .collect()
@@ -157,6 +158,10 @@ fn rule(record: &Record) -> Option<String> {
     Some(format!("Rule: {}{named}{at}.", rule.trim_end_matches(';')))
 }
 
+fn certificate(record: &Record) -> Option<String> {
+    record.shown("peer_cert").map(|shown| format!("Certificate at the far end: {shown}."))
+}
+
 fn other(record: &Record) -> Option<String> {
     match record.verdict() {
         "would-refuse" => Some("It went on all the same, because of `--mode audit`.".into()),
@@ -181,7 +186,7 @@ mod tests {
     #[test]
     fn a_refusal_is_explained_in_plain_words() {
         let record = Record::parse(
-            r#"{"seq":3,"pid":7,"exe":"/usr/bin/curl","user":"www\u001b-data","parents":"/bin/sh < /sbin/init","op":"connect",
+            r#"{"seq":3,"pid":7,"exe":"/usr/bin/curl","user":"www\u001b-data","parents":"/bin/sh < /sbin/init","op":"connect","peer_cert":"`CN=\u001b`",
                 "proto":"tcp","remote":"192.0.2.1:80","verdict":"refuse","reason":"no rule permits it"}"#,
         )
         .unwrap();
@@ -190,7 +195,8 @@ mod tests {
             [
                 "Who: /usr/bin/curl, process 7, user www\\u{1b}-data, started by /bin/sh.",
                 "What: it wanted to connect to 192.0.2.1:80 over tcp.",
-                "No rule permits it."
+                "No rule permits it.",
+                "Certificate at the far end: `CN=\\u{1b}`."
             ]
         );
     }

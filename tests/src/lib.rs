@@ -8,6 +8,7 @@ pub mod built;
 pub mod ftp;
 mod host;
 mod net;
+pub mod stock;
 pub mod trust;
 mod wait;
 pub mod wire;

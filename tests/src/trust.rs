@@ -72,3 +72,34 @@ impl Trust {
         Finished::of(&mut command).success()
     }
 }
+
+/// A shell script to its end, in a folder.
+fn script(folder: &Path, lines: &str) {
+    let mut shell = std::process::Command::new("sh");
+    Finished::of(shell.args(["-e", "-c", lines]).current_dir(folder)).success();
+}
+
+/// Puts `expired.crt` and `expired.key` beside a host's own: the same in all, but of last year.
+pub fn expired(folder: &Path) {
+    script(
+        folder,
+        "printf '[ca]\ndefault_ca=d\n[d]\ndatabase=index.txt\nnew_certs_dir=.\nrand_serial=yes\npolicy=p\n\
+         default_md=sha256\ncopy_extensions=copyall\n[p]\ncommonName=supplied\n' > ca.cnf\n\
+         : > index.txt\n\
+         openssl x509 -x509toreq -copy_extensions copyall -in host.crt -signkey host.key -out expired.csr\n\
+         openssl ca -batch -notext -config ca.cnf -in expired.csr -cert issuer.crt -keyfile issuer.key \
+         -startdate 20250101000000Z -enddate 20250201000000Z -out expired.leaf\n\
+         cat expired.leaf issuer.crt > expired.crt\n\
+         cp host.key expired.key",
+    );
+}
+
+/// Puts `foreign.crt` and `foreign.key` there, which `CN=mallory` has signed herself.
+pub fn foreign(folder: &Path) {
+    script(
+        folder,
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=mallory -days 9 \
+         -addext basicConstraints=critical,CA:FALSE \
+         -keyout foreign.key -out foreign.crt",
+    );
+}

@@ -32,6 +32,7 @@ pub(crate) const TESTS: &[&str] = &[
     "nginx-light",
     "openssl",
     "libnginx-mod-stream",
+    "stunnel4",
     "redis-server",
     "redis-tools",
     "memcached",

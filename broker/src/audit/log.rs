@@ -64,8 +64,6 @@ impl Log {
     /// # Errors
     /// As the file calls.
     pub fn open(folder: &Path, settings: Audit, host: &str) -> io::Result<(Self, Tail)> {
-        let mut quoted = String::new();
-        json_string(&mut quoted, host);
         let newest = files(folder)?.pop();
         let (file, tail, size) = match &newest {
             Some(path) => {
@@ -81,7 +79,7 @@ impl Log {
         let log = Self {
             folder: folder.to_owned(),
             settings,
-            host: quoted,
+            host: quoted(host),
             file,
             size,
             since: Instant::now(),
@@ -95,6 +93,11 @@ impl Log {
             second: (i64::MIN, String::new()),
         };
         Ok((log, tail))
+    }
+
+    /// From here on records are this host's.
+    pub fn name_host(&mut self, name: &str) {
+        self.host = quoted(name);
     }
 
     /// Number of the last record on disk.
@@ -296,6 +299,13 @@ fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).mode(0o640).open(path)
+}
+
+/// As JSON.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::new();
+    json_string(&mut quoted, text);
+    quoted
 }
 
 /// Cuts off a torn last line and reads the last record.

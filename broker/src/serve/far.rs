@@ -8,6 +8,7 @@ use std::{
     rc::Rc,
 };
 
+use portcullis_policy::CertificateFacts;
 use portcullis_types::Protocol;
 
 use super::Broker;
@@ -32,6 +33,8 @@ pub(super) struct FarEnd {
     pub(super) found: Option<Found>,
     /// The wrapped processes that hold it.
     pub(super) known: Vec<Rc<Context>>,
+    /// Their certificates, in the same order, if this host has keys.
+    pub(super) certificates: Vec<CertificateFacts>,
     /// The name of its user, if it is held by none that is wrapped.
     pub(super) user: Option<String>,
 }
@@ -40,7 +43,13 @@ impl FarEnd {
     /// As the decision wants it.
     pub(super) fn processes(&self) -> Vec<FarProcess<'_>> {
         if !self.known.is_empty() {
-            return self.known.iter().map(|c| FarProcess::Known(&c.facts)).collect();
+            let certificates = self.certificates.iter().map(Some).chain(std::iter::repeat(None));
+            return self
+                .known
+                .iter()
+                .zip(certificates)
+                .map(|(c, it)| FarProcess::Known(&c.facts, it))
+                .collect();
         }
         match (&self.found, &self.user) {
             (Some(found), Some(name)) => vec![FarProcess::User { uid: found.uid, name }],
@@ -109,8 +118,8 @@ impl Broker {
             // Closed already. The kernel's word on its user is worth nothing then (it says root), so
             // it is whoever asked for just this flow, or nobody knows who.
             let known = found.and_then(|f| self.flows.get(f.cookie)).map(|f| Rc::clone(&f.context));
-            let known = known.or_else(|| self.flows.take_closed(remote, local)).into_iter().collect();
-            return FarEnd { found: None, known, user: None };
+            let known: Vec<_> = known.or_else(|| self.flows.take_closed(remote, local)).into_iter().collect();
+            return FarEnd { found: None, certificates: self.certificates(&known), known, user: None };
         };
         // A wrapped process had to ask before it connected, with this very socket.
         let asked = self.flows.get_mut(found.cookie).map(|f| {
@@ -128,7 +137,7 @@ impl Broker {
 
     fn far_end(&mut self, found: Found, known: Vec<Rc<Context>>) -> FarEnd {
         let user = known.is_empty().then(|| self.inspector.user(found.uid));
-        FarEnd { found: Some(found), known, user }
+        FarEnd { found: Some(found), certificates: self.certificates(&known), known, user }
     }
 
     /// Who made a socket that others send to, and by which descriptor.

@@ -286,7 +286,7 @@ impl Broker {
             verdict: Verdict::Permit,
             rule: by_session.and_then(|c| c.rule_id),
             assurance: match by_session {
-                Some(control) if control.association.is_some() => Assurance::Certificate,
+                Some(control) if control.protected().is_some() => Assurance::Certificate,
                 Some(_) => Assurance::Address,
                 None => Assurance::None,
             },
@@ -330,10 +330,7 @@ impl Broker {
             None => self.far_end_of(policy, context, call, remote, outbound),
         };
         let mut judgement = self.ask(policy, context, call, outbound, far.as_ref(), papers);
-        if !outbound
-            && call.association.is_none()
-            && judgement.verdict == Verdict::Protect
-            && judgement.permitted
+        if !outbound && papers.shown.is_none() && judgement.verdict == Verdict::Protect && judgement.permitted
         {
             judgement.permitted = false;
             judgement.reason = Some("needs certificate, and it came in plain".to_owned());
@@ -358,7 +355,7 @@ impl Broker {
             && let Some(by) = self.related(context, call, remote, finding.far.as_ref())
         {
             finding.shared = (by.of > 1).then_some(by.of);
-            let protected = by.control.association.is_some() && call.association.is_none();
+            let protected = by.control.protected().is_some() && call.association.is_none();
             finding.judgement = Judgement {
                 permitted: true,
                 verdict: if protected { Verdict::Protect } else { Verdict::Permit },

@@ -141,6 +141,8 @@ pub(super) struct Association {
     /// The token that an opening program was sent to.
     token: Option<Addr>,
     pub(super) peer: Option<Rc<Peer>>,
+    /// It came to a front and speaks plain, as it may there.
+    plain: bool,
     pub(super) rule: Option<RuleText>,
     /// The control association that it is related to.
     pub(super) session: Option<u64>,
@@ -155,6 +157,18 @@ pub(super) struct Association {
     pub(super) up: bool,
     /// It was cut, which is on record.
     cut: bool,
+}
+
+impl Association {
+    /// Whether its peer has shown who it is, or may speak plain.
+    pub(super) const fn is_known(&self) -> bool {
+        self.peer.is_some() || self.plain
+    }
+
+    /// How it travels, and what proves the far end.
+    const fn lane(&self) -> (Lane, Assurance) {
+        if self.plain { (Lane::Plain, Assurance::Address) } else { (Lane::Tls, Assurance::Certificate) }
+    }
 }
 
 /// What a program is told to do instead.
@@ -249,6 +263,12 @@ impl Broker {
         }
     }
 
+    /// What this host would certify of its processes; nothing, if it has no keys.
+    pub(super) fn certificates(&self, of: &[Rc<Context>]) -> Vec<CertificateFacts> {
+        let (Some(who), Some(force)) = (&self.lanes.who, &self.in_force) else { return Vec::new() };
+        of.iter().map(|context| certificate(who, &force.policy, context)).collect()
+    }
+
     /// Has a flow protected that a program is about to open, if that is the verdict. What cannot be is refused.
     pub(super) fn protect(&mut self, context: &Rc<Context>, call: &Call, finding: &mut Finding) {
         let judgement = &finding.judgement;
@@ -328,6 +348,7 @@ impl Broker {
                 inner: None,
                 token: Some(places.inner_remote),
                 peer: None,
+                plain: false,
                 rule: self.rule_text(judgement.rule),
                 session: finding.session.as_ref().map(|c| c.cookie),
                 control,
@@ -376,7 +397,7 @@ impl Broker {
     /// that its token was not known when it was admitted. Whoever else comes from such an address is nobody's peer.
     fn listen_for(&mut self, inner: SocketAddr) {
         let undelivered =
-            |one: &Association| one.op == Op::Accept && one.peer.is_some() && one.inner.is_none() && !one.cut;
+            |one: &Association| one.op == Op::Accept && one.is_known() && one.inner.is_none() && !one.cut;
         if !self.lanes.all.values().any(undelivered) {
             return;
         }
@@ -464,7 +485,9 @@ impl Broker {
     /// The session by which a peer that has shown a certificate may exchange a related flow: its key is that of
     /// the control association's peer.
     pub(super) fn is_same_session(&self, control: &Control, call: &Call, far: Option<&FarEnd>) -> bool {
-        let Some(association) = control.association else { return call.association.is_none() };
+        let Some(association) = control.protected() else {
+            return call.association.and_then(|id| self.lanes.peer(id)).is_none();
+        };
         if far.is_some() {
             return false;
         }

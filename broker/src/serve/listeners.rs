@@ -6,9 +6,10 @@ use std::{
     rc::Rc,
 };
 
+use ipnet::IpNet;
 use portcullis_policy::{CertificateFact, ListenerScope, Party, ProcessFact};
 use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
-use portcullis_wire::keyd::{Net, Stranger};
+use portcullis_wire::keyd::{Net, Places, Speech, Stranger};
 
 use super::{Broker, judge::Call, now_seconds};
 use crate::{
@@ -40,6 +41,8 @@ pub(super) enum Scope {
         sessions: Vec<u64>,
         /// From here others may, by their certificates.
         proven: Vec<SomeNet>,
+        /// This host's own addresses, whose processes may by the certificates that they would have.
+        own: Vec<SomeNet>,
     },
 }
 
@@ -53,6 +56,18 @@ impl Scope {
 /// A prefix from which somebody may come.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct SomeNet(pub(super) IpAddr, pub(super) u8);
+
+impl SomeNet {
+    fn covers(self, other: Self) -> bool {
+        let net = |it: Self| IpNet::new(it.0, it.1);
+        net(self).is_ok_and(|this| net(other).is_ok_and(|other| this.contains(&other)))
+    }
+
+    fn has(self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        self.covers(Self(ip, if ip.is_ipv4() { 32 } else { 128 }))
+    }
+}
 
 /// A listening socket of a wrapped process.
 #[derive(Debug)]
@@ -129,7 +144,7 @@ impl Broker {
         let by_rules = force.policy.listener(&party, protocol, local.port(), now_seconds());
         let mut nets = Vec::new();
         let mut reason = None;
-        let mut proven = Vec::new();
+        let (mut proven, mut own) = (Vec::new(), Vec::new());
         match by_rules {
             ListenerScope::Anyone => {
                 return Listening { scope: Scope::Anyone, sessions: Vec::new(), reason: None };
@@ -140,6 +155,8 @@ impl Broker {
                 nets.extend(v6.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
                 if processes {
                     nets.extend(self.own_nets());
+                } else if certificate && self.lanes.who.is_some() {
+                    own = self.own_nets();
                 }
                 if protocol == Protocol::TCP && self.lanes.who.is_some() {
                     proven.extend(proven_v4.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
@@ -152,12 +169,12 @@ impl Broker {
             }
         }
         let sessions = if protocol == Protocol::TCP { self.sessions_of(context) } else { Vec::new() };
-        if nets.is_empty() && sessions.is_empty() && proven.is_empty() {
+        if nets.is_empty() && sessions.is_empty() && proven.is_empty() && own.is_empty() {
             let reason = reason.or_else(|| Some("no rule lets anyone reach it there".to_owned()));
             return Listening { scope: Scope::Nobody, sessions, reason };
         }
         let cookies = sessions.iter().map(|c| c.cookie).collect();
-        let scope = Scope::Some { nets, sessions: cookies, proven };
+        let scope = Scope::Some { nets, sessions: cookies, proven, own };
         Listening { scope, sessions, reason: None }
     }
 
@@ -169,19 +186,54 @@ impl Broker {
         loopback.into_iter().chain(own).collect()
     }
 
-    /// What the kernel is to let through.
-    fn nets_of(&self, listener: &Listener) -> Vec<Net> {
+    /// Whether there are peers that may come in plain and by certificate: they have a moment to begin to prove who
+    /// they are.
+    fn is_mixed(&self, listener: &Listener) -> bool {
+        let Scope::Some { nets, proven, .. } = &listener.scope else { return false };
+        let meet = |a: &SomeNet, b: &SomeNet| a.covers(*b) || b.covers(*a);
+        self.mode == Mode::Enforce && proven.iter().any(|p| nets.iter().any(|n| meet(n, p)))
+    }
+
+    /// What somebody may speak who has come to a front for peers of both kinds. `None`: nobody serves there.
+    pub(super) fn speech_for(&mut self, front: u32, places: &Places) -> Option<Speech> {
+        let behind = self.lanes.fronts.get(&front)?;
+        let listener = behind.iter().find_map(|cookie| self.listeners.get(cookie))?;
+        let (local, remote) = (places.local.socket_addr()?, places.remote.socket_addr()?);
+        let proves = match &listener.scope {
+            Scope::Some { proven, .. } => proven.iter().any(|net| net.has(remote.ip())),
+            Scope::Anyone | Scope::Nobody => true,
+        };
+        let context = Rc::clone(&listener.context);
+        let call = self.arriving(Protocol::TCP, local, Some(remote));
+        let judgement = self.consider(&context, &call).judgement;
+        let in_plain = judgement.permitted && judgement.verdict == Verdict::Permit;
+        Some(match (in_plain, proves) {
+            (true, true) => Speech::Either,
+            (true, false) => Speech::Plain,
+            (false, _) => Speech::Tls,
+        })
+    }
+
+    /// What the kernel is to let through. `mixed`: who may come both ways goes to the front.
+    fn nets_of(&self, listener: &Listener, mixed: bool) -> Vec<Net> {
         let mut all = match &listener.scope {
             Scope::Nobody => return Vec::new(),
             Scope::Anyone => Net::everyone().to_vec(),
-            Scope::Some { nets, sessions, proven } => {
-                let mut all: Vec<Net> = nets.iter().map(|n| Net::new(n.0, n.1)).collect();
-                // A hole is one who must prove who he is.
-                all.extend(proven.iter().map(|n| Net::new(n.0, n.1).refused()));
+            Scope::Some { nets, sessions, proven, own } => {
+                let proves = |net: &SomeNet| mixed && proven.iter().any(|p| p.covers(*net));
+                let (both, plain): (Vec<_>, Vec<_>) = nets.iter().partition(|net| proves(net));
+                let mut all: Vec<Net> = plain.into_iter().chain(own).map(|n| Net::new(n.0, n.1)).collect();
+                // A hole is one who must prove who he is, or may.
+                all.extend(proven.iter().chain(both.iter().copied()).map(|n| Net::new(n.0, n.1).refused()));
+                // What this host sends itself meets no front.
+                let here = self.own_nets().into_iter().filter(|net| both.iter().any(|b| b.covers(*net)));
+                let here: Vec<Net> = here.map(|n| Net::new(n.0, n.1)).collect();
+                all.retain(|net| !here.iter().any(|other| *other == *net || other.refused() == *net));
+                all.extend(here);
                 for control in sessions.iter().filter_map(|c| self.sessions.get(*c)) {
                     let ip = control.remote.ip().to_canonical();
                     let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
-                    let net = if control.association.is_some() { net.refused() } else { net };
+                    let net = if control.protected().is_some() { net.refused() } else { net };
                     if !all.contains(&net) {
                         all.push(net);
                     }
@@ -266,8 +318,8 @@ impl Broker {
 
     /// Puts the listener's scope into the kernel, as far as this host can.
     fn fit(&mut self, cookie: u64, listener: &mut Listener, socket: Option<BorrowedFd<'_>>) {
-        let nets = self.nets_of(listener);
-        let protects = self.needs_front(listener);
+        let (protects, mixed) = (self.needs_front(listener), self.is_mixed(listener));
+        let nets = self.nets_of(listener, mixed);
         let Some(keyd) = self.keyd.as_mut().filter(|k| k.filters()) else {
             if protects {
                 listener.unprotected = Some("the key daemon is away".to_owned());
@@ -278,7 +330,8 @@ impl Broker {
             if let Err(error) = keyd.refill(filter, &nets) {
                 self.note("broker", &format!("the filter of a listener could not be changed: {error}"), &[]);
             }
-            return self.fit_front(cookie, listener, socket, protects);
+            self.fit_front(cookie, listener, socket, protects, mixed);
+            return self.fit_plain(listener, mixed);
         }
         if (listener.scope == Scope::Anyone && !protects) || listener.stuck {
             if protects {
@@ -296,13 +349,27 @@ impl Broker {
             Ok(filter) => {
                 self.leave_filter(cookie, &filter);
                 listener.filter = Some(filter);
-                self.fit_front(cookie, listener, Some(socket), protects);
+                self.fit_front(cookie, listener, Some(socket), protects, mixed);
+                self.fit_plain(listener, mixed);
             }
             Err(error) => {
                 listener.stuck = error.raw_os_error() == Some(libc::EALREADY);
                 listener.unprotected = protects.then(|| error.to_string());
                 self.note("broker", &format!("a listener could not be filtered: {error}"), &[]);
             }
+        }
+    }
+
+    /// Where no front can stand, who may come both ways comes in plain.
+    fn fit_plain(&mut self, listener: &Listener, mixed: bool) {
+        if !mixed || listener.unprotected.is_none() {
+            return;
+        }
+        let nets = self.nets_of(listener, false);
+        if let (Some(keyd), Some(filter)) = (&mut self.keyd, &listener.filter)
+            && let Err(error) = keyd.refill(filter, &nets)
+        {
+            self.note("broker", &format!("the filter of a listener could not be changed: {error}"), &[]);
         }
     }
 
@@ -329,7 +396,7 @@ impl Broker {
 
     /// Whether somebody could come to a listener by proving who he is.
     fn needs_front(&self, listener: &Listener) -> bool {
-        let protected = |cookie: &u64| self.sessions.get(*cookie).is_some_and(|c| c.association.is_some());
+        let protected = |cookie: &u64| self.sessions.get(*cookie).is_some_and(|c| c.protected().is_some());
         self.lanes.who.is_some()
             && self.mode == Mode::Enforce
             && match &listener.scope {
@@ -354,6 +421,7 @@ impl Broker {
         listener: &mut Listener,
         socket: Option<BorrowedFd<'_>>,
         protects: bool,
+        mixed: bool,
     ) {
         if !protects {
             let front = listener.front.take();
@@ -362,7 +430,7 @@ impl Broker {
         }
         let of = match &listener.scope {
             Scope::Some { sessions, .. } if listener.scope.is_of_sessions() => {
-                sessions.iter().find_map(|c| self.sessions.get(*c)?.association)
+                sessions.iter().find_map(|c| self.sessions.get(*c)?.protected())
             }
             _ => None,
         };
@@ -379,7 +447,7 @@ impl Broker {
             listener.unprotected = Some("its socket could not be taken".to_owned());
             return;
         };
-        match keyd.serve(socket, filter, BACKLOG, &process, false) {
+        match keyd.serve(socket, filter, BACKLOG, &process, mixed) {
             Ok(front) => {
                 (listener.front, listener.unprotected) = (Some(front), None);
                 let behind = self.lanes.fronts.entry(low(front)).or_default();
@@ -478,9 +546,9 @@ impl Broker {
             .collect();
         for cookie in concerned {
             let Some(mut listener) = self.listeners.remove(&cookie) else { continue };
-            if let Scope::Some { nets, sessions, proven } = &mut listener.scope {
+            if let Scope::Some { nets, sessions, proven, own } = &mut listener.scope {
                 sessions.retain(|s| *s != session);
-                if nets.is_empty() && sessions.is_empty() && proven.is_empty() {
+                if nets.is_empty() && sessions.is_empty() && proven.is_empty() && own.is_empty() {
                     listener.scope = Scope::Nobody;
                 }
             }

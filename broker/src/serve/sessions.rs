@@ -39,6 +39,13 @@ pub(super) struct Control {
     pub(super) association: Option<u64>,
 }
 
+impl Control {
+    /// The association that it is, if that is under TLS.
+    pub(super) fn protected(&self) -> Option<u64> {
+        self.association.filter(|_| self.lane == Lane::Tls)
+    }
+}
+
 /// Sessions that a process is in.
 #[derive(Clone, Debug)]
 pub(super) struct Membership {
@@ -111,7 +118,7 @@ impl Broker {
     /// Whether a control is established still; finds out its own address on the way.
     fn is_live(&mut self, control: &mut Control) -> bool {
         if let Some(id) = control.association {
-            return self.lanes.get(id).is_some_and(|one| one.up || one.peer.is_some());
+            return self.lanes.get(id).is_some_and(|one| one.up || one.is_known());
         }
         let local = match control.local {
             Some(local) => local,
@@ -160,7 +167,7 @@ impl Broker {
             if !self.is_same_session(&control, call, far) {
                 continue;
             }
-            if control.association.is_some() {
+            if control.protected().is_some() {
                 return Some(Membership { control, of, assurance: Assurance::Certificate });
             }
             let Some(far) = far else {

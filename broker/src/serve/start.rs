@@ -131,6 +131,10 @@ impl Broker {
         broker.page.generation.store(broker.generation, Ordering::Release);
         vow(page).map_err(BrokerError::kernel("robust mutex"))?;
         broker.open_sources()?;
+        broker.take_handed();
+        if let Some(socket) = config.keyd {
+            broker.greet(socket);
+        }
         broker.note("broker", "the broker begins", &[("mode", More::Text(mode_word(broker.mode)))]);
         if tail.seq > 0 && !tail.ended {
             let why =
@@ -141,10 +145,7 @@ impl Broker {
             let source = io::Error::other(broker.log.error().unwrap_or("unknown").to_owned());
             return Err(BrokerError::AuditLog { path: audit, source });
         }
-        broker.take_handed();
-        if let Some(socket) = config.keyd {
-            broker.greet(socket);
-        }
+        broker.read_members();
         broker.load_first();
         broker.record_left_over();
         if !config.fresh {
@@ -178,6 +179,7 @@ impl Broker {
         Ok(())
     }
 
+    /// Says hello to a key daemon.
     fn greet(&mut self, socket: OwnedFd) {
         let met = Keyd::new(socket, &mut self.keepsake).and_then(|keyd| {
             self.watch.add(&keyd, Source::Keyd)?;
@@ -186,11 +188,12 @@ impl Broker {
         match met {
             Ok(keyd) => {
                 if let Some(who) = keyd.who() {
+                    // A host that has keys has the name that its certificates show.
+                    self.log.name_host(&who.host);
                     self.lanes.who = Some(who.clone());
                 }
                 self.keyd = Some(keyd);
                 self.leave_keepsake();
-                self.read_members();
             }
             Err(error) => self.note("broker", &format!("the key daemon does not answer: {error}"), &[]),
         }

@@ -97,10 +97,22 @@ impl Associations {
 
     /// Why an association did not come about. The verifier's own words are better than what rustls makes of them.
     pub(super) fn words(&self, id: u64, failure: &Failure) -> String {
-        use rustls::{CertificateError, Error};
+        use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible as Cannot};
         match (failure, self.all.get(&id).and_then(Association::verdict)) {
             (Failure::Tls(Error::InvalidCertificate(CertificateError::Other(own))), _) => own.0.to_string(),
             (Failure::Tls(Error::InvalidCertificate(_)), Some(Err(refusal))) => refusal.to_string(),
+            (
+                Failure::Tls(
+                    Error::AlertReceived(AlertDescription::ProtocolVersion)
+                    | Error::PeerIncompatible(
+                        Cannot::SupportedVersionsExtensionRequired
+                        | Cannot::Tls12NotOfferedOrEnabled
+                        | Cannot::ServerTlsVersionIsDisabledByOurConfig
+                        | Cannot::ServerDoesNotSupportTls12Or13,
+                    ),
+                ),
+                _,
+            ) => "the peer does not speak TLS 1.3".to_owned(),
             _ => failure.to_string(),
         }
     }

@@ -63,14 +63,18 @@ impl Broker {
     pub(in crate::serve) fn hear_news(&mut self, news: News) {
         match news {
             News::Shown { id, front, places, peer } => {
-                let peer = Peer::read(&peer).map(Rc::new);
+                let plain = peer.is_none();
+                let peer = peer.and_then(|json| Peer::read(&json)).map(Rc::new);
                 match front {
                     None => self.shown_out(id, peer),
-                    Some(front) => self.shown_in(id, front, &places, peer),
+                    Some(front) => self.shown_in(id, front, &places, peer, plain),
                 }
             }
-            // No listener here is served as one whose peers may speak plain.
-            News::Arrived { id, .. } => self.end_association(id),
+            News::Arrived { id, front, places } => match self.speech_for(front, &places) {
+                // If it has gone meanwhile, that is on its way.
+                Some(speech) => drop(self.keyd.as_mut().map(|keyd| keyd.speak(id, speech))),
+                None => self.end_association(id),
+            },
             News::Live { id, front, places, what } => self.runs_on(id, front.is_some(), &places, &what),
             News::Associated { id, places } => self.associated(id, &places),
             News::Over { id, errno, why, shown, front, places, carried } => {
@@ -104,7 +108,7 @@ impl Broker {
             return self.end_association(id);
         };
         let Some(context) = self.holders_of(found.inode, 1).pop() else { return self.end_association(id) };
-        let peer = Rc::new(Peer::from(live.peer));
+        let (plain, peer) = (live.peer.is_none(), live.peer.map(|told| Rc::new(Peer::from(told))));
         let op = if inbound { Op::Accept } else { Op::Connect };
         let since = u64::try_from(live.since).unwrap_or(0).saturating_mul(1_000_000_000);
         let one = Association {
@@ -115,7 +119,8 @@ impl Broker {
             cookie: Some(found.cookie),
             inner: None,
             token: None,
-            peer: Some(Rc::clone(&peer)),
+            peer: peer.clone(),
+            plain,
             rule: None,
             session: None,
             control: None,
@@ -125,9 +130,9 @@ impl Broker {
             up: true,
             cut: false,
         };
-        let (call, until) = (call_of(id, &one), peer.told.until);
+        let (call, (lane, assurance)) = (call_of(id, &one), one.lane());
         self.lanes.insert(id, one);
-        self.lanes.until.insert((until, id));
+        self.lanes.until.extend(peer.map(|peer| (peer.told.until, id)));
         self.remember(id, places);
         let finding = self.consider(&context, &call);
         if !finding.judgement.permitted && self.mode == Mode::Enforce {
@@ -149,7 +154,7 @@ impl Broker {
                 since: context.key.start,
                 maker: (context.key, -1),
                 rule_id: finding.judgement.rule,
-                lane: Lane::Tls,
+                lane,
                 association: Some(id),
             });
         }
@@ -160,8 +165,8 @@ impl Broker {
             remote: call.remote,
             rule,
             session: None,
-            lane: Lane::Tls,
-            assurance: Assurance::Certificate,
+            lane,
+            assurance,
             generation: self.generation_in_force(),
             since,
             seq: 0,
@@ -180,8 +185,8 @@ impl Broker {
         self.decide_on(id, &context, peer.as_deref(), for_session);
     }
 
-    /// Somebody has proved himself at a front.
-    fn shown_in(&mut self, id: u64, front: u32, places: &Places, peer: Option<Rc<Peer>>) {
+    /// Somebody has proved himself at a front, or speaks plain, as he may there.
+    fn shown_in(&mut self, id: u64, front: u32, places: &Places, peer: Option<Rc<Peer>>, plain: bool) {
         let behind = self.lanes.fronts.get(&front);
         let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
         let Some((context, for_session)) =
@@ -198,6 +203,7 @@ impl Broker {
             inner: None,
             token: None,
             peer: peer.clone(),
+            plain,
             rule: None,
             session: None,
             control: None,
@@ -214,10 +220,11 @@ impl Broker {
     /// Judges a flow by what its far end has shown, and admits or refuses it.
     fn decide_on(&mut self, id: u64, context: &Rc<Context>, peer: Option<&Peer>, for_session: bool) {
         let Some(one) = self.lanes.get(id) else { return };
-        let call = call_of(id, one);
-        let mut finding = match peer {
-            Some(_) => self.consider(context, &call),
-            None => Finding::of(Judgement::refusal("the peer's certificate cannot be read")),
+        let (call, known) = (call_of(id, one), one.is_known());
+        let mut finding = if known {
+            self.consider(context, &call)
+        } else {
+            Finding::of(Judgement::refusal("the peer's certificate cannot be read"))
         };
         if for_session && !finding.judgement.permitted && finding.judgement.rule.is_none() {
             let why = "its key is not that of the process at the other end of the control association";
@@ -226,7 +233,7 @@ impl Broker {
         if self.refuses_for_log() && !self.log.retry(realtime()) {
             finding = Finding::of(Judgement::refusal("the audit log cannot be written"));
         }
-        let permitted = finding.judgement.permitted || (self.mode == Mode::Audit && peer.is_some());
+        let permitted = finding.judgement.permitted || (self.mode == Mode::Audit && known);
         let rule = self.rule_text(finding.judgement.rule);
         if let Some(one) = self.lanes.all.get_mut(&id) {
             one.rule = rule;
@@ -296,7 +303,8 @@ impl Broker {
         let certificate = one.peer.as_ref().map(|peer| peer.certificate()).or_else(|| end.shown.clone());
         let mut more = facts(one.peer.as_deref(), certificate.as_deref());
         let now = realtime();
-        let verdict = if one.up || one.peer.is_some() {
+        let (lane, assurance) = one.lane();
+        let verdict = if one.up || one.is_known() {
             more.push(("bytes_in", More::Number(end.received)));
             more.push(("bytes_out", More::Number(end.sent)));
             more.push(("duration", More::Seconds(now.saturating_sub(one.since))));
@@ -327,11 +335,11 @@ impl Broker {
             local: one.local,
             remote: one.remote,
             peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
-            assurance: Some(Assurance::Certificate),
+            assurance: Some(assurance),
             verdict: (!native).then_some(verdict),
             rule: one.rule.as_ref().map(|r| &*r.text),
             reason,
-            lane: Some(Lane::Tls),
+            lane: Some(lane),
             association: one.cookie,
             generation: Some(one.generation),
             more: &more,
@@ -407,6 +415,7 @@ impl Broker {
         if let Some(allow) = &finding.allow {
             more.push(("allow", More::Text(allow)));
         }
+        let (lane, assurance) = one.lane();
         let op = match (verdict, one.op) {
             ("refuse", Op::Accept) => "accept",
             ("refuse", _) => "connect",
@@ -419,11 +428,11 @@ impl Broker {
             local: one.local,
             remote: one.remote,
             peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
-            assurance: Some(Assurance::Certificate),
+            assurance: Some(assurance),
             verdict: Some(verdict),
             rule: one.rule.as_ref().map(|r| &*r.text),
             reason: finding.judgement.reason.as_deref(),
-            lane: Some(Lane::Tls),
+            lane: Some(lane),
             association: one.cookie,
             generation: self.in_force.as_ref().map(|f| f.generation),
             more: &more,
@@ -464,13 +473,8 @@ impl Broker {
 
     /// Judges every protected flow again, and cuts what is not permitted any more.
     pub(in crate::serve) fn judge_lanes_again(&mut self, began: Instant) {
-        let shown: Vec<u64> = self
-            .lanes
-            .all
-            .iter()
-            .filter(|(_, one)| one.peer.is_some() && !one.cut)
-            .map(|(id, _)| *id)
-            .collect();
+        let shown: Vec<u64> =
+            self.lanes.all.iter().filter(|(_, one)| one.is_known() && !one.cut).map(|(id, _)| *id).collect();
         for id in shown {
             let Some(one) = self.lanes.get(id) else { continue };
             let (context, call) = (Rc::clone(&one.context), call_of(id, one));
@@ -525,12 +529,10 @@ impl Broker {
         let Some(one) = self.lanes.all.get_mut(&id) else { return };
         one.cut = true;
         let Some(one) = self.lanes.get(id) else { return };
-        let certificate = one.peer.as_ref().map(|peer| peer.certificate()).unwrap_or_default();
-        let more = [
-            ("of", More::Number(one.seq)),
-            ("delay_ms", More::Milliseconds(elapsed(began))),
-            ("peer_cert", More::Text(&certificate)),
-        ];
+        let certificate = one.peer.as_ref().map(|peer| peer.certificate());
+        let mut more = vec![("of", More::Number(one.seq)), ("delay_ms", More::Milliseconds(elapsed(began)))];
+        more.extend(certificate.as_deref().map(|shown| ("peer_cert", More::Text(shown))));
+        let (lane, assurance) = one.lane();
         let seq = self.log.push(&Line {
             process: Some(&one.context),
             session: one.session,
@@ -538,11 +540,11 @@ impl Broker {
             local: one.local,
             remote: one.remote,
             peer: one.peer.as_ref().map(|peer| peer.told.id.as_str()),
-            assurance: Some(Assurance::Certificate),
+            assurance: Some(assurance),
             verdict: Some("refuse"),
             rule: one.rule.as_ref().map(|r| &*r.text),
             reason: Some(why),
-            lane: Some(Lane::Tls),
+            lane: Some(lane),
             association: one.cookie,
             generation: Some(self.in_force.as_ref().map_or(0, |f| f.generation)),
             more: &more,
@@ -559,7 +561,7 @@ impl Broker {
 /// What is told of a flow that runs on.
 #[derive(Deserialize)]
 struct Live {
-    peer: Told,
+    peer: Option<Told>,
     since: i64,
 }
 
