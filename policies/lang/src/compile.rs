@@ -2,9 +2,9 @@
 //!
 //! A rule is a service, a principal that opens and a principal that accepts. Equal principals are one,
 //! with one number. An evaluation finds the numbers of what each party is, from the party's facts
-//! ([`side`]), and of the services that contain the port ([`ports`]); then it looks up each
-//! combination in one table. What it costs follows from how many principals a party is at once, not
-//! from how many there are.
+//! ([`side`]), among those with a rule for the port ([`ports`]); then it looks up each combination in one
+//! table. What it costs follows from how many of these principals a party is at once, not from how many
+//! there are.
 //!
 //! Where a certificate has yet to be shown, a second index answers what could be: there, every
 //! condition on the certificate of that side is taken to hold.
@@ -31,7 +31,7 @@ use crate::{
 };
 use hash::{Table, mix};
 use ports::PortIndex;
-use side::{Hits, SideIndex, TooMany};
+use side::{Hits, Principal, SideIndex, TooMany};
 
 /// All indices of one policy.
 #[derive(Debug)]
@@ -58,6 +58,22 @@ struct Entry {
     brief: Brief,
 }
 
+impl hash::Entry for Entry {
+    const NONE: Self = Self {
+        from: u32::MAX,
+        to: u32::MAX,
+        service: u32::MAX,
+        next: 0,
+        expires: 0,
+        effect: Effect::Deny,
+        brief: Brief::NONE,
+    };
+
+    fn is_none(&self) -> bool {
+        self.from == u32::MAX
+    }
+}
+
 #[derive(Debug)]
 struct Index {
     from: Arc<SideIndex>,
@@ -73,34 +89,43 @@ struct Index {
 #[derive(Clone, Copy, Debug, Default)]
 struct Partners {
     principals: u64,
-    services: u64,
+    services: u32,
 }
 
 const fn bit(number: u32) -> u64 {
     1 << ((number.wrapping_mul(0x9e37_79b1)) >> 26)
 }
 
+/// The same for services, of which few policies have more than there are bits.
+const fn service_bit(number: u32) -> u32 {
+    1 << (number % u32::BITS)
+}
+
 const fn triple(from: u32, to: u32, service: u32) -> u64 {
     mix((from as u64) << 32 | to as u64, service as u64)
+}
+
+/// Combinations have no kinds, so other bits of the hash tell them apart.
+const fn kind(hash: u64) -> u32 {
+    1 << (hash >> 40 & 31)
 }
 
 /// Gives equal formulas one number. Equal ones are one in memory, and stay there: they are all kept.
 #[derive(Default)]
 struct Principals {
     places: HashMap<usize, u32>,
-    all: Vec<Expr>,
-    denies: Vec<bool>,
+    all: Vec<Principal>,
 }
 
 impl Principals {
-    fn number(&mut self, expr: &Expr, denies: bool) -> u32 {
+    fn number(&mut self, expr: &Expr, denies: bool, services: u32) -> u32 {
         let number = *self.places.entry(expr.place()).or_insert_with(|| {
-            self.all.push(expr.clone());
-            self.denies.push(false);
+            self.all.push(Principal { expr: expr.clone(), denies: false, services: 0 });
             to_u32(self.all.len() - 1)
         });
-        if let Some(flag) = self.denies.get_mut(to_usize(number)) {
-            *flag |= denies;
+        if let Some(principal) = self.all.get_mut(to_usize(number)) {
+            principal.denies |= denies;
+            principal.services |= services;
         }
         number
     }
@@ -111,16 +136,16 @@ impl Principals {
     /// each, none if it cannot hold.
     fn before_certificate(&self) -> (Self, Vec<Option<u32>>) {
         let (mut soft, mut kept) = (Self::default(), HashMap::new());
-        let number = |(expr, denies): (&Expr, &bool)| {
-            let expr = check::shared(&mut kept, terms::before_certificate(expr, false));
-            (expr != Expr::Nothing).then(|| soft.number(&expr, *denies))
+        let number = |p: &Principal| {
+            let expr = check::shared(&mut kept, terms::before_certificate(&p.expr, false));
+            (expr != Expr::Nothing).then(|| soft.number(&expr, p.denies, p.services))
         };
-        let numbers = self.all.iter().zip(&self.denies).map(number).collect();
+        let numbers = self.all.iter().map(number).collect();
         (soft, numbers)
     }
 
     fn index(&self) -> Arc<SideIndex> {
-        Arc::new(SideIndex::new(&self.all, &self.denies))
+        Arc::new(SideIndex::new(&self.all))
     }
 }
 
@@ -150,10 +175,10 @@ impl Compiled {
             if rule.from == Expr::Nothing || rule.to == Expr::Nothing {
                 continue;
             }
-            let denies = rule.effect == Effect::Deny;
+            let (denies, services) = (rule.effect == Effect::Deny, service_bit(service));
             entries.push(Entry {
-                from: froms.number(&rule.from, denies),
-                to: tos.number(&rule.to, denies),
+                from: froms.number(&rule.from, denies, services),
+                to: tos.number(&rule.to, denies, services),
                 service,
                 next: 0,
                 expires: rule.expires.map_or(0, |end| to_u32(expiries.partition_point(|e| *e < end) + 1)),
@@ -163,7 +188,7 @@ impl Compiled {
         }
         let (from, to) = (froms.index(), tos.index());
         let unsettled =
-            |list: &Principals| list.all.iter().any(|e| e.mentions(|a| !matches!(a, Atom::Address(_))));
+            |list: &Principals| list.all.iter().any(|p| p.expr.mentions(|a| !matches!(a, Atom::Address(_))));
         let soften = |list: &[Option<u32>], n: u32| list.get(to_usize(n)).copied().flatten();
         let before_to = unsettled(&tos).then(|| {
             let (soft, numbers) = tos.before_certificate();
@@ -244,11 +269,11 @@ impl Index {
         for entry in &entries {
             if let Some(partners) = from_partners.get_mut(to_usize(entry.from)) {
                 partners.principals |= bit(entry.to);
-                partners.services |= bit(entry.service);
+                partners.services |= service_bit(entry.service);
             }
             if let Some(partners) = to_partners.get_mut(to_usize(entry.to)) {
                 partners.principals |= bit(entry.from);
-                partners.services |= bit(entry.service);
+                partners.services |= service_bit(entry.service);
             }
         }
         // Of several rules for the same three, the best comes first and the others hang behind it.
@@ -267,17 +292,11 @@ impl Index {
             heads.extend(group.first().map(|first| Entry { next, ..*first }));
             i = start;
         }
-        let items = heads.iter().map(|e| (triple(e.from, e.to, e.service), *e));
-        let empty = Entry {
-            from: u32::MAX,
-            to: u32::MAX,
-            service: u32::MAX,
-            next: 0,
-            expires: 0,
-            effect: Effect::Deny,
-            brief: Brief::NONE,
+        let item = |e: &Entry| {
+            let hash = triple(e.from, e.to, e.service);
+            (hash, kind(hash), *e)
         };
-        let table = Table::new(heads.len(), items, empty);
+        let table = Table::new(heads.len(), heads.iter().map(item));
         Self { from: from.0, to: to.0, from_partners, to_partners, table, more }
     }
 
@@ -289,18 +308,15 @@ impl Index {
         services: &[u32],
         mut visit: impl FnMut(&Entry, Truth),
     ) -> Result<(), TooMany> {
-        let wanted = services.iter().fold(0, |bits, s| bits | bit(*s));
+        let wanted = services.iter().fold(0, |bits, s| bits | service_bit(*s));
         let (mut froms, mut tos) = (Hits::new(), Hits::new());
-        self.from.hits(from, &mut froms)?;
+        self.from.hits(from, wanted, &mut froms)?;
         if froms.is_empty() {
             return Ok(());
         }
-        self.to.hits(to, &mut tos)?;
+        self.to.hits(to, wanted, &mut tos)?;
         for from in &froms {
             let Some(partners) = self.from_partners.get(to_usize(from.principal)) else { continue };
-            if partners.services & wanted == 0 {
-                continue;
-            }
             for to in &tos {
                 if partners.principals & bit(to.principal) == 0 {
                     continue;
@@ -313,7 +329,7 @@ impl Index {
                     continue;
                 }
                 for service in services {
-                    if both & bit(*service) != 0 {
+                    if both & service_bit(*service) != 0 {
                         self.visit(from.principal, to.principal, *service, truth, &mut visit);
                     }
                 }
@@ -326,7 +342,7 @@ impl Index {
     fn visit(&self, from: u32, to: u32, service: u32, truth: Truth, visit: &mut impl FnMut(&Entry, Truth)) {
         let is_it = |e: &Entry| e.from == from && e.to == to && e.service == service;
         let hash = triple(from, to, service);
-        if !self.table.may_have(hash) {
+        if !self.table.may_have(hash, kind(hash)) {
             return;
         }
         let mut next = self.table.get(hash, is_it);

@@ -10,11 +10,14 @@ use crate::{
     view::{self, View},
 };
 
-/// Room for conditions; with hash, principal and link it makes 64 bytes.
-const ROOM: usize = 48;
+/// Room for conditions; with hash, principal, services and link it makes 64 bytes.
+const ROOM: usize = 44;
 
 /// Conditions in a row, each an operation, a length where it has a text, and its operands.
 pub(super) type Code = [u8; ROOM];
+
+/// No condition.
+pub(super) const EMPTY: Code = [END; ROOM];
 
 const END: u8 = 0;
 const NAME: u8 = 1;
@@ -32,7 +35,7 @@ const ELSEWHERE: u8 = 9;
 
 /// Writes an alternative's conditions; `None` if there is no room, or no operation for one.
 pub(super) fn write<'a>(literals: impl Iterator<Item = &'a Literal>) -> Option<Code> {
-    let mut code = [END; ROOM];
+    let mut code = EMPTY;
     let mut room = code.as_mut_slice();
     for literal in literals {
         if literal.negated {
@@ -80,7 +83,7 @@ pub(super) fn write<'a>(literals: impl Iterator<Item = &'a Literal>) -> Option<C
 
 /// Refers to an alternative that is kept elsewhere.
 pub(super) fn elsewhere(number: u32) -> Code {
-    let mut code = [END; ROOM];
+    let mut code = EMPTY;
     if let Some((op, operand)) = code.split_first_mut()
         && let Some(operand) = operand.first_chunk_mut()
     {

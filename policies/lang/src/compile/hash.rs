@@ -71,74 +71,62 @@ pub(super) fn same<const FOLD: bool>(found: &[u8], wanted: &[u8]) -> bool {
     }
 }
 
-/// Open addressing with one-byte tags in front, so that what is not there is rarely looked for
-/// further than in the tags, which are small enough to stay in a near cache.
+/// What a [`Table`] holds.
+pub(super) trait Entry: Copy {
+    /// What stands where nothing is.
+    const NONE: Self;
+
+    fn is_none(&self) -> bool;
+}
+
+/// Open addressing, with a small word in front of each place: most of what is not there, or is not wanted,
+/// is never looked for further than in these, which stay in a near cache.
 #[derive(Debug)]
 pub(super) struct Table<E> {
-    /// One bit for each key, of eight times as many as there are places. Most keys that are not there
-    /// end here, by a branch that goes the same way nearly always.
-    filter: Box<[u64]>,
-    tags: Box<[u8]>,
+    /// By place: the kinds of all entries whose hash leads there, each kind a bit.
+    kinds: Box<[u32]>,
     entries: Box<[E]>,
     mask: usize,
 }
 
-impl<E: Clone> Table<E> {
-    /// A table for `count` entries with distinct keys, given with their hashes.
-    pub(super) fn new(count: usize, items: impl Iterator<Item = (u64, E)>, empty: E) -> Self {
+impl<E: Entry> Table<E> {
+    /// A table for `count` entries with distinct keys, given with their hashes and kinds.
+    pub(super) fn new(count: usize, items: impl Iterator<Item = (u64, u32, E)>) -> Self {
         let size = (count + count / 3 + 1).next_power_of_two().max(2);
-        let mut table = Self {
-            filter: vec![0; size.div_ceil(8)].into(),
-            tags: vec![0; size].into(),
-            entries: vec![empty; size].into(),
-            mask: size - 1,
-        };
-        for (hash, entry) in items {
-            let (word, bit) = table.place(hash);
-            if let Some(word) = table.filter.get_mut(word) {
-                *word |= bit;
-            }
+        let (kinds, entries) = (vec![0; size].into(), vec![E::NONE; size].into());
+        let mut table = Self { kinds, entries, mask: size - 1 };
+        for (hash, kinds, entry) in items {
             let mut at = position(hash) & table.mask;
-            while table.tags.get(at).is_some_and(|tag| *tag != 0) {
+            if let Some(all) = table.kinds.get_mut(at) {
+                *all |= kinds;
+            }
+            while table.entries.get(at).is_some_and(|entry| !entry.is_none()) {
                 at = (at + 1) & table.mask;
             }
-            if let (Some(tag), Some(slot)) = (table.tags.get_mut(at), table.entries.get_mut(at)) {
-                (*tag, *slot) = (self::tag(hash), entry);
+            if let Some(slot) = table.entries.get_mut(at) {
+                *slot = entry;
             }
         }
         table
     }
 
-    /// The word and bit of the filter for a hash.
+    /// Whether there may be an entry with this hash and one of these kinds; if not, there is none.
     #[inline]
-    const fn place(&self, hash: u64) -> (usize, u64) {
-        let bits = self.mask << 3 | 7;
-        let at = position(hash >> 24) & bits;
-        (at / 64, 1 << (at % 64))
-    }
-
-    /// Whether there may be an entry with this hash; if not, there is none.
-    #[inline]
-    pub(super) fn may_have(&self, hash: u64) -> bool {
-        let (word, bit) = self.place(hash);
-        self.filter.get(word).is_some_and(|word| word & bit != 0)
+    pub(super) fn may_have(&self, hash: u64, kinds: u32) -> bool {
+        self.kinds.get(position(hash) & self.mask).is_some_and(|all| all & kinds != 0)
     }
 
     /// The entry with this hash for which `is_it` holds; to be asked for if there may be one.
     #[inline]
     pub(super) fn get(&self, hash: u64, is_it: impl Fn(&E) -> bool) -> Option<&E> {
         let mut at = position(hash) & self.mask;
-        let wanted = tag(hash);
         loop {
-            let tag = *self.tags.get(at)?;
-            if tag == 0 {
-                return None;
+            let entry = self.entries.get(at)?;
+            if is_it(entry) {
+                return Some(entry);
             }
-            if tag == wanted {
-                let entry = self.entries.get(at)?;
-                if is_it(entry) {
-                    return Some(entry);
-                }
+            if entry.is_none() {
+                return None;
             }
             at = (at + 1) & self.mask;
         }
@@ -150,14 +138,17 @@ const fn position(hash: u64) -> usize {
     hash as usize
 }
 
-/// Never 0, which says that a place is free.
-const fn tag(hash: u64) -> u8 {
-    (hash >> 57) as u8 | 0x80
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Entry for u64 {
+        const NONE: Self = Self::MAX;
+
+        fn is_none(&self) -> bool {
+            *self == Self::MAX
+        }
+    }
 
     #[test]
     fn case_is_folded_in_ascii_only() {
@@ -181,8 +172,9 @@ mod tests {
 
     #[test]
     fn a_full_table_finds_all_and_nothing_else() {
-        let table = Table::new(1000, (0..1000_u64).map(|n| (mix(n, 0), n)), u64::MAX);
+        let table = Table::new(1000, (0..1000_u64).map(|n| (mix(n, 0), 1 << (n % 32), n)));
         for n in 0..1000 {
+            assert!(table.may_have(mix(n, 0), 1 << (n % 32)));
             assert_eq!(table.get(mix(n, 0), |e| *e == n), Some(&n));
         }
         assert_eq!(table.get(mix(1000, 0), |e| *e == 1000), None);

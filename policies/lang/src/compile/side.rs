@@ -6,7 +6,7 @@ use arrayvec::ArrayVec;
 
 use super::{
     code::{self, Code},
-    hash::Table,
+    hash::{Entry, Table},
     terms::{self, Literal, Term},
     values::{ADDRESS, Depths, EXE, GROUP, Lead, SHA256, UNIT, Values, both, candidates},
 };
@@ -20,6 +20,15 @@ use crate::{
 /// Most principals that one party may be at once, and values that may lead to them; more, and the flow
 /// is decided the slow way.
 pub(super) const MOST: usize = 128;
+
+/// One principal of a policy.
+pub(super) struct Principal {
+    pub(super) expr: Expr,
+    /// A `deny` names it.
+    pub(super) denies: bool,
+    /// One bit of each service of its rules: for others it need not be looked at.
+    pub(super) services: u32,
+}
 
 /// A principal that a party is, and how certainly.
 #[derive(Clone, Copy, Debug)]
@@ -39,15 +48,26 @@ pub(super) struct TooMany;
 struct Place {
     hash: u64,
     principal: u32,
+    /// As in [`Principal`].
+    services: u32,
     /// One more under the same key, in [`SideIndex::more`], from 1.
     next: u32,
     code: Code,
+}
+
+impl Entry for Place {
+    const NONE: Self = Self { hash: 0, principal: u32::MAX, services: 0, next: 0, code: code::EMPTY };
+
+    fn is_none(&self) -> bool {
+        self.principal == u32::MAX
+    }
 }
 
 /// One alternative of one principal, in full.
 #[derive(Debug)]
 struct Alternative {
     principal: u32,
+    services: u32,
     literals: Box<[Literal]>,
     /// Conditions that are whole formulas.
     rest: Box<[Expr]>,
@@ -61,8 +81,8 @@ pub(super) struct SideIndex {
     /// Facts that lead somewhere together.
     pairs: Vec<(Lead, Lead)>,
     depths: Depths,
-    /// Principals that are everyone.
-    everyone: Vec<u32>,
+    /// Principals that are everyone, with their services.
+    everyone: Vec<(u32, u32)>,
     /// Alternatives that do not fit a place, that no fact leads to, or that a `deny` names.
     alternatives: Vec<Alternative>,
     always: Vec<u32>,
@@ -78,14 +98,14 @@ type Leading = (u32, usize, Vec<(Lead, u64)>);
 const CROWD: u32 = 3;
 
 impl SideIndex {
-    /// Indexes principals; `denies` says which of them a `deny` names.
-    pub(super) fn new(principals: &[Expr], denies: &[bool]) -> Self {
+    /// Indexes principals.
+    pub(super) fn new(principals: &[Principal]) -> Self {
         let mut found: Vec<(u32, Term)> = Vec::with_capacity(principals.len());
         let mut everyone = Vec::new();
         for (number, principal) in principals.iter().enumerate() {
-            for term in terms::terms(principal, false) {
+            for term in terms::terms(&principal.expr, false) {
                 if term.literals.is_empty() && term.rest.is_empty() {
-                    everyone.push(to_u32(number));
+                    everyone.push((to_u32(number), principal.services));
                 } else {
                     found.push((to_u32(number), term));
                 }
@@ -105,7 +125,7 @@ impl SideIndex {
                 crowd.insert(*value, to_u32(same.len()));
             }
         }
-        let mut builder = Builder { denies, crowd, ..Builder::default() };
+        let mut builder = Builder { principals, crowd, ..Builder::default() };
         for (principal, term) in found {
             builder.add(principal, term);
         }
@@ -115,7 +135,7 @@ impl SideIndex {
 
 #[derive(Default)]
 struct Builder<'a> {
-    denies: &'a [bool],
+    principals: &'a [Principal],
     crowd: HashMap<u64, u32>,
     places: Vec<Place>,
     alternatives: Vec<Alternative>,
@@ -128,7 +148,10 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn add(&mut self, principal: u32, term: Term) {
-        let denied = self.denies.get(to_usize(principal)).copied().unwrap_or(false);
+        let Some(Principal { denies, services, .. }) = self.principals.get(to_usize(principal)) else {
+            return;
+        };
+        let (denied, services) = (*denies, *services);
         // What each condition leads by, the least crowded first; long lists cost memory.
         let mut leads: Vec<Leading> = Vec::new();
         for (at, literal) in term.literals.iter().enumerate() {
@@ -166,7 +189,7 @@ impl Builder<'_> {
         for (_, at, _) in &chosen {
             self.leading.extend(term.literals.get(*at).map(|l| std::sync::Arc::clone(&l.atom)));
         }
-        let mut code = written.unwrap_or([0; 48]);
+        let mut code = written.unwrap_or(code::EMPTY);
         if chosen.is_empty() || denied || written.is_none() {
             let number = to_u32(self.alternatives.len());
             if chosen.is_empty() {
@@ -182,28 +205,28 @@ impl Builder<'_> {
                 }
             }
             let (literals, rest) = (term.literals.into(), term.rest.into());
-            self.alternatives.push(Alternative { principal, literals, rest });
+            self.alternatives.push(Alternative { principal, services, literals, rest });
         }
-        self.places.extend(keys.into_iter().map(|hash| Place { hash, principal, next: 0, code }));
+        self.places.extend(keys.into_iter().map(|hash| Place { hash, principal, services, next: 0, code }));
     }
 
-    fn finish(mut self, everyone: Vec<u32>) -> SideIndex {
+    fn finish(mut self, everyone: Vec<(u32, u32)>) -> SideIndex {
         self.places.sort_by_key(|p| p.hash);
         let mut more: Vec<Place> = Vec::new();
-        let mut heads: Vec<Place> = Vec::with_capacity(self.places.len());
+        let mut heads: Vec<(u32, Place)> = Vec::with_capacity(self.places.len());
         for group in self.places.chunk_by(|a, b| a.hash == b.hash) {
             let mut next = 0;
             for place in group.iter().skip(1) {
                 more.push(Place { next, ..*place });
                 next = to_u32(more.len());
             }
-            heads.extend(group.first().map(|first| Place { next, ..*first }));
+            let services = group.iter().fold(0, |all, place| all | place.services);
+            heads.extend(group.first().map(|first| (services, Place { next, ..*first })));
         }
         drop(self.places);
-        let empty = Place { hash: 0, principal: 0, next: 0, code: [0; 48] };
         let paired = self.pairs.iter().fold(0, |bits, (a, b)| bits | a.bit() | b.bit());
         SideIndex {
-            places: Table::new(heads.len(), heads.iter().map(|p| (p.hash, *p)), empty),
+            places: Table::new(heads.len(), heads.iter().map(|(services, p)| (p.hash, *services, *p))),
             more,
             pairs: self.pairs.into_iter().collect(),
             depths: Depths::new(self.single, paired, self.leading.into_iter()),
@@ -216,26 +239,26 @@ impl Builder<'_> {
 }
 
 impl SideIndex {
-    /// The principals that a party is.
-    #[inline]
-    pub(super) fn hits(&self, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        for principal in &self.everyone {
+    /// The principals that a party is, among those with a rule for one of the services that are wanted.
+    #[inline(always)]
+    pub(super) fn hits(&self, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+        for (principal, _) in self.everyone.iter().filter(|(_, services)| services & wanted != 0) {
             hits.try_push(Hit { principal: *principal, truth: Truth::TRUE }).map_err(|_| TooMany)?;
         }
-        self.try_all(&self.always, view, hits)?;
+        self.try_all(&self.always, view, wanted, hits)?;
         if self.depths.nothing() {
             return Ok(());
         }
-        self.try_unknown(view, hits)?;
+        self.try_unknown(view, wanted, hits)?;
         let mut values = Values::new();
         self.depths.values(view, &mut values)?;
         for hash in values.single() {
-            self.by_hash(*hash, view, hits)?;
+            self.by_hash(*hash, view, wanted, hits)?;
         }
         for (a, b) in &self.pairs {
             for left in values.of(*a) {
                 for right in values.of(*b) {
-                    self.by_hash(both(*left, *right), view, hits)?;
+                    self.by_hash(both(*left, *right), view, wanted, hits)?;
                 }
             }
         }
@@ -254,14 +277,12 @@ impl SideIndex {
         alternative.rest.iter().fold(truth, |truth, rest| truth & view.expr(rest, false))
     }
 
-    fn try_all(&self, numbers: &[u32], view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
+    fn try_all(&self, numbers: &[u32], view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
         for number in numbers {
-            let truth = self.alternative(*number, view);
-            if truth != Truth::FALSE
-                && let Some(alternative) = self.alternatives.get(to_usize(*number))
+            if let Some(Alternative { principal, services, .. }) = self.alternatives.get(to_usize(*number))
+                && services & wanted != 0
             {
-                let principal = alternative.principal;
-                hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)?;
+                keep(*principal, self.alternative(*number, view), hits)?;
             }
         }
         Ok(())
@@ -269,18 +290,17 @@ impl SideIndex {
 
     /// Most values lead nowhere, so that is told before anything is called.
     #[inline(always)]
-    fn by_hash(&self, hash: u64, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        if self.places.may_have(hash) { self.at(hash, view, hits) } else { Ok(()) }
+    fn by_hash(&self, hash: u64, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+        if self.places.may_have(hash, wanted) { self.at(hash, view, wanted, hits) } else { Ok(()) }
     }
 
     #[inline(never)]
-    fn at(&self, hash: u64, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
-        let mut next = self.places.get(hash, |place| place.hash == hash);
+    fn at(&self, hash: u64, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+        let mut next = self.places.get(hash, |place| place.hash == hash && !place.is_none());
         while let Some(place) = next {
-            let truth = code::run(&place.code, view, |number| self.alternative(number, view));
-            if truth != Truth::FALSE {
-                let principal = place.principal;
-                hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)?;
+            if place.services & wanted != 0 {
+                let truth = code::run(&place.code, view, |number| self.alternative(number, view));
+                keep(place.principal, truth, hits)?;
             }
             next = place.next.checked_sub(1).and_then(|n| self.more.get(to_usize(n)));
         }
@@ -289,7 +309,7 @@ impl SideIndex {
 
     /// What a fact would lead to that could not be established: it may hold, in a `deny`.
     #[inline]
-    fn try_unknown(&self, view: &View<'_>, hits: &mut Hits) -> Result<(), TooMany> {
+    fn try_unknown(&self, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
         let mut unknown: u32 = 0;
         if view.address == Address::Unknown {
             unknown |= 1 << ADDRESS;
@@ -307,10 +327,19 @@ impl SideIndex {
         if unknown != 0 {
             for (n, list) in self.unknown.iter().enumerate() {
                 if unknown >> n & 1 == 1 {
-                    self.try_all(list, view, hits)?;
+                    self.try_all(list, view, wanted, hits)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// A principal that may hold.
+#[inline]
+fn keep(principal: u32, truth: Truth, hits: &mut Hits) -> Result<(), TooMany> {
+    if truth == Truth::FALSE {
+        return Ok(());
+    }
+    hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)
 }
