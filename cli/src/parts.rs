@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::{COULD_NOT, Mode, output::Out, sys};
 
@@ -95,9 +95,12 @@ pub fn keyd(args: &KeydArgs, out: &mut Out) -> u8 {
     }
 }
 
-/// Begins with the given descriptors, and no blocked signal: the supervisor's mask is not ours.
+/// Begins with the given descriptors, and deaf to signals, so that no program that is held ends what holds it; the
+/// guard keeps the rest away. The alarm is the broker's watchdog.
 fn inherit(fds: &[i32]) -> io::Result<()> {
-    SigSet::empty().thread_set_mask()?;
+    let mut deaf = SigSet::all();
+    deaf.remove(Signal::SIGALRM);
+    deaf.thread_set_mask()?;
     sys::close_others(fds);
     fds.iter().copied().try_for_each(sys::close_on_exec)
 }

@@ -179,7 +179,8 @@ fn supervise(args: Args) -> Result<(), RunError> {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         mask.add(signal);
     }
-    mask.thread_block().map_err(failed("block signals"))?;
+    // The others too: no program that is held ends what holds it.
+    SigSet::all().thread_block().map_err(failed("block signals"))?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
         .map_err(failed("receive signals"))?;
     let parts = Parts::new(&args, &place, fresh)?;

@@ -45,10 +45,25 @@ pub enum Asked {
     Memory { pid: i32 },
     /// pidfd_getfd(2).
     TakeDescriptor { pidfd: i32, number: i32 },
+    /// A signal that ends or stops.
+    Signal(To),
     /// landlock_create_ruleset(2).
     Landlock { attributes: Span, flags: u64 },
     /// A call that the filter's table does not have.
     Unknown,
+}
+
+/// Whom a signal is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum To {
+    /// A process, by it or one of its threads.
+    Process(i32),
+    /// A process group; none is the sender's own.
+    Group(Option<i32>),
+    /// All that the sender may send to.
+    All,
+    /// Whom a descriptor stands for.
+    Pidfd(i32),
 }
 
 /// Reads a notification.
@@ -82,6 +97,15 @@ pub fn asked(call: &Notification) -> Asked {
         libc::SYS_ptrace => Asked::Trace { request: a.cast_signed(), pid: int(b) },
         libc::SYS_process_vm_readv | libc::SYS_process_vm_writev => Asked::Memory { pid: int(a) },
         libc::SYS_pidfd_getfd => Asked::TakeDescriptor { pidfd: int(a), number: int(b) },
+        libc::SYS_kill => Asked::Signal(match int(a) {
+            -1 => To::All,
+            0 => To::Group(None),
+            group @ ..0 => To::Group(Some(group.wrapping_neg())),
+            pid => To::Process(pid),
+        }),
+        libc::SYS_tkill | libc::SYS_rt_sigqueueinfo => Asked::Signal(To::Process(int(a))),
+        libc::SYS_tgkill | libc::SYS_rt_tgsigqueueinfo => Asked::Signal(To::Process(int(b))),
+        libc::SYS_pidfd_send_signal => Asked::Signal(To::Pidfd(int(a))),
         libc::SYS_landlock_create_ruleset => {
             Asked::Landlock { attributes: Span { at: a, length: b }, flags: c }
         }
@@ -276,6 +300,24 @@ mod tests {
         let many = notification(libc::SYS_sendmmsg, [1, 8, u64::MAX, 0, 0, 0]);
         assert_eq!(asked(&many), Asked::SendMessages { fd: 1, flags: 0, at: 8, count: MESSAGES });
         assert_eq!(asked(&notification(0, [0; 6])), Asked::Unknown);
+    }
+
+    #[test]
+    fn whom_a_signal_is_for() {
+        let sent = |nr, a: i64, b: i64| match asked(&notification(
+            nr,
+            [a.cast_unsigned(), b.cast_unsigned(), 0, 0, 0, 0],
+        )) {
+            Asked::Signal(to) => to,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(sent(libc::SYS_kill, 7, 9), To::Process(7));
+        assert_eq!(sent(libc::SYS_kill, 0, 9), To::Group(None));
+        assert_eq!(sent(libc::SYS_kill, -1, 9), To::All);
+        assert_eq!(sent(libc::SYS_kill, 0xffff_ffff, 9), To::All, "as the kernel reads an int");
+        assert_eq!(sent(libc::SYS_kill, -7, 9), To::Group(Some(7)));
+        assert_eq!(sent(libc::SYS_tgkill, 7, 8), To::Process(8));
+        assert_eq!(sent(libc::SYS_pidfd_send_signal, 3, 9), To::Pidfd(3));
     }
 
     #[test]

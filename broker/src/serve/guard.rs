@@ -15,6 +15,7 @@ mod judging;
 mod known;
 mod proxy;
 mod reach;
+mod signals;
 mod waiting;
 
 pub(super) use self::known::Learned;
@@ -246,6 +247,7 @@ impl Broker {
             Asked::TakeDescriptor { pidfd, number } => {
                 return self.take_for(tree, call, pid, pidfd, number);
             }
+            Asked::Signal(to) => return self.judge_signal(tree, call, Writer { pid, uid, gid }, to),
             Asked::Landlock { attributes, flags } => return reach::landlock(tid, attributes, flags),
             Asked::Unknown => return REFUSED,
             _ => {}
@@ -307,6 +309,12 @@ fn unserved(call: i64) -> Answer {
     Answer::Fail(match call {
         libc::SYS_connect => libc::ECONNREFUSED,
         libc::SYS_accept | libc::SYS_accept4 => libc::ECONNABORTED,
+        libc::SYS_kill
+        | libc::SYS_tkill
+        | libc::SYS_tgkill
+        | libc::SYS_rt_sigqueueinfo
+        | libc::SYS_rt_tgsigqueueinfo
+        | libc::SYS_pidfd_send_signal => libc::EPERM,
         _ => libc::EACCES,
     })
 }

@@ -293,6 +293,9 @@ impl Parts {
         log(why);
         self.handover.end();
         let lasting = self.keyd.take_if(|_| keyd_lives);
+        if lasting.is_none() {
+            self.leads = None;
+        }
         for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
             part.end(FAREWELL);
         }
@@ -310,6 +313,7 @@ impl Parts {
     /// Ends both: the broker first, which writes what is still in the rings.
     pub fn end(&mut self) {
         self.next = None;
+        self.leads = None;
         for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
             part.end(FAREWELL);
         }
@@ -335,6 +339,7 @@ impl Part {
         }
     }
 
+    /// Tells it to end. The key daemon hears no signal: it ends when there is no broker any more, nor a lead to one.
     fn end(mut self, patience: Duration) {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + patience;

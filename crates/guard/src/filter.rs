@@ -19,6 +19,8 @@ pub enum Rule {
     Domain,
     /// Always ask.
     Ask,
+    /// Ask if this argument is one of [`ENDING`].
+    AskIfEnding(u32),
     /// Ask, but only where nobody is trusted: calls are then made by proxy, and a program's own Landlock
     /// rules for the network would not hold whoever makes them.
     AskIfNobody,
@@ -47,8 +49,17 @@ pub const TABLE: &[(c_long, Rule)] = &[
     (libc::SYS_process_vm_readv, Rule::Ask),
     (libc::SYS_process_vm_writev, Rule::Ask),
     (libc::SYS_pidfd_getfd, Rule::Ask),
+    (libc::SYS_kill, Rule::AskIfEnding(1)),
+    (libc::SYS_tkill, Rule::AskIfEnding(1)),
+    (libc::SYS_tgkill, Rule::AskIfEnding(2)),
+    (libc::SYS_rt_sigqueueinfo, Rule::AskIfEnding(1)),
+    (libc::SYS_rt_tgsigqueueinfo, Rule::AskIfEnding(2)),
+    (libc::SYS_pidfd_send_signal, Rule::AskIfEnding(1)),
     (libc::SYS_landlock_create_ruleset, Rule::AskIfNobody),
 ];
+
+/// Signals that end or stop the supervisor, the broker and the key daemon, which block those that they can.
+pub const ENDING: [i32; 4] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGTERM, libc::SIGINT];
 
 const ENOSYS: u16 = 38;
 const EPERM: u16 = 1;
@@ -63,6 +74,23 @@ const REFUSED_I386: &[u32] = &[
     425, 426, 427, // io_uring_*
     26, 347, 348, 438, // ptrace process_vm_* pidfd_getfd
 ];
+
+/// Calls of the 32-bit table that send signals (the same file), as the 64-bit ones with the same arguments.
+const SIGNALS_I386: &[(u32, c_long)] = &[
+    (37, libc::SYS_kill),
+    (238, libc::SYS_tkill),
+    (270, libc::SYS_tgkill),
+    (178, libc::SYS_rt_sigqueueinfo),
+    (335, libc::SYS_rt_tgsigqueueinfo),
+    (424, libc::SYS_pidfd_send_signal),
+];
+
+/// The 64-bit number of a call that the filter asks about.
+#[must_use]
+pub fn number(arch: u32, nr: i32) -> i32 {
+    let alike = SIGNALS_I386.iter().find(|(theirs, _)| arch == AUDIT_ARCH_I386 && theirs.cast_signed() == nr);
+    alike.and_then(|(_, ours)| i32::try_from(*ours).ok()).unwrap_or(nr)
+}
 
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_I386: u32 = 0x4000_0003;
@@ -186,6 +214,11 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
             out.push(always(To::Ask));
         }
         Rule::Ask => out.push(always(To::Ask)),
+        Rule::AskIfEnding(argument) => {
+            out.push(load(arg_low(argument)));
+            out.extend(ENDING.map(|signal| equal(signal.cast_unsigned(), To::Ask, To::Next)));
+            out.push(always(To::Allow));
+        }
         Rule::AskIfNobody if trust == Trust::Nobody => out.push(always(To::Ask)),
         Rule::AskIfNobody => out.push(always(To::Allow)),
         Rule::Fail(errno) => out.push(always(To::Errno(errno))),
@@ -202,8 +235,12 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
 pub fn assemble(trust: Trust) -> Vec<sock_filter> {
     let mut i386 = vec![equal(AUDIT_ARCH_I386, To::Next, To::Errno(EPERM)), load(NR)];
     i386.extend(REFUSED_I386.iter().map(|&nr| equal(nr, To::Errno(EPERM), To::Next)));
-    i386.push(always(To::Allow));
-    let i386 = lower(i386);
+    let mut i386 = lower(i386);
+    for &(nr, same) in SIGNALS_I386 {
+        let rules = TABLE.iter().filter(|(of, _)| *of == same);
+        i386.extend(rules.flat_map(|(_, rule)| case(nr, *rule, trust)));
+    }
+    i386.push(give(RET_ALLOW));
     let mut program = vec![
         sock_filter { code: LOAD, jt: 0, jf: 0, k: ARCH },
         sock_filter { code: JUMP_EQUAL, jt: 0, jf: 1, k: AUDIT_ARCH_X86_64 },
@@ -212,15 +249,19 @@ pub fn assemble(trust: Trust) -> Vec<sock_filter> {
     program.extend(i386);
     program.extend(lower(vec![load(NR), any_bit(X32_BIT, To::Errno(ENOSYS), To::Next)]));
     for &(nr, rule) in TABLE {
-        let body = lower(body(rule, trust));
         #[expect(clippy::cast_possible_truncation, reason = "system call numbers are small")]
-        let nr = nr as u32;
-        program.push(sock_filter { code: JUMP_EQUAL, jt: 1, jf: 0, k: nr });
-        program.push(jump_always(body.len()));
-        program.extend(body);
+        program.extend(case(nr as u32, rule, trust));
     }
     program.push(give(RET_ALLOW));
     program
+}
+
+/// What is done with one call, and is skipped for others.
+fn case(nr: u32, rule: Rule, trust: Trust) -> Vec<sock_filter> {
+    let body = lower(body(rule, trust));
+    let mut all = vec![sock_filter { code: JUMP_EQUAL, jt: 1, jf: 0, k: nr }, jump_always(body.len())];
+    all.extend(body);
+    all
 }
 
 const RET_ALLOW: u32 = 0x7fff_0000;
@@ -373,6 +414,32 @@ mod tests {
         assert_eq!(socket(libc::AF_NETLINK, libc::SOCK_RAW), RET_ALLOW);
         assert_eq!(socket(libc::AF_PACKET, libc::SOCK_RAW), RET_NOTIFY);
         assert_eq!(socket(libc::AF_VSOCK, libc::SOCK_STREAM), RET_NOTIFY);
+    }
+
+    #[test]
+    fn only_signals_that_end_a_process_are_asked_about() {
+        let of_signal = |signal: i32, place: usize| {
+            let mut args = [7; 6];
+            args[place] = 0xdead_0000_0000_0000 | u64::from(signal.cast_unsigned());
+            args
+        };
+        for (nr, rule) in TABLE {
+            let Rule::AskIfEnding(place) = rule else { continue };
+            for trust in [Trust::Page(PAGE), Trust::Nobody] {
+                let sent = |signal| of(trust, *nr, PAGE, of_signal(signal, *place as usize));
+                assert!(ENDING.iter().all(|signal| sent(*signal) == RET_NOTIFY), "{nr}");
+                assert_eq!([0, libc::SIGHUP, libc::SIGURG, libc::SIGABRT].map(sent), [RET_ALLOW; 4], "{nr}");
+            }
+        }
+        for (nr, same) in SIGNALS_I386 {
+            assert_eq!(i64::from(number(AUDIT_ARCH_I386, nr.cast_signed())), *same);
+            assert_eq!(number(AUDIT_ARCH_X86_64, nr.cast_signed()), nr.cast_signed());
+        }
+        let old = |signal| {
+            let args = of_signal(signal, 1);
+            run(&assemble(Trust::Page(PAGE)), &call(AUDIT_ARCH_I386, 37, 0, args))
+        };
+        assert_eq!((old(libc::SIGKILL), old(libc::SIGHUP)), (RET_NOTIFY, RET_ALLOW));
     }
 
     #[test]

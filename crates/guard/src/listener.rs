@@ -8,6 +8,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
+use crate::filter;
 use libc::{c_int, seccomp_notif, seccomp_notif_addfd, seccomp_notif_resp, sock_filter, sock_fprog};
 
 /// Whether a program may still gain privileges by exec (setuid, file capabilities).
@@ -61,7 +62,7 @@ pub struct Notification {
     pub id: u64,
     /// Thread id of the task in our pid namespace; 0 if it is not visible there.
     pub pid: u32,
-    /// System call number, x86_64.
+    /// System call number, x86_64 ([`filter::number`]).
     pub nr: i32,
     /// Where the call was made.
     pub instruction_pointer: u64,
@@ -82,7 +83,7 @@ pub fn receive(listener: BorrowedFd<'_>) -> io::Result<Notification> {
     Ok(Notification {
         id: got.id,
         pid: got.pid,
-        nr: got.data.nr,
+        nr: filter::number(got.data.arch, got.data.nr),
         instruction_pointer: got.data.instruction_pointer,
         args: got.data.args,
     })
