@@ -44,6 +44,8 @@ pub enum Say {
         guarded: bool,
         /// The listener's number in the sender, who cannot attach anything any more: its calls are held.
         listener: Option<i32>,
+        /// Whether the program begins with connections of somebody else's making.
+        connected: bool,
     },
 }
 
@@ -78,7 +80,7 @@ pub enum Answer {
     Failed(String),
     /// To `Enclose`: what there is to hold it beside the shim.
     Enclosed(Hold),
-    /// To `Tree`: it is being watched.
+    /// To `Tree`: it is being watched, and stopped at its beginning if it has connections.
     Watched,
 }
 

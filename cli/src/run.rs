@@ -169,7 +169,11 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
         Guard::Listener(listener) if hold != Hold::Nothing => Some(listener.as_raw_fd()),
         _ => None,
     };
-    let tree = Say::Tree { guarded: matches!(guard, Guard::Listener(_)), listener: by_number };
+    let tree = Say::Tree {
+        guarded: matches!(guard, Guard::Listener(_)),
+        listener: by_number,
+        connected: is_connected(),
+    };
     let mut fds = Vec::new();
     if let Guard::Listener(listener) = &guard {
         fds.push(listener.as_raw_fd());
@@ -184,6 +188,16 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
         _ => return Err(RunError::NoBroker("it ended before the program began".into())),
     }
     Ok(environment(&welcome, door, args.name.as_deref()))
+}
+
+/// Whether the program will have connections that are there already.
+fn is_connected() -> bool {
+    let Ok(all) = fs::read_dir("/proc/self/fd") else { return true };
+    let numbers = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    numbers.into_iter().any(|fd| {
+        let peer = nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(fd);
+        peer.is_ok_and(|at| at.as_sockaddr_in().is_some() || at.as_sockaddr_in6().is_some())
+    })
 }
 
 /// Asks the supervisor to put this process under the backstop, and what there is to hold it.

@@ -6,6 +6,7 @@
 
 mod backing;
 mod handover;
+mod outset;
 mod parts;
 mod shim;
 mod sweep;
@@ -28,11 +29,14 @@ use nix::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
-    unistd::geteuid,
+    unistd::{Pid, geteuid},
 };
 
-use self::parts::{Health, Parts};
 pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
+use self::{
+    outset::Outset,
+    parts::{Health, Parts},
+};
 use crate::{
     COULD_NOT, Mode,
     link::{self, Answer, Hold, Link, Say},
@@ -125,6 +129,7 @@ struct Supervisor {
     parts: Parts,
     visitors: Vec<Visitor>,
     trees: Vec<Tree>,
+    outset: Outset,
     /// Whether anybody was ever served; a supervisor that nobody has reached yet does not end.
     used: bool,
     born: Instant,
@@ -193,6 +198,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
         parts,
         visitors: Vec::new(),
         trees: Vec::new(),
+        outset: Outset::default(),
         used: false,
         born: Instant::now(),
         told_to_end: false,
@@ -219,6 +225,7 @@ impl Supervisor {
     fn serve(&mut self) -> Result<(), RunError> {
         loop {
             self.parts.tend();
+            self.tend_outset();
             self.answer_visitors();
             if self.is_done() {
                 return Ok(());
@@ -242,7 +249,7 @@ impl Supervisor {
     fn wait(&mut self) -> io::Result<()> {
         let waits_for_first = !self.used && !self.is_service() && self.visitors.is_empty();
         let unused = waits_for_first.then(|| UNUSED.saturating_sub(self.born.elapsed()));
-        let soonest = [self.parts.wake_in(), unused].into_iter().flatten().min();
+        let soonest = [self.parts.wake_in(), unused, self.outset.wake_in()].into_iter().flatten().min();
         // Rounded up, so that it is due by then.
         let timeout = soonest.map(|wait| PollTimeout::try_from(wait + Duration::from_millis(1)));
         let timeout = timeout.map_or(PollTimeout::NONE, |wait| wait.unwrap_or(PollTimeout::MAX));
@@ -333,7 +340,11 @@ impl Supervisor {
                         self.visitors.push(visitor);
                     }
                 }
-                Ok(Some((Say::Tree { guarded, listener }, fds))) if visitor.welcomed => {
+                Ok(Some((Say::Tree { guarded, listener, connected }, fds))) if visitor.welcomed => {
+                    // Otherwise closing is the answer: nobody could judge its connections.
+                    if connected && self.expect(&visitor).is_err() {
+                        continue;
+                    }
                     let taken = listener.and_then(|n| self.take_listener(&visitor, n));
                     if let Some(watched) = taken.or_else(|| fds.into_iter().next())
                         && visitor.link.send(&Answer::Watched, &[]).is_ok()
@@ -351,14 +362,34 @@ impl Supervisor {
 
     /// Puts a process under the backstop, if there is one.
     fn enclose(&mut self, pidfd: &OwnedFd) -> io::Result<Hold> {
-        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-        let pid = info.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse().ok());
-        if self.parts.backing.enclose(pid.ok_or(io::ErrorKind::NotFound)?).map_err(io::Error::other)? {
+        let pid = behind(pidfd)?.as_raw().cast_unsigned();
+        if self.parts.backing.enclose(pid).map_err(io::Error::other)? {
             return Ok(Hold::Backstop);
         }
         // Whoever makes calls for it must be able to take its descriptors; whether it has this one is no matter.
         let barred = sys::pidfd_getfd(pidfd, 0).is_err_and(|e| e.raw_os_error() == Some(libc::EPERM));
         Ok(if barred { Hold::Nothing } else { Hold::Proxy })
+    }
+
+    /// Has a process stopped when it has become its program, so that its connections are judged. Where nobody may act
+    /// for it, the shim alone judges them.
+    fn expect(&mut self, visitor: &Visitor) -> io::Result<()> {
+        match &visitor.enclosed {
+            Some((_, Hold::Nothing)) => Ok(()),
+            Some((process, _)) => Ok(self.outset.expect(behind(process)?, process.try_clone()?)?),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn tend_outset(&mut self) {
+        for tag in self.parts.handover.take_judged() {
+            if let Ok(pid) = i32::try_from(tag) {
+                self.outset.release(Pid::from_raw(pid));
+            }
+        }
+        for _ in 0..self.outset.tend() {
+            parts::log("a program was ended: nobody judged in time the connections that it begins with");
+        }
     }
 
     /// Takes the guard's listener out of a process that sends nothing any more, and lets the broker serve it.
@@ -411,6 +442,10 @@ impl Supervisor {
                 _ => self.parts.bury(),
             }
         }
+        for (pid, process) in self.outset.look() {
+            let tag = u64::from(pid.as_raw().cast_unsigned());
+            let _it_is_ended_in_time = self.parts.handover.add_begun(tag, process);
+        }
     }
 
     /// Ends what was started and removes what was made. New runs fail to connect from here on, and find the
@@ -432,6 +467,13 @@ impl Supervisor {
         sweep::sweep(place);
         let _not_empty = fs::remove_dir(&place.runtime);
     }
+}
+
+/// The process that a pidfd is of.
+fn behind(pidfd: &OwnedFd) -> io::Result<Pid> {
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = info.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse().ok());
+    pid.filter(|pid| *pid > 0).map(Pid::from_raw).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 /// Why what a run expects is not what is in force.

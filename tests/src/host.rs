@@ -73,6 +73,12 @@ impl Host {
         host
     }
 
+    /// Whether an ordinary user runs programs here.
+    #[must_use]
+    pub fn is_ordinary(&self) -> bool {
+        self.user.is_some_and(|uid| uid != 0)
+    }
+
     /// Its addresses on the link.
     #[must_use]
     pub fn addresses(&self) -> [std::net::IpAddr; 2] {

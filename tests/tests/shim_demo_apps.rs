@@ -150,7 +150,8 @@ fn a_refused_connect_fails_at_once_in_every_style_and_its_permitted_twin_goes_on
         let refused = Finished::of(&mut host.run(&client(name, &format!("127.0.0.1:{shut}"), rest)));
         assert!(!refused.stdout.contains("pong"), "{name} {rest:?} {refused:?}");
         assert!(refused.stdout.contains("EACCES"), "{name} {rest:?} {refused:?}");
-        assert!(began.elapsed().as_secs() < 3, "{name} {rest:?} took {:?}", began.elapsed());
+        // A question that nobody answers takes five seconds.
+        assert!(began.elapsed().as_secs() < 5, "{name} {rest:?} took {:?}", began.elapsed());
     }
     let records = host.records();
     let refused = records.iter().filter(|r| r["op"] == "connect" && r["verdict"] == "refuse").count();

@@ -42,6 +42,10 @@ pub(crate) const TESTS: &[&str] = &[
     "openssh-server",
     "openssh-client",
     "dovecot-imapd",
+    // static programs: a shell, one of Go, and a compiler
+    "busybox-static",
+    "certinfo",
+    "musl-tools",
     "exim4-daemon-light",
     // libraries of the daemons below
     "libacl1",

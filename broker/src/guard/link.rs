@@ -9,6 +9,8 @@
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
 //! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
 //! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
+//! | `S` | a tag | pidfd of a program that begins with connections, and is stopped until they are judged | supervisor |
+//! | `J` | a tag | none: they are judged | broker |
 //! | `K` | | the book of held calls (`portcullis_guard::book`), after all trees | supervisor |
 //! | `D` | | the broker's ends of doors | supervisor |
 //! | `F` | tags, eight bytes each | what exchanges the lists of these listeners' filters | both |
@@ -50,6 +52,10 @@ pub enum Handed {
     },
     /// The book of held calls.
     Book(Vec<OwnedFd>),
+    /// A program that begins with connections, and is stopped.
+    Begun(u64, OwnedFd),
+    /// Its connections are judged.
+    Judged(u64),
     /// Ends of doors: connected for as long as the supervisor lives, whatever becomes of a broker.
     Doors(Vec<OwnedFd>),
     /// By a listener's tag: what exchanges the list of its locked filter.
@@ -153,6 +159,8 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Filters(all) => {
             (b'F', all.iter().map(|f| f.0).collect(), all.iter().map(|f| f.1.as_raw_fd()).collect())
         }
+        Handed::Begun(tag, process) => (b'S', vec![*tag], vec![process.as_raw_fd()]),
+        Handed::Judged(tag) => (b'J', vec![*tag], Vec::new()),
         Handed::Forget(tag) => (b'X', vec![*tag], Vec::new()),
         Handed::Watch(fds) => (b'W', Vec::new(), raw(fds)),
     };
@@ -183,6 +191,11 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
         b'D' => Handed::Doors(fds),
         b'W' => Handed::Watch(fds),
         b'F' if tags.len() == fds.len() && rest.is_empty() => Handed::Filters(tags.zip(fds).collect()),
+        b'S' => Handed::Begun(
+            tags.next().ok_or(io::ErrorKind::InvalidData)?,
+            fds.pop().ok_or(io::ErrorKind::InvalidData)?,
+        ),
+        b'J' => Handed::Judged(tags.next().ok_or(io::ErrorKind::InvalidData)?),
         b'X' if fds.is_empty() => Handed::Forget(tags.next().ok_or(io::ErrorKind::InvalidData)?),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     })

@@ -29,7 +29,8 @@ impl Broker {
                 Ok(Some(Handed::Doors(doors))) => doors.into_iter().for_each(|it| self.add_door(it)),
                 Ok(Some(Handed::Filters(some))) => self.inherited.extend(some),
                 Ok(Some(Handed::Watch(kept))) => self.keepsake = Keepsake::from(kept),
-                Ok(Some(Handed::Forget(_))) => {}
+                Ok(Some(Handed::Begun(tag, process))) => self.judge_outset(tag, &process),
+                Ok(Some(Handed::Forget(_) | Handed::Judged(_))) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(None) | Err(_) => {

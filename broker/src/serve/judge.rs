@@ -102,6 +102,9 @@ impl Broker {
         let mut call = self.call_from(key, op, request, attached);
         self.see_through(&mut call);
         let inherited = Flags(request.flags).has(Flags::INHERITED);
+        if inherited && self.was_judged_at_its_outset(key, &call) {
+            return;
+        }
         if op == Op::Accept && inherited && self.was_opened_here(&call) {
             call.op = Op::Connect;
         }
@@ -117,18 +120,33 @@ impl Broker {
         }
     }
 
+    /// Whether a connection that this image found was judged when it began.
+    fn was_judged_at_its_outset(&self, key: ProcessKey, call: &Call) -> bool {
+        let flow = call.flow_cookie().and_then(|cookie| self.flows.get(cookie));
+        let now = self.processes.get(&key).map(|p| &p.context);
+        flow.zip(now).is_some_and(|(flow, now)| {
+            flow.context.key == key
+                && flow.context.file == now.file
+                && flow.generation == self.generation_in_force()
+        })
+    }
+
     /// Whether this host opened a connection that a program was started with, and did not accept it: as is on
-    /// record, or as nobody listens where it is and its port is one that the kernel chose.
-    fn was_opened_here(&mut self, call: &Call) -> bool {
+    /// record, or as nobody listens where it is and somebody does where it leads, or its port is one that the kernel chose.
+    pub(super) fn was_opened_here(&mut self, call: &Call) -> bool {
         if let Some(flow) = call.flow_cookie().and_then(|cookie| self.flows.get(cookie)) {
             return flow.op == Op::Connect;
         }
         let (Some(local), Some(remote)) = (call.local, call.remote) else { return false };
         let here = call.facts().is_some_and(|f| f.namespace == self.namespace);
-        let nobody = SocketAddr::new(remote.ip(), 0);
-        let listens = self.diag.find(call.protocol, local, nobody).is_some_and(|f| f.state == state::LISTEN);
+        let mut listens = |at: SocketAddr, far: SocketAddr| {
+            let nobody = SocketAddr::new(far.ip(), 0);
+            self.diag.find(call.protocol, at, nobody).is_some_and(|f| f.state == state::LISTEN)
+        };
         let chosen = chosen_ports();
-        here && !listens && chosen.contains(&local.port()) && !chosen.contains(&remote.port())
+        here && !listens(local, remote)
+            && (listens(remote, local)
+                || (chosen.contains(&local.port()) && !chosen.contains(&remote.port())))
     }
 
     fn call_from(&self, key: ProcessKey, op: Op, request: &Request, attached: Option<OwnedFd>) -> Call {

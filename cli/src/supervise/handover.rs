@@ -30,6 +30,9 @@ pub struct Handover {
     /// By a listener's tag.
     filters: HashMap<u64, OwnedFd>,
     watch: Vec<OwnedFd>,
+    /// Programs that are stopped until a broker has judged their connections, by process id.
+    begun: HashMap<u64, OwnedFd>,
+    judged: Vec<u64>,
 }
 
 /// A broker's backstop, or why there is none.
@@ -82,6 +85,9 @@ impl Handover {
             let some = some.iter().map(|(tag, fd)| Ok((*tag, fd.try_clone()?))).collect::<io::Result<_>>()?;
             ours.send(Handed::Filters(some));
         }
+        for (tag, process) in &self.begun {
+            ours.send(Handed::Begun(*tag, process.try_clone()?));
+        }
         self.link = Some(ours);
         Ok(theirs)
     }
@@ -116,6 +122,22 @@ impl Handover {
         Ok(theirs)
     }
 
+    /// Has the broker judge what a program holds that has just begun.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn add_begun(&mut self, tag: u64, process: OwnedFd) -> io::Result<()> {
+        let copy = process.try_clone()?;
+        self.begun.insert(tag, process);
+        self.tell(Handed::Begun(tag, copy));
+        Ok(())
+    }
+
+    /// Those that may go on.
+    pub fn take_judged(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.judged)
+    }
+
     fn tell(&mut self, handed: Handed) {
         if let Some(link) = &mut self.link {
             link.send(handed);
@@ -139,6 +161,10 @@ impl Handover {
                 Ok(Some(Handed::Filters(some))) => self.filters.extend(some),
                 Ok(Some(Handed::Forget(tag))) => drop(self.filters.remove(&tag)),
                 Ok(Some(Handed::Watch(fds))) => self.watch = fds,
+                Ok(Some(Handed::Judged(tag))) => {
+                    self.begun.remove(&tag);
+                    self.judged.push(tag);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // It has ended.
                 Ok(_) | Err(_) => self.link = None,

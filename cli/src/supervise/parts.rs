@@ -417,7 +417,7 @@ fn spawn(mut command: Command, life: Option<OwnedFd>) -> io::Result<Part> {
 }
 
 /// Writes a line to the state folder's log, which is our standard error.
-fn log(text: &str) {
+pub(super) fn log(text: &str) {
     use std::io::Write;
     let now = jiff::Timestamp::now();
     let _full = writeln!(io::stderr(), "{now:.3} supervisor: {text}");

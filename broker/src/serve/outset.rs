@@ -1,0 +1,111 @@
+//! Connections that a program is started with: judged before its first instruction, while the supervisor holds it.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+use portcullis_types::{Op, Protocol};
+use portcullis_wire::{OpCode, Reply, Request};
+
+use super::{Broker, judge::Call};
+use crate::{
+    guard::{link::Handed, target},
+    process::ProcessKey,
+    sys::{message::Writer, pidfd_getfd, proc::ProcDir, proxy, socket::Facts},
+};
+
+/// `struct sockaddr` of no family: connect(2) to it dissolves a connection.
+const NOWHERE: [u8; 16] = [0; 16];
+
+impl Broker {
+    /// Judges what a program holds that has just begun, and tells the supervisor to let it go on.
+    pub(super) fn judge_outset(&mut self, tag: u64, process: &OwnedFd) {
+        if let Some(pid) = target::behind_pidfd(std::process::id().cast_signed(), process.as_raw_fd()) {
+            self.judge_held_by(pid, process);
+        }
+        if let Some(to) = &mut self.handed {
+            to.send(Handed::Judged(tag));
+        }
+    }
+
+    fn judge_held_by(&mut self, pid: i32, process: &OwnedFd) {
+        let Some((pid, uid, gid)) = target::process_of(pid) else { return };
+        let held = ProcDir::open(pid).and_then(|at| at.sockets()).unwrap_or_default();
+        let sockets = held.into_iter().filter_map(|(number, _)| {
+            let socket = pidfd_getfd(process.as_fd(), number).ok()?;
+            let facts = Facts::of(socket.as_fd()).ok()?;
+            let flows = [Protocol::TCP, Protocol::UDP].contains(&facts.protocol);
+            (flows && facts.remote.is_some()).then_some((number, socket, facts))
+        });
+        let sockets: Vec<_> = sockets.collect();
+        if sockets.is_empty() {
+            return;
+        }
+        self.begin_asking(pid);
+        let key =
+            process.try_clone().ok().and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)));
+        for (number, socket, facts) in sockets {
+            let Ok(copy) = socket.try_clone() else { continue };
+            if !key.is_some_and(|key| self.may_have(key, number, socket, facts)) {
+                dissolve(&copy);
+            }
+        }
+    }
+
+    fn may_have(&mut self, key: ProcessKey, number: i32, socket: OwnedFd, facts: Facts) -> bool {
+        let mut call = Call {
+            op: if facts.protocol == Protocol::TCP { Op::Accept } else { Op::Connect },
+            protocol: facts.protocol,
+            local: facts.local,
+            remote: facts.remote,
+            socket: Some((socket, facts)),
+            number,
+            via: "guard",
+            association: None,
+        };
+        self.see_through(&mut call);
+        if call.op == Op::Accept && self.was_opened_here(&call) {
+            call.op = Op::Connect;
+        }
+        let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
+        self.judge(key, &call, &mut reply);
+        reply.errno == 0
+    }
+}
+
+/// Ends a connection, also what waits in its queue; whoever reads there finds the end of the file.
+fn dissolve(socket: &OwnedFd) {
+    let _of_a_kind_that_cannot = proxy::connect(socket.as_fd(), &NOWHERE);
+    // That it was reset is for the far side.
+    let _error = getsockopt(socket, sockopt::SocketError);
+    let _not_connected_any_more = shutdown(socket.as_raw_fd(), Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream, UdpSocket},
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_dissolved_connection_gives_nothing_and_takes_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut near, _) = listener.accept().unwrap();
+        (&far).write_all(b"queued").unwrap();
+        dissolve(&near.try_clone().unwrap().into());
+        assert_eq!(near.read(&mut [0; 9]).unwrap(), 0);
+        assert!(near.write(b"x").is_err());
+        assert!((&far).read(&mut [0; 9]).is_err(), "it was reset");
+    }
+
+    #[test]
+    fn a_dissolved_datagram_socket_has_no_peer() {
+        let [near, far] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        near.connect(far.local_addr().unwrap()).unwrap();
+        dissolve(&near.try_clone().unwrap().into());
+        assert!(near.send(b"x").is_err());
+    }
+}

@@ -1,0 +1,239 @@
+//! Programs of other toolchains, which have no shim in them, and programs that drop it: served where the policy
+//! permits, refused where it does not, under every kind of hold.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{PermissionsExt, chown},
+    },
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use portcullis_tests::{ALLOW_ALL, Finished, Host};
+use serde_json::Value;
+
+const NOBODY: u32 = 65534;
+
+/// Connects to a port of 127.0.0.1, or writes to the descriptor that a second word names.
+const C: &str = r#"
+#include <arpa/inet.h>
+#include <stdlib.h>
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(int n, char **words) {
+	struct sockaddr_in to = { AF_INET, htons(atoi(words[1])), { inet_addr("127.0.0.1") } };
+	int fd = n > 2 ? atoi(words[2]) : socket(AF_INET, SOCK_STREAM, 0);
+	printf("%s\n", geteuid() ? "ordinary" : "root");
+	printf("%s\n", socket(AF_INET, SOCK_RAW, 1) < 0 ? "no raw socket" : "raw socket");
+	if (n == 2 && connect(fd, (void *)&to, sizeof to)) return perror("connect"), 1;
+	return write(fd, "x", 1) != 1;
+}
+"#;
+
+const RUST: &str = r#"fn main() { std::net::TcpStream::connect(("127.0.0.1", std::env::args().nth(1).unwrap().parse().unwrap())).unwrap(); }"#;
+
+fn c(host: &Host, compiler: &str, options: &[&str], name: &str) -> String {
+    let (source, program) = (host.write("dial.c", C), host.path(name));
+    let mut command = Command::new(compiler);
+    let _built = Finished::of(command.args(options).args(["-w", "-o"]).arg(&program).arg(source)).success();
+    program.to_str().unwrap().to_owned()
+}
+
+fn rust(host: &Host) -> String {
+    let (source, program) = (host.write("dial.rs", RUST), host.path("dial-rust"));
+    let mut command = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).args(["--edition=2024", "-Ctarget-feature=+crt-static"]);
+    let _built = Finished::of(command.arg("-o").arg(&program).arg(source)).success();
+    program.to_str().unwrap().to_owned()
+}
+
+/// Root's runs with the backstop and without, and an ordinary user's.
+fn holds() -> [(Host, &'static str); 3] {
+    let here = Host::here();
+    let user = here.as_user(NOBODY);
+    [(here, "0"), (Host::here(), "1"), (user, "1")]
+}
+
+fn run(host: &Host, alone: &str, words: &[&str]) -> Finished {
+    let mut command = host.run(words);
+    command.env("PORTCULLIS_NO_BACKSTOP", alone);
+    Finished::of(&mut command)
+}
+
+/// Somewhere to connect to; whoever comes is closed at once.
+struct Door {
+    listener: TcpListener,
+    port: u16,
+}
+
+impl Door {
+    fn open() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        Self { listener, port }
+    }
+
+    /// How many come while something is done.
+    fn count<T>(&self, what: impl FnOnce() -> T) -> (T, usize) {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let counted = scope.spawn(|| {
+                let mut count = 0;
+                loop {
+                    let last = done.load(Relaxed);
+                    while self.listener.accept().is_ok() {
+                        count += 1;
+                    }
+                    if last {
+                        return count;
+                    }
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            });
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what));
+            done.store(true, Relaxed);
+            let count = counted.join().unwrap();
+            (result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), count)
+        })
+    }
+}
+
+/// That a program is refused, on record, and then permitted and served.
+fn held_and_served(host: &Host, alone: &str, exe: &str, words: &[&str], via: &[&str]) {
+    let door = Door::open();
+    let at = words.iter().map(|word| word.replace("PORT", &door.port.to_string())).collect::<Vec<_>>();
+    let words: Vec<&str> = at.iter().map(String::as_str).collect();
+    let far = format!("127.0.0.1:{}", door.port);
+    for (policy, verdict, arrive) in [("allow tcp/9(*, *);", "refuse", 0), (ALLOW_ALL, "permit", 1)] {
+        host.policy(policy);
+        let (ran, came) = door.count(|| run(host, alone, &words));
+        assert_eq!(came, arrive, "{words:?} under `{policy}`: {ran}");
+        let is = |r: &Value| r["op"] == "connect" && r["remote"] == far.as_str() && r["verdict"] == verdict;
+        let record = host.record(verdict, is);
+        assert_eq!(record["exe"], Path::new(exe).canonicalize().unwrap().to_str().unwrap(), "{record}");
+        assert!(record["via"].as_str().is_some_and(|v| via.contains(&v)), "{record}");
+    }
+}
+
+#[test]
+fn static_programs_of_every_toolchain_are_held_and_served() {
+    for (host, alone) in holds() {
+        let programs = [
+            c(&host, "cc", &["-static"], "dial-glibc"),
+            c(&host, "cc", &["-static-pie"], "dial-pie"),
+            c(&host, "musl-gcc", &["-static"], "dial-musl"),
+            rust(&host),
+        ];
+        for program in &programs {
+            held_and_served(&host, alone, program, &[program, "PORT"], &["guard"]);
+        }
+        let busybox = "/bin/busybox";
+        held_and_served(
+            &host,
+            alone,
+            busybox,
+            &[busybox, "wget", "-qO-", "http://127.0.0.1:PORT/"],
+            &["guard"],
+        );
+        // Written in Go, without libc: its runtime makes threads and sockets by itself.
+        held_and_served(
+            &host,
+            alone,
+            "/usr/bin/certinfo",
+            &["/usr/bin/certinfo", "127.0.0.1:PORT"],
+            &["guard"],
+        );
+    }
+}
+
+#[test]
+fn programs_whose_files_give_privileges_are_held_and_keep_them_under_root() {
+    for (host, alone) in holds() {
+        let is_root = !host.is_ordinary();
+        let set = c(&host, "cc", &[], "dial-setuid");
+        chown(&set, Some(0), Some(0)).unwrap();
+        std::fs::set_permissions(&set, PermissionsExt::from_mode(0o4755)).unwrap();
+        let capable = c(&host, "cc", &[], "dial-capable");
+        // `struct vfs_cap_data` (linux/capability.h), version 2: CAP_NET_RAW, effective at once.
+        let give = "import os, struct, sys; \
+            os.setxattr(sys.argv[1], 'security.capability', struct.pack('<5I', 0x02000001, 1 << 13, 0, 0, 0))";
+        let _given = Finished::of(Command::new("python3").args(["-c", give, &capable])).success();
+        for program in [&set, &capable] {
+            let mut words = vec!["setpriv", "--reuid=65534", "--clear-groups", program, "PORT"];
+            if !is_root {
+                words.drain(..3);
+            }
+            // With privileges it has no shim. An ordinary user's run gives none (no_new_privs), so there it may have one.
+            let via = if is_root { &["guard"][..] } else { &["guard", "shim"] };
+            held_and_served(&host, alone, program, &words, via);
+        }
+        // Under ALLOW_ALL: what each of them may do.
+        let door = Door::open();
+        let port = door.port.to_string();
+        let said = |program: &String| {
+            let mut words = vec!["setpriv", "--reuid=65534", "--clear-groups", program.as_str(), &port];
+            if !is_root {
+                words.drain(..3);
+            }
+            door.count(|| run(&host, alone, &words)).0.success()
+        };
+        let (of_set, of_capable) = if is_root {
+            ("root\nraw socket\n", "ordinary\nraw socket\n")
+        } else {
+            ("ordinary\nno raw socket\n", "ordinary\nno raw socket\n")
+        };
+        assert_eq!((said(&set).as_str(), said(&capable).as_str()), (of_set, of_capable));
+    }
+}
+
+#[test]
+fn a_connection_that_a_program_begins_with_is_judged_before_its_first_instruction() {
+    for (host, alone) in holds() {
+        for options in [&["-static"][..], &[]] {
+            let program = c(&host, "cc", options, "write");
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let at = listener.local_addr().unwrap();
+            for (policy, verdict) in [("allow tcp/9(*, *);", "refuse"), (ALLOW_ALL, "permit")] {
+                host.policy(policy);
+                let ours = TcpStream::connect(at).unwrap();
+                let (mut far, _) = listener.accept().unwrap();
+                fcntl(&ours, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+                let number = ours.as_raw_fd().to_string();
+                let ran = run(&host, alone, &[&program, "9", &number]);
+                drop(ours);
+                let mut got = Vec::new();
+                let _reset = far.read_to_end(&mut got);
+                let is = |r: &Value| {
+                    r["op"] == "connect" && r["remote"] == at.to_string() && r["verdict"] == verdict
+                };
+                let record = host.record(verdict, is);
+                assert_eq!((&record["exe"], &record["via"]), (&program.as_str().into(), &"guard".into()));
+                let permitted = verdict == "permit";
+                assert_eq!(got, if permitted { b"x".as_slice() } else { b"" }, "{verdict} {options:?}");
+                assert_eq!(ran.code() == 0, permitted, "{ran}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_waits_in_a_refused_connection_is_not_read() {
+    let host = Host::here();
+    host.policy("allow tcp/9(*, *);");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (&far).write_all(b"a secret").unwrap();
+    let (near, _) = listener.accept().unwrap();
+    let mut command = host.run(&["/bin/busybox", "cat"]);
+    command.stdin(std::os::fd::OwnedFd::from(near));
+    assert_eq!(Finished::of(&mut command).success(), "");
+    host.record("the refused connection", |r| r["op"] == "accept" && r["verdict"] == "refuse");
+}
