@@ -164,6 +164,15 @@ pub struct AssociationRow {
     /// How its keys were agreed on.
     #[serde(default)]
     pub kex: Option<String>,
+    /// Bytes received so far; `null` for what is not TCP.
+    #[serde(default)]
+    pub bytes_in: Option<u64>,
+    /// Bytes sent so far.
+    #[serde(default)]
+    pub bytes_out: Option<u64>,
+    /// How long it has been there, in seconds.
+    #[serde(default)]
+    pub duration: f64,
 }
 
 /// One listening socket.

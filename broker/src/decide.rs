@@ -250,7 +250,7 @@ fn protect(question: &Question<'_>, decision: &Decision) -> Judgement {
     let reason = match (lane, question.papers.mine) {
         (Lane::Tls, Some(_)) => None,
         (Lane::Tls, None) => Some(
-            "needs certificate; lane tls not available: this host has no keys (see `portcullis ca host`)",
+            "needs certificate; lane tls not available: no keys of this host are in use (see `portcullis ca host`)",
         ),
         _ => Some("needs certificate, by a lane that is not there yet: plain and tls are"),
     };

@@ -131,7 +131,15 @@ fn perform(command: Command, out: &mut Out) -> Result<(), CaError> {
             });
         }
         Command::Host { name, with, out: folder, common } => {
-            let entry = open(&common)?.enrol(&name, &with.into(), &folder, now)?;
+            let mut authority = open(&common)?;
+            let entry = authority.enrol(&name, &with.into(), &folder, now)?;
+            let domain = authority.overview()?.domain;
+            if !name.as_str().ends_with(&format!(".{domain}")) {
+                let wider = format!("x509{{name=\"*.{domain}\"}}");
+                out.note(format!(
+                    "note: `{name}` is not below `{domain}`: rules such as {wider} do not mean it"
+                ));
+            }
             say(out, common.format, &entry, |out| written(out, &entry, &folder));
         }
         Command::Renew { name: Some(name), with, out: folder, common } => {

@@ -98,14 +98,19 @@ fn table(rows: &[Row], out: &mut Out) {
         for it in &row.associations {
             let address = |a: &Option<String>| a.as_deref().map_or_else(|| "?".into(), escape);
             let rule = it.rule.as_deref().map_or_else(String::new, |r| format!(", rule {}", escape(r)));
+            let carried = match (it.bytes_in, it.bytes_out) {
+                (Some(received), Some(sent)) => format!(", {received} bytes in, {sent} out"),
+                _ => String::new(),
+            };
             let text = format!(
-                "         {} {} - {} {}, assurance {}, generation {}{rule}",
+                "         {} {} - {} {}, assurance {}, generation {}{rule}{carried}, for {:.0} s",
                 it.proto,
                 address(&it.local),
                 address(&it.remote),
                 it.lane,
                 it.assurance,
                 it.generation,
+                it.duration,
             );
             out.line(out.ink(Ink::Faint, &text));
             if let (Some(peer), Some(cipher), Some(kex)) = (&it.peer, &it.cipher, &it.kex) {

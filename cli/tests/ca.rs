@@ -48,6 +48,11 @@ fn a_domain_a_host_and_its_end() {
         assert!(out.join(file).exists(), "{file}");
     }
     assert_eq!(ca(&state, &host).0, 2, "enrolled twice");
+    for (name, is_below) in [("h2.example.com", true), ("h2.example.org", false), ("h2", false)] {
+        let out = folder.path().join(name);
+        let (status, _, said) = ca(&state, &["host", name, "--out", out.to_str().unwrap()]);
+        assert_eq!((status, said.contains("is not below `example.com`")), (0, !is_below), "{name}: {said}");
+    }
     let (_, said, _) = ca(&state, &["show"]);
     assert!(said.contains("h1.example.com") && said.contains("good"), "{said}");
 
@@ -55,7 +60,7 @@ fn a_domain_a_host_and_its_end() {
     let (_, said, _) = ca(&state, &["show"]);
     assert!(said.contains("revoked "), "{said}");
     let (status, said, _) = ca(&state, &["renew", "--out", out_text]);
-    assert!(status == 0 && said.contains("List of members 3"), "{said}");
+    assert!(status == 0 && said.contains("List of members 6"), "{said}");
     assert!(std::fs::read_to_string(out.join("members.toml")).unwrap().contains("[[revoked]]"));
 }
 

@@ -5,6 +5,7 @@
 //! dropped, also after a panic; what a killed test run left behind, the next one removes.
 
 pub mod built;
+pub mod daemons;
 pub mod ftp;
 mod host;
 mod net;

@@ -1,8 +1,8 @@
 //! Daemons that hand connections from process to process: PostgreSQL, OpenSSH, Dovecot and Exim.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+use std::{fs, os::unix::fs::PermissionsExt};
 
-use portcullis_tests::{Finished, Host, Net, Running};
+use portcullis_tests::{Finished, Host, Net, Running, daemons};
 
 const POLICY: &str = "\
 clients = IPv4{10.77.0.1};
@@ -33,32 +33,11 @@ fn only_the_stranger_is_refused(server: &Host, stranger: &Host, port: u16) {
     });
 }
 
-fn postgresql() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").unwrap();
-    versions.map(|v| v.unwrap().path().join("bin")).find(|p| p.join("initdb").exists()).unwrap()
-}
-
 #[test]
 fn postgresql_answers_queries() {
     let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
-    let bin = postgresql();
-    let data = server.path("pg");
-    fs::create_dir(&data).unwrap();
-    let user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"];
-    let _done = Finished::of(&mut server.plain(&["chown", "postgres", data.to_str().unwrap()])).success();
-    let (initdb, postgres) = (bin.join("initdb"), bin.join("postgres"));
-    let data = data.to_str().unwrap();
-    let words = [&user[..], &[initdb.to_str().unwrap(), "-A", "trust", "-N", "-D", data]].concat();
-    let _done = Finished::of(&mut server.plain(&words)).success();
-    fs::write(format!("{data}/pg_hba.conf"), "host all all 10.77.0.0/24 trust\n").unwrap();
-    let words = [
-        &user[..],
-        &[postgres.to_str().unwrap(), "-D", data, "-h", "10.77.0.2", "-k", "", "-c", "fsync=off"],
-    ]
-    .concat();
-    let server_runs = server.start(&words);
-    server_runs.line("ready to accept connections");
+    let _daemon = daemons::postgresql(server);
     let query = ["psql", "-h", "10.77.0.2", "-U", "postgres", "-Atc", "select 6*7"];
     assert_eq!(Finished::of(&mut client.run(&query)).success(), "42\n");
     only_the_stranger_is_refused(server, stranger, 5432);
@@ -117,23 +96,8 @@ fn sshd_gives_a_session_and_forwards_what_the_policy_allows() {
 fn dovecot_passes_the_login_on() {
     let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
-    let folder = server.path("dovecot");
-    fs::create_dir_all(folder.join("mail")).unwrap();
-    fs::write(folder.join("users"), "someone:{PLAIN}secret:65534:65534::/nonexistent::\n").unwrap();
-    let _done =
-        Finished::of(&mut server.plain(&["chown", "-R", "65534", folder.join("mail").to_str().unwrap()]));
-    let at = folder.display();
-    let config = format!(
-        "protocols = imap\nlisten = 10.77.0.2\nbase_dir = {at}/run\nstate_dir = {at}/state\nssl = no\n\
-         disable_plaintext_auth = no\nmail_location = maildir:{at}/mail\nlog_path = /dev/stderr\n\
-         first_valid_uid = 1\npassdb {{\n driver = passwd-file\n args = {at}/users\n}}\n\
-         userdb {{\n driver = passwd-file\n args = {at}/users\n}}\nservice imap-login {{\n chroot =\n}}\n"
-    );
-    let config = server.write("dovecot.conf", config);
-    let _daemon = server.start(&["/usr/sbin/dovecot", "-F", "-c", config.to_str().unwrap()]);
-    server.wait_for_port(143);
-    let words = ["curl", "-sS", "--max-time", "10", "-u", "someone:secret", "imap://10.77.0.2/"];
-    let said = Finished::of(&mut client.run(&words)).success();
+    let _daemon = daemons::dovecot(server);
+    let said = daemons::mailboxes(client);
     assert!(said.contains("INBOX"), "{said}");
     only_the_stranger_is_refused(server, stranger, 143);
 }
@@ -142,25 +106,8 @@ fn dovecot_passes_the_login_on() {
 fn exim_takes_a_message() {
     let net = Net::client_server_stranger(POLICY);
     let [client, server, stranger] = net.hosts();
-    let spool = server.path("spool");
-    fs::create_dir(&spool).unwrap();
-    let _done = Finished::of(&mut server.plain(&["chown", "Debian-exim", spool.to_str().unwrap()])).success();
-    let config = format!(
-        "primary_hostname = server.example\nspool_directory = {0}\nlog_file_path = {0}/%slog\n\
-         local_interfaces = 10.77.0.2\ndaemon_smtp_ports = 25\nqueue_only = true\n\
-         acl_smtp_rcpt = accept\nacl_smtp_data = accept\nhost_lookup =\nrfc1413_query_timeout = 0s\n\
-         pid_file_path = {0}/exim.pid\nkeep_environment =\n",
-        spool.display()
-    );
-    let config = server.write("exim.conf", config);
-    let _daemon = server.start(&["/usr/sbin/exim4", "-bdf", "-C", config.to_str().unwrap()]);
-    server.wait_for_port(25);
-    let script = "import smtplib\n\
-        s = smtplib.SMTP('10.77.0.2', 25, 'client.example', timeout=10)\n\
-        s.sendmail('a@client.example', ['b@server.example'], 'Subject: x\\n\\nhello')\n\
-        print(s.quit()[0])";
-    assert_eq!(Finished::of(&mut client.run(&["/usr/bin/python3", "-c", script])).success(), "221\n");
-    let queued = Finished::of(&mut server.plain(&["sh", "-c", "ls \"$0\"/input", spool.to_str().unwrap()]));
-    assert!(queued.success().contains("-H"), "the message is in the queue");
+    let (_daemon, queue) = daemons::exim(server);
+    let queued = daemons::send_mail(client, &queue);
+    assert!(queued.iter().any(|name| name.ends_with("-H")), "the message is in the queue: {queued:?}");
     only_the_stranger_is_refused(server, stranger, 25);
 }

@@ -187,9 +187,59 @@ fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
     let words = ["unshare", "--net", "/usr/bin/python3", "-c", script];
     let said = Finished::of(&mut client.run(&words));
     assert_eq!(said.stdout, format!("{}\n", nix::errno::Errno::EACCES as i32), "{said}");
-    client.record("the reason", |r| {
-        r["verdict"] == "refuse" && r["reason"].as_str().is_some_and(|why| why.contains("network namespace"))
-    });
+    let named = |r: &serde_json::Value, op: &str| {
+        let why = r["reason"].as_str().unwrap_or_default();
+        r["verdict"] == "refuse" && r["op"] == op && why.contains("network namespace")
+    };
+    client.record("the reason", |r| named(r, "connect"));
+    // A listener there could be reached by nobody.
+    let script = "import socket, subprocess; subprocess.run(['ip', 'link', 'set', 'lo', 'up'])\n\
+        s = socket.socket(); s.bind(('127.0.0.1', 8080))\n\
+        try: s.listen(); print('listens')\n\
+        except OSError as e: print(e.errno)";
+    let words = ["unshare", "--net", "/usr/bin/python3", "-c", script];
+    let said = Finished::of(&mut client.run(&words));
+    assert_eq!(said.stdout, format!("{}\n", nix::errno::Errno::EACCES as i32), "{said}");
+    client.record("the reason", |r| named(r, "listen"));
+    let why = client.portcullis(&["why", "--last"]).success();
+    assert!(why.contains("network namespace"), "{why}");
+}
+
+#[test]
+fn who_meets_no_front_is_on_record_with_that_reason() {
+    let (net, _trust) = net();
+    let [_, server, stranger] = net.hosts();
+    let _echo = echo(server);
+    // One attempt after the other, from ports of their own.
+    let knock = "import socket, time\n\
+        end = time.time() + 15\n\
+        print('knocks', flush=True)\n\
+        while time.time() < end:\n    \
+            s = socket.socket(); s.setblocking(False); s.connect_ex(('10.77.0.2', 8080)); time.sleep(0.002); s.close()";
+    let knocking = Running::start(stranger.plain(&["/usr/bin/python3", "-c", knock]));
+    knocking.line("knocks");
+    kill(part(server, "keyd"), Signal::SIGKILL).unwrap();
+    let missed = server.record("one who was dropped", |r| r["via"] == "filter" && r["op"] == "accept");
+    assert!(missed["reason"].to_string().contains("no key daemon was there to take it"), "{missed}");
+}
+
+#[test]
+fn an_ordinary_user_is_told_why_nothing_is_protected() {
+    let (net, trust) = net();
+    let [client, server, _] = net.hosts();
+    let _echo = echo(server);
+    assert_eq!(once(client).stdout, "secret words\n", "the control");
+    let user = client.as_user(1234);
+    user.policy(PROTECTED);
+    trust.renew(&user, &[]);
+    let script =
+        "import socket; s = socket.socket(); print(s.connect_ex(('10.77.0.2', 8080)), flush=True); input()";
+    let trying = user.start(&["/usr/bin/python3", "-c", script]);
+    assert_eq!(trying.line(""), format!("{}", nix::errno::Errno::EACCES as i32));
+    let why = "used by a key daemon that root has started, and by no other";
+    user.record("the reason", |r| r["verdict"] == "refuse" && r["reason"].to_string().contains(why));
+    let status = user.portcullis(&["status"]);
+    assert!(status.stdout.contains(why), "{status}");
 }
 
 /// Another user waits for the token of a program's connect(2), and answers there once the key daemon is

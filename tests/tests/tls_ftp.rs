@@ -112,6 +112,46 @@ fn neither_the_commands_nor_the_file_are_on_the_wire_and_every_channel_begins_wi
     eventually("the capture sees it", || wire.has(b"USER").then_some(()));
 }
 
+#[test]
+fn ftp_that_is_encrypted_itself_has_its_data_channels_too() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    client.policy(POLICY);
+    server.policy(POLICY);
+    let _trust = Trust::of(&[client, server]);
+    let command = Daemon::Vsftpd.command(server, SIZE);
+    let (key, config) = (server.path("own.pem"), server.path("vsftpd.conf"));
+    let make = format!(
+        "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=ftp -keyout {0} -out {0}",
+        key.display()
+    );
+    let _made = Finished::of(&mut server.plain(&["sh", "-c", &make])).success();
+    let ssl = format!(
+        "ssl_enable=YES\nallow_anon_ssl=YES\nforce_anon_logins_ssl=YES\nforce_anon_data_ssl=YES\n\
+         require_ssl_reuse=NO\nrsa_cert_file={}\n",
+        key.display()
+    );
+    std::fs::write(&config, std::fs::read_to_string(&config).unwrap() + &ssl).unwrap();
+    let _daemon = server.start(&command);
+    server.wait_for_port(21);
+    let get = |more: &[&str]| {
+        let to = client.path("got").display().to_string();
+        let _absent = std::fs::remove_file(&to);
+        let words =
+            [&["curl", "-sS", "--max-time", "30", "-o", &to], more, &["ftp://10.77.0.2/report.bin"]].concat();
+        let ended = Finished::of(&mut client.run(&words));
+        (std::fs::read(&to).ok() == Some(ftp::content(SIZE)), ended)
+    };
+    for way in [&[][..], &["--ftp-port", "-"]] {
+        let (same, ended) = get(&[&["--ssl-reqd", "--insecure"], way].concat());
+        assert!(same, "{way:?}: {ended}\n{}\n--\n{}", everything(client), everything(server));
+    }
+    let (same, ended) = get(&[]);
+    assert!(!same, "the control: the daemon itself asks for encryption: {ended}");
+    let data = |r: &Value| !r["session"].is_null() && r["op"] == "close" && r["lane"] == "tls";
+    assert!(server.records().iter().filter(|r| data(r)).count() >= 2);
+}
+
 /// Refused, with a protected peer or an attempt at one.
 fn refused(record: &Value, op: &str) -> bool {
     record["verdict"] == "refuse" && record["op"] == op

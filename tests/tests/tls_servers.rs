@@ -2,11 +2,15 @@
 
 use std::fs;
 
-use portcullis_tests::{Finished, Host, Net, eventually, trust::Trust, wire::Capture};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use portcullis_tests::{Finished, Host, Net, Running, daemons, eventually, trust::Trust, wire::Capture};
 
 const POLICY: &str = "\
 inside = x509{name=\"*.example.com\"};
-service served = tcp/80, tcp/5432, tcp/6379;
+service served = tcp/25, tcp/80, tcp/143, tcp/5432, tcp/6379;
 allow served(inside, inside);
 allow tcp/53(*, *);
 allow udp(*, *);
@@ -83,22 +87,103 @@ fn redis_answers_many_questions_over_one_connection() {
 fn postgresql_answers_queries() {
     let (net, _trust) = net();
     let [client, server, _] = net.hosts();
-    let versions = fs::read_dir("/usr/lib/postgresql").unwrap();
-    let bin = versions.map(|v| v.unwrap().path().join("bin")).find(|p| p.join("initdb").exists()).unwrap();
-    let data = server.path("pg");
-    fs::create_dir(&data).unwrap();
-    let data = data.to_str().unwrap();
-    let _done = Finished::of(&mut server.plain(&["chown", "postgres", data])).success();
-    let user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"];
-    let (initdb, postgres) = (bin.join("initdb"), bin.join("postgres"));
-    let make = [&user[..], &[initdb.to_str().unwrap(), "-A", "trust", "-N", "-D", data]].concat();
-    let _done = Finished::of(&mut server.plain(&make)).success();
-    fs::write(format!("{data}/pg_hba.conf"), "host all all 10.77.0.0/24 trust\n").unwrap();
-    let words = [postgres.to_str().unwrap(), "-D", data, "-h", "10.77.0.2", "-k", "", "-c", "fsync=off"];
-    let running = server.start(&[&user[..], &words].concat());
-    running.line("ready to accept connections");
+    let _daemon = daemons::postgresql(server);
     // Its own rules go by the peer's address, which is the true one.
     let query = ["psql", "-h", "10.77.0.2", "-U", "postgres", "-Atc", "select inet_client_addr(), 6*7"];
     assert_eq!(Finished::of(&mut client.run(&query)).success(), "10.77.0.1|42\n");
+    all_is_protected(client);
+}
+
+#[test]
+fn dovecot_passes_the_login_on() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let _daemon = daemons::dovecot(server);
+    let wire = Capture::on(client);
+    let said = daemons::mailboxes(client);
+    assert!(said.contains("INBOX"), "{said}");
+    assert!(!wire.has(b"INBOX") && !wire.has(b"secret") && !wire.has(b"LOGIN"));
+    all_is_protected(client);
+    all_is_protected(server);
+}
+
+#[test]
+fn exim_takes_a_message() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let (_daemon, queue) = daemons::exim(server);
+    let wire = Capture::on(client);
+    let queued = daemons::send_mail(client, &queue);
+    assert!(queued.iter().any(|name| name.ends_with("-H")), "the message is in the queue: {queued:?}");
+    assert!(!wire.has(b"MAIL FROM") && !wire.has(b"hello"));
+    all_is_protected(client);
+    all_is_protected(server);
+}
+
+#[test]
+fn nginx_upgrades_its_binary_while_it_serves() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    let folder = server.path("").display().to_string();
+    server.write("site/page", "plain words");
+    let config = format!(
+        "user www-data; worker_processes 2; pid {folder}/nginx.pid; error_log {folder}/error.log;\nevents {{}}\n\
+         http {{ access_log off; server {{ listen 80; root {folder}/site; }} }}\n"
+    );
+    let config = server.write("nginx.conf", config).display().to_string();
+    let _started = Finished::of(&mut server.run(&["/usr/sbin/nginx", "-c", &config])).success();
+    server.wait_for_port(80);
+    let get = || Finished::of(&mut client.run(&["curl", "-sS", "--max-time", "10", "http://10.77.0.2/page"]));
+    assert_eq!(get().stdout, "plain words");
+    let pid = |name: &str| {
+        let read = || fs::read_to_string(server.path(name)).ok()?.trim().parse().ok();
+        Pid::from_raw(eventually(name, read))
+    };
+    let old = pid("nginx.pid");
+    kill(old, Signal::SIGUSR2).unwrap();
+    assert_eq!(pid("nginx.pid.oldbin"), old);
+    let new = eventually("the new master", || Some(pid("nginx.pid")).filter(|new| *new != old));
+    // Both serve the same listener, then the new one alone.
+    for _ in 0..4 {
+        assert_eq!(get().stdout, "plain words");
+    }
+    kill(old, Signal::SIGQUIT).unwrap();
+    eventually("the old one ends", || kill(old, None).is_err().then_some(()));
+    for _ in 0..4 {
+        let got = get();
+        assert_eq!(got.stdout, "plain words", "{got}\n{:#?}", server.records());
+    }
+    kill(new, Signal::SIGQUIT).unwrap();
+    all_is_protected(client);
+}
+
+#[test]
+fn a_listener_that_a_service_manager_made_is_protected() {
+    let (net, _trust) = net();
+    let [client, server, _] = net.hosts();
+    // As systemd does it: the listener is there before `portcullis run`, and is descriptor 3.
+    let activate = "import os, socket, sys\n\
+        s = socket.create_server(('10.77.0.2', 80)); os.dup2(s.fileno(), 3); os.set_inheritable(3, True)\n\
+        os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); os.execv(sys.argv[1], sys.argv[1:])";
+    let serve = "import os, socket\n\
+        assert os.environ['LISTEN_PID'] == str(os.getpid())\n\
+        l = socket.socket(fileno=3); print('serves', flush=True)\n\
+        while True:\n    \
+            s, peer = l.accept(); s.sendall(b'greetings ' + peer[0].encode()); s.close()";
+    let run = server.run(&["/usr/bin/python3", "-c", serve]);
+    let words: Vec<&std::ffi::OsStr> = run.get_args().skip_while(|word| *word != "--").skip(1).collect();
+    let running = Running::start(
+        server
+            .plain(&[&["/usr/bin/python3".as_ref(), "-c".as_ref(), activate.as_ref()], &words[..]].concat()),
+    );
+    running.line("serves");
+    let ask = "import socket; s = socket.create_connection(('10.77.0.2', 80), timeout=5); print(s.recv(99).decode())";
+    let ask = ["/usr/bin/python3", "-c", ask];
+    let wire = Capture::on(client);
+    let said = Finished::of(&mut client.run(&ask));
+    assert_eq!(said.stdout, "greetings 10.77.0.1\n", "{said}\n{:#?}", server.records());
+    assert!(!wire.has(b"greetings"));
+    let plain = Finished::of(&mut client.plain(&ask));
+    assert!(!plain.stdout.contains("greetings"), "{plain}");
     all_is_protected(client);
 }

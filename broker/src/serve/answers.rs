@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     rc::Rc,
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -18,6 +19,7 @@ use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
     escape::sentence,
     process::{Context, ProcessKey},
+    sys::realtime,
 };
 
 /// Longest request, in bytes.
@@ -123,9 +125,14 @@ impl Broker {
 
     fn rows(&mut self) -> Vec<ProcessRow> {
         let mut flows: HashMap<ProcessKey, Vec<AssociationRow>> = HashMap::new();
+        let (now, carried) = (realtime(), self.diag.carried().unwrap_or_default());
         for (cookie, flow) in self.flows.iter() {
             let peer = self.lanes.of_cookie(cookie).and_then(|id| self.lanes.peer(id));
-            flows.entry(flow.context.key).or_default().push(association(cookie, flow, peer.as_deref()));
+            let mut row = association(cookie, flow, peer.as_deref());
+            row.bytes_in = carried.get(&cookie).map(|it| it.0);
+            row.bytes_out = carried.get(&cookie).map(|it| it.1);
+            row.duration = Duration::from_nanos(now.saturating_sub(flow.since)).as_secs_f64();
+            flows.entry(flow.context.key).or_default().push(row);
         }
         // Those who have asked, and all others of their trees.
         let asked: Vec<ProcessKey> = self.processes.keys().copied().collect();
@@ -204,6 +211,9 @@ impl Broker {
                  calls) is not held"
                     .to_owned(),
             );
+        }
+        if let Some(why) = self.keys_unusable() {
+            gaps.push(format!("lane tls is not available: {why}"));
         }
         if self.owner != 0 {
             gaps.push("without root, processes of other users cannot be looked at".to_owned());
@@ -322,6 +332,7 @@ fn association(cookie: u64, flow: &Flow, peer: Option<&Peer>) -> AssociationRow 
         peer: peer.map(|peer| sentence(&peer.told.id)),
         cipher: peer.map(|peer| peer.told.cipher.clone()),
         kex: peer.map(|peer| peer.told.kex.clone()),
+        ..AssociationRow::default()
     }
 }
 

@@ -108,6 +108,12 @@ impl Broker {
         if op == Op::Accept && inherited && self.was_opened_here(&call) {
             call.op = Op::Connect;
         }
+        if op == Op::Listen
+            && inherited
+            && call.facts().is_some_and(|f| self.listeners.contains_key(&f.cookie))
+        {
+            return; // it is whose it was
+        }
         if self.is_held_alone(key) {
             reply.flags |= Flags::HELD;
             if call.op == Op::Accept && self.has_arrived(key, &call) {
@@ -115,7 +121,7 @@ impl Broker {
             }
         }
         self.judge(key, &call, reply);
-        if reply.errno == 0 {
+        if reply.errno == 0 && !inherited {
             self.expect_call(key, &call);
         }
     }
@@ -348,6 +354,13 @@ impl Broker {
             None => self.far_end_of(policy, context, call, remote, outbound),
         };
         let mut judgement = self.ask(policy, context, call, outbound, far.as_ref(), papers);
+        if !judgement.permitted
+            && (judgement.verdict == Verdict::Protect || judgement.rule.is_none())
+            && let Some(why) = self.keys_unusable()
+        {
+            let reason = judgement.reason.unwrap_or_default();
+            judgement.reason = Some(format!("{reason}; rules by certificate do not hold here: {why}"));
+        }
         if !outbound && papers.shown.is_none() && judgement.verdict == Verdict::Protect && judgement.permitted
         {
             judgement.permitted = false;

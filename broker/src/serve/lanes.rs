@@ -194,7 +194,7 @@ pub(super) struct Lanes {
     pub(super) who: Option<Who>,
     flood: news::Flood,
     /// While the key daemon tells what an earlier broker had begun.
-    taking_up: bool,
+    pub(super) taking_up: bool,
 }
 
 impl Lanes {
@@ -267,6 +267,16 @@ impl Broker {
     pub(super) fn certificates(&self, of: &[Rc<Context>]) -> Vec<CertificateFacts> {
         let (Some(who), Some(force)) = (&self.lanes.who, &self.in_force) else { return Vec::new() };
         of.iter().map(|context| certificate(who, &force.policy, context)).collect()
+    }
+
+    /// Why nothing is protected here, though the host has keys.
+    pub(super) fn keys_unusable(&self) -> Option<&'static str> {
+        let unusable = self.lanes.who.is_none() && self.state.join("host.crt").exists();
+        unusable.then_some(if self.owner == 0 {
+            "no key daemon serves with this host's keys"
+        } else {
+            "this host's keys are used by a key daemon that root has started, and by no other"
+        })
     }
 
     /// Has a flow protected that a program is about to open, if that is the verdict. What cannot be is refused.

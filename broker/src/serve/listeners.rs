@@ -24,6 +24,10 @@ use crate::{
 /// Connections that may wait at a front until they are looked at.
 const BACKLOG: u32 = 1024;
 
+/// Why a filter has dropped somebody whom a front would have taken before any filter saw him.
+const NO_FRONT: &str = "whoever comes from there must show a certificate, and no key daemon was there to take it; \
+    dropped unanswered";
+
 /// A front's number as news of its peers tell it.
 const fn low(front: u64) -> u32 {
     let [a, b, c, d, ..] = front.to_le_bytes();
@@ -163,8 +167,8 @@ impl Broker {
                     proven.extend(proven_v6.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
                 }
                 if nets.is_empty() && certificate {
-                    reason =
-                        Some("needs certificate; lane tls not available: this host has no keys".to_owned());
+                    let why = self.keys_unusable().unwrap_or("this host has no keys");
+                    reason = Some(format!("needs certificate; lane tls not available: {why}"));
                 }
             }
         }
@@ -573,7 +577,17 @@ impl Broker {
         }
         let remote = stranger.source.socket_addr();
         let protocol = Protocol(stranger.protocol);
+        let unproven = |proven: &[SomeNet]| {
+            let ip = remote.filter(|_| protocol == Protocol::TCP).map(|at| at.ip());
+            ip.is_some_and(|ip| self.lanes.members.has(ip) || proven.iter().any(|net| net.has(ip)))
+        };
         let reason = match &scope {
+            Some(Scope::Some { proven, nets, .. })
+                if (!proven.is_empty() || !nets.is_empty()) && unproven(proven) =>
+            {
+                NO_FRONT
+            }
+            Some(Scope::Anyone) => NO_FRONT,
             Some(scope) if scope.is_of_sessions() => {
                 "only the peer of the session that opened this port may come; dropped unanswered"
             }

@@ -150,6 +150,7 @@ impl Broker {
         broker.record_left_over();
         if !config.fresh {
             broker.adopt();
+            broker.take_keyd();
         }
         broker.flush_log();
         broker.renew_lease();
@@ -204,7 +205,10 @@ impl Broker {
         // Each answer may bring more along.
         loop {
             let Some(keyd) = &mut self.keyd else { return };
-            let taken = keyd.news().and_then(|news| Ok((news, keyd.reports()?)));
+            // Whom filters have dropped is told when it is known whose filters they are.
+            let wait = self.lanes.taking_up;
+            let reports = |keyd: &mut Keyd| if wait { Ok(Vec::new()) } else { keyd.reports() };
+            let taken = keyd.news().and_then(|news| Ok((news, reports(keyd)?)));
             match taken {
                 Ok((news, strangers)) => {
                     if news.is_empty() && strangers.is_empty() {

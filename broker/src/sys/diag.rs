@@ -98,10 +98,8 @@ impl Diag {
         // For datagrams the kernel reads the two ends as a packet's: source first (udp_dump_one).
         let (src, dst) = if protocol == Protocol::TCP { (local, remote) } else { (remote, local) };
         let mut found = None;
-        self.ask(protocol, src.is_ipv6() || dst.is_ipv6(), u32::MAX, Some((src, dst)), |one| {
-            found = Some(one)
-        })
-        .ok()?;
+        let v6 = src.is_ipv6() || dst.is_ipv6();
+        self.ask(&request(protocol, v6, u32::MAX, Some((src, dst)), 0), |body| found = parse(body)).ok()?;
         found
     }
 
@@ -112,31 +110,35 @@ impl Diag {
     pub fn all(&mut self, protocol: Protocol, states: u32) -> io::Result<Vec<Found>> {
         let mut found = Vec::new();
         for v6 in [false, true] {
-            self.ask(protocol, v6, states, None, |one| found.push(one))?;
+            self.ask(&request(protocol, v6, states, None, 0), |body| found.extend(parse(body)))?;
         }
         Ok(found)
     }
 
-    fn ask(
-        &mut self,
-        protocol: Protocol,
-        v6: bool,
-        states: u32,
-        ends: Option<(SocketAddr, SocketAddr)>,
-        mut each: impl FnMut(Found),
-    ) -> io::Result<()> {
-        let flags = NLM_F_REQUEST | if ends.is_none() { NLM_F_DUMP } else { 0 };
-        send(self.netlink.as_raw_fd(), &request(protocol, v6, states, ends, flags), MsgFlags::empty())?;
+    /// What every TCP socket that is connected has received and sent so far, by `SO_COOKIE`.
+    ///
+    /// # Errors
+    /// As netlink.
+    pub fn carried(&mut self) -> io::Result<HashMap<u64, (u64, u64)>> {
+        let mut carried = HashMap::new();
+        for v6 in [false, true] {
+            let wants = request(Protocol::TCP, v6, 1 << state::ESTABLISHED, None, 1 << (INET_DIAG_INFO - 1));
+            self.ask(&wants, |body| {
+                carried.extend(parse(body).map(|it| (it.cookie, bytes(body))));
+            })?;
+        }
+        Ok(carried)
+    }
+
+    fn ask(&mut self, request: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
+        let is_dump = u16_at(request, 6).is_some_and(|flags| flags & NLM_F_DUMP != 0);
+        send(self.netlink.as_raw_fd(), request, MsgFlags::empty())?;
         loop {
             let got = recv(self.netlink.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
-            let mut more = ends.is_none();
+            let mut more = is_dump;
             for (kind, body) in messages(self.buffer.get(..got).unwrap_or_default()) {
                 match kind {
-                    SOCK_DIAG_BY_FAMILY => {
-                        if let Some(one) = parse(body) {
-                            each(one);
-                        }
-                    }
+                    SOCK_DIAG_BY_FAMILY => each(body),
                     NLMSG_DONE => more = false,
                     NLMSG_ERROR => {
                         let code = i32_at(body, 0).unwrap_or(0);
@@ -206,20 +208,22 @@ impl AsFd for Endings {
     }
 }
 
+/// Asks about the socket with two ends, or about all. `more` are bits of attributes.
 fn request(
     protocol: Protocol,
     v6: bool,
     states: u32,
     ends: Option<(SocketAddr, SocketAddr)>,
-    flags: u16,
+    more: u8,
 ) -> Vec<u8> {
+    let flags = NLM_F_REQUEST | if ends.is_none() { NLM_F_DUMP } else { 0 };
     let mut out = Vec::with_capacity(HEADER + 56);
     out.extend_from_slice(&72u32.to_ne_bytes());
     out.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     out.extend_from_slice(&flags.to_ne_bytes());
     out.extend_from_slice(&[0; 8]); // seq, port id
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
-    out.extend_from_slice(&[u8::try_from(family).unwrap_or(0), protocol.0, 0, 0]);
+    out.extend_from_slice(&[u8::try_from(family).unwrap_or(0), protocol.0, more, 0]);
     out.extend_from_slice(&states.to_ne_bytes());
     let any =
         SocketAddr::new(if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }, 0);
@@ -273,7 +277,12 @@ fn parse(body: &[u8]) -> Option<Found> {
 }
 
 fn parse_ended(body: &[u8]) -> Option<Ended> {
-    let socket = parse(body)?;
+    let (socket, (bytes_in, bytes_out)) = (parse(body)?, bytes(body));
+    Some(Ended { socket, bytes_in, bytes_out })
+}
+
+/// What a socket has received, and sent.
+fn bytes(body: &[u8]) -> (u64, u64) {
     let mut attributes: HashMap<u16, &[u8]> = HashMap::new();
     let mut rest = body.get(ANSWER..).unwrap_or_default();
     while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
@@ -284,8 +293,7 @@ fn parse_ended(body: &[u8]) -> Option<Ended> {
     }
     let info = attributes.get(&INET_DIAG_INFO).copied().unwrap_or_default();
     let long = |at: usize| info.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_ne_bytes);
-    let bytes_out = long(BYTES_SENT).saturating_sub(long(BYTES_SENT_AGAIN));
-    Some(Ended { socket, bytes_in: long(BYTES_RECEIVED), bytes_out })
+    (long(BYTES_RECEIVED), long(BYTES_SENT).saturating_sub(long(BYTES_SENT_AGAIN)))
 }
 
 /// Reads bytes as if the kernel had sent them.
@@ -360,6 +368,9 @@ mod tests {
         server.read_exact(&mut [0; 1000]).unwrap();
         client.read_exact(&mut [0; 10]).unwrap();
         let (near, far) = (client.local_addr().unwrap(), server.local_addr().unwrap());
+        let mut diag = Diag::open().unwrap();
+        let there = diag.find(Protocol::TCP, far, near).unwrap();
+        assert_eq!(diag.carried().unwrap().get(&there.cookie), Some(&(1000, 10)), "while it lives");
         drop((client, server));
         let mut seen = Vec::new();
         for _ in 0..200 {

@@ -392,8 +392,8 @@ pub unsafe fn true_name(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, rem
     }
 }
 
-/// A connection that was there before this image: inetd, tcpsvd, socket activation. Refused: the program
-/// reads end-of-file there instead.
+/// A connection or a listener that was there before this image: inetd, tcpsvd, socket activation. A connection that is
+/// refused reads as end-of-file.
 pub fn judge_inherited() {
     for fd in 0..10 {
         let internet = |domain: &c_int| matches!(*domain, libc::AF_INET | libc::AF_INET6);
@@ -402,13 +402,15 @@ pub fn judge_inherited() {
         }
         let Some(sock) = hints::find(fd).filter(|sock| sock.is_stream()) else { continue };
         let remote = name(libc::SYS_getpeername, fd);
-        if remote.family == 0 {
+        let listens = sys::getsockopt(fd, libc::SO_ACCEPTCONN) == Some(1);
+        if remote.family == 0 && !listens {
             continue;
         }
-        let mut call = Call::new(Op::Accept, fd, sock);
+        let mut call = Call::new(if listens { Op::Listen } else { Op::Accept }, fd, sock);
         call.flags = Flags::INHERITED;
         (call.local, call.remote) = (local(fd), remote);
-        if judge(&call).is_err() {
+        // A listener may be others' as well, and who comes to it is judged at accept in any case.
+        if judge(&call).is_err() && !listens {
             close_inherited(fd);
         }
     }
