@@ -3,14 +3,32 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::{
+    collections::BTreeSet,
+    io::Write as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 /// Exit status, standard output, standard error.
 fn policy(arguments: &[&str]) -> (i32, String, String) {
     let output =
         Command::new(env!("CARGO_BIN_EXE_portcullis")).arg("policy").args(arguments).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// The same, with a policy on standard input.
+fn piped(arguments: &[&str], text: &str) -> (i32, String, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_portcullis"))
+        .arg("policy")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
@@ -228,4 +246,127 @@ fn each_tool_prints_what_it_always_printed() {
          before refuse as no rule allows it\n    \
          now    permit by new.pol:1: allow ntp(IPv4{10.1.2.0/29}, x509{name=\"*.example.com\"});\n"
     );
+}
+
+#[test]
+fn a_dash_is_standard_input_for_every_tool() {
+    let text = "allow   smtp(*, x509{name=\"a.example.com\"});\n";
+    let tidy = "allow smtp(*, x509{name=\"a.example.com\"});\n";
+    assert_eq!(piped(&["check", "-"], text).1, "<stdin>: 1 rule, nothing to say\n");
+    assert_eq!(piped(&["fmt", "-"], text), (0, tidy.to_owned(), String::new()));
+    assert_eq!(piped(&["fmt", "--check", "-"], text).0, 1);
+    assert_eq!(piped(&["fmt", "--check", "-"], tidy).0, 0);
+    assert_eq!(piped(&["test", "-"], "test \"no\" { allow ssh(*, *); }\n").0, 1);
+    let flow = ["--from", "*", "--to", "x509{name=\"a.example.com\"}"];
+    assert_eq!(piped(&[&["explain", "-", "--service", "smtp"][..], &flow].concat(), text).0, 0);
+    assert_eq!(piped(&[&["query", "-"][..], &flow].concat(), text).0, 0);
+    let same = written("tidy.pol", tidy);
+    assert_eq!(piped(&["diff", "-", same.to_str().unwrap()], text), (0, String::new(), String::new()));
+    let (status, stdout, _) = piped(&["check", "-"], "include \"a.pol\";\n");
+    assert!(status == 1 && stdout.contains(" --> <stdin>:1:9"), "{stdout}");
+}
+
+#[test]
+fn a_set_that_is_used_as_one_party_is_shown_in_the_policy() {
+    let figure = file("examples/figure-1.pol");
+    let (status, _, stderr) =
+        policy(&["explain", &figure, "--from", "mail_gw", "--to", "inside_net", "--service", "smtp"]);
+    assert_eq!(status, 2);
+    assert!(
+        stderr.contains("`inside_net` describes more than one party\n --> --to:1:1")
+            && stderr.contains("figure-1.pol:1:25\n"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn every_part_of_a_service_is_explained_by_its_ports() {
+    let path = written("parts.pol", "allow tcp/20-30(*, *); allow ntp(*, *);\n");
+    let path = path.to_str().unwrap();
+    let heads = |service: &str| {
+        let (_, stdout, _) = policy(&["explain", path, "--from", "*", "--to", "*", "--service", service]);
+        let is_head = |line: &&str| !line.starts_with(' ');
+        stdout.lines().filter(is_head).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(heads("tcp/25-40"), ["permit tcp/25-30", "refuse tcp/31-40"]);
+    assert_eq!(
+        heads("*"),
+        [
+            "refuse tcp/0-19",
+            "permit tcp/20-30",
+            "refuse tcp/31-65535",
+            "refuse udp/0-122",
+            "permit ntp",
+            "refuse udp/124-65535"
+        ]
+    );
+}
+
+/// The names of all members of JSON values, one value for each line.
+fn members(text: &str) -> BTreeSet<String> {
+    fn add(value: &serde_json::Value, found: &mut BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(map) => map.iter().for_each(|(name, value)| {
+                // The members of this one are processes.
+                if !name.starts_with('/') {
+                    found.insert(name.clone());
+                }
+                add(value, found);
+            }),
+            serde_json::Value::Array(list) => list.iter().for_each(|value| add(value, found)),
+            _ => {}
+        }
+    }
+    let mut found = BTreeSet::new();
+    text.lines().for_each(|line| add(&serde_json::from_str(line).unwrap(), &mut found));
+    found
+}
+
+#[test]
+fn the_members_of_json_are_those_in_the_manual() {
+    let manual = std::fs::read_to_string(file("LANGUAGE.md")).unwrap();
+    let (_, section) = manual.split_once("## For programs").unwrap();
+    let named: BTreeSet<String> =
+        section.split('`').skip(1).step_by(2).map(|word| word.trim_end_matches('?').to_owned()).collect();
+    let old =
+        written("json-old.pol", "allow smtp(x509{group=\"a\"}, *) using tls as mail because \"mail\";\n");
+    let new = written(
+        "json-new.pol",
+        "deny smtp(x509{group=\"b\"}, *); allow smtp(x509{group=\"a\"}, *); allow ssh(*, *);
+         allow ssh(*, *);\n",
+    );
+    let audit = written(
+        "json.jsonl",
+        "{\"op\":\"connect\",\"exe\":\"/bin/a\",\"user\":\"a\",\"proto\":\"tcp\",\"local\":\"10.0.0.1:4000\",\"remote\":\"192.0.2.1:22\"}\n",
+    );
+    // So many rules overlap a new one that it is given whole, less what they are about.
+    let narrow =
+        |n| format!("allow smtp(x509{{group=\"g{n}\", name=\"*.z{n}.org\"}}, IPv4{{10.0.{n}.0/24}});\n");
+    let many: String = (0..100).map(narrow).collect();
+    let wide = written("json-wide.pol", &(many.clone() + "allow smtp(x509{name=\"*.org\"}, *);\n"));
+    let many = written("json-many.pol", &many);
+    let [old, new, audit, many, wide] = [&old, &new, &audit, &many, &wide].map(|path| path.to_str().unwrap());
+    let reject = file("corpus/reject/failing-test.pol");
+    let parties = ["--from", "x509{group=\"a\"}", "--to", "*"];
+    let told = [
+        policy(&["check", new, &file("corpus/reject/defined-twice.pol"), "/nonexistent", "--format", "json"]),
+        policy(&["check", &file("corpus/reject/columns.pol"), "--format", "json"]),
+        policy(&["fmt", "--check", new, "/nonexistent", "--format", "json"]),
+        policy(&["test", &reject, "--format", "json"]),
+        policy(&[&["explain", old, "--service", "smtp, http", "--format", "json"][..], &parties].concat()),
+        policy(&["query", new, "--format", "json"]),
+        policy(&["diff", old, new, "--replay", audit, "--format", "json"]),
+        policy(&["diff", many, wide, "--format", "json"]),
+    ];
+    let printed: BTreeSet<String> = told.iter().flat_map(|(_, stdout, _)| members(stdout)).collect();
+    let unnamed: Vec<_> = printed.difference(&named).collect();
+    assert!(unnamed.is_empty(), "not in the manual: {unnamed:?}");
+    // All else that stands there in such letters is no member.
+    let others = ["", "--format json", "--mentions", "allowed", "refused", "warning"];
+    let tools = ["check", "fmt", "test", "explain", "query", "diff"];
+    let unprinted: Vec<_> = named
+        .difference(&printed)
+        .filter(|name| !others.contains(&name.as_str()) && !tools.contains(&name.as_str()))
+        .collect();
+    assert!(unprinted.is_empty(), "never printed: {unprinted:?}");
 }

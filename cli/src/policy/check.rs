@@ -1,7 +1,7 @@
 //! `policy check`.
 
 use clap::Args;
-use portcullis_policy::{DiagnosticData, Diagnostics, LoadError, Policy};
+use portcullis_policy::{DiagnosticData, Diagnostics, LoadError};
 use serde::Serialize;
 
 use super::{FINDINGS, Files, FormatArg};
@@ -35,8 +35,8 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
 }
 
 fn one(path: &std::path::Path, arguments: &Arguments, out: &mut Out) -> u8 {
-    let name = path.display().to_string();
-    match Policy::load(path) {
+    let name = super::name_of(path);
+    match super::load_any(path) {
         Ok(loaded) => {
             let rules = loaded.policy.rules().count();
             show(&name, Some(rules), &loaded.warnings, arguments, out);
@@ -83,6 +83,7 @@ fn show(name: &str, rules: Option<usize>, found: &Diagnostics, arguments: &Argum
     let name = portcullis_policy::escape(name);
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     match rules {
+        Some(0) if found.is_empty() => out.line(format!("{name}: no rules, so everything is refused")),
         Some(rules) if found.is_empty() => {
             out.line(format!("{name}: {}, nothing to say", count(rules, "rule")))
         }

@@ -15,7 +15,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct Arguments {
-    /// Policy file
+    /// Policy file; `-` is standard input
     file: PathBuf,
     /// Who opens the flow, such as 'x509{name="a.example.com"}'; what it does not say is not so
     #[arg(long, value_name = "PRINCIPAL")]

@@ -27,14 +27,18 @@ struct Report<'a> {
     error: Option<String>,
 }
 
-/// The worst of the files' statuses.
+/// The worst of the files' statuses. What came from standard input goes to standard output.
 pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
     arguments.files.files.iter().map(|path| one(path, arguments, out)).max().unwrap_or(0)
 }
 
 fn one(path: &Path, arguments: &Arguments, out: &mut Out) -> u8 {
-    let name = path.display().to_string();
+    let name = super::name_of(path);
     let result = formatted(path, &name);
+    if let (true, false, Ok((_, new))) = (super::is_stdin(path), arguments.check, &result) {
+        out.text(new);
+        return 0;
+    }
     let status = match &result {
         Ok((old, new)) if old == new => Ok(false),
         Ok(_) if arguments.check => Ok(true),
@@ -62,7 +66,12 @@ fn one(path: &Path, arguments: &Arguments, out: &mut Out) -> u8 {
 }
 
 fn formatted(path: &Path, name: &str) -> Result<(String, String), String> {
-    let text = portcullis_policy::read(path).map_err(|error| match std::error::Error::source(&error) {
+    let read = if super::is_stdin(path) {
+        portcullis_policy::read_input(name, std::io::stdin())
+    } else {
+        portcullis_policy::read(path)
+    };
+    let text = read.map_err(|error| match std::error::Error::source(&error) {
         Some(cause) => format!("portcullis: error: {error}: {cause}\n"),
         None => format!("portcullis: error: {error}\n"),
     })?;

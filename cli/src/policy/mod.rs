@@ -13,6 +13,7 @@ mod replay;
 mod test;
 
 use std::{
+    io,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -75,9 +76,27 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
+/// What standard input is called in messages.
+const STDIN: &str = "<stdin>";
+
+/// Whether a file named on the command line is standard input.
+fn is_stdin(path: &Path) -> bool {
+    path == Path::new("-")
+}
+
+/// How a file named on the command line is called in messages.
+fn name_of(path: &Path) -> String {
+    if is_stdin(path) { STDIN.to_owned() } else { path.display().to_string() }
+}
+
+/// A policy from a file or from standard input.
+fn load_any(path: &Path) -> Result<Loaded, LoadError> {
+    if is_stdin(path) { Policy::load_input(STDIN, io::stdin()) } else { Policy::load(path) }
+}
+
 /// A policy that a tool needs in order to answer.
 fn load(path: &Path, out: &mut Out) -> Result<Loaded, u8> {
-    Policy::load(path).map_err(|error| {
+    load_any(path).map_err(|error| {
         report(&error, out);
         COULD_NOT
     })
@@ -127,7 +146,7 @@ fn cite(rule: &Rule) -> String {
 /// Files named on the command line.
 #[derive(Args)]
 struct Files {
-    /// Policy files
+    /// Policy files; `-` is standard input
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 }

@@ -14,7 +14,7 @@ use crate::{COULD_NOT, output::Out};
 /// Which rules mention 10.1.2.3? `--mentions 10.1.2.3`.
 #[derive(Args)]
 pub struct Arguments {
-    /// Policy file
+    /// Policy file; `-` is standard input
     file: PathBuf,
     /// Who opens; without it, everyone who may is listed
     #[arg(long, value_name = "PRINCIPAL")]

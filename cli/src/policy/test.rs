@@ -37,7 +37,12 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
 }
 
 fn one(path: &Path, arguments: &Arguments, out: &mut Out) -> u8 {
-    let policy = match Policy::load_untested(path) {
+    let loaded = if super::is_stdin(path) {
+        Policy::load_input_untested(super::STDIN, std::io::stdin())
+    } else {
+        Policy::load_untested(path)
+    };
+    let policy = match loaded {
         Ok(loaded) => loaded.policy,
         Err(error) => {
             super::report(&error, out);
@@ -55,7 +60,7 @@ fn one(path: &Path, arguments: &Arguments, out: &mut Out) -> u8 {
     let failed = outcomes.iter().filter(|o| !o.passed()).count();
     if !arguments.format.is_json() {
         let word = if failed == 0 { out.ink(Ink::Good, "ok") } else { out.ink(Ink::Bad, "FAILED") };
-        let name = portcullis_policy::escape(&path.display().to_string());
+        let name = portcullis_policy::escape(&super::name_of(path));
         out.line(format!("{name}: {word}. {} passed; {failed} failed", outcomes.len() - failed));
     }
     if failed == 0 { 0 } else { FINDINGS }

@@ -243,6 +243,7 @@ impl Checker<'_> {
     fn expr(&mut self, tree: &syntax::Expr, depth: usize) -> Option<Resolved> {
         let one = |expr| Some(Resolved { expr, size: 1, depth: 1 });
         let resolved = match tree {
+            syntax::Expr::Broken(_) => return None,
             syntax::Expr::Any(_) => return one(Expr::Any),
             syntax::Expr::Named(name) => return self.set(name, depth),
             syntax::Expr::Addresses { v6, words, .. } => return one(self.addresses(*v6, words)),
@@ -335,6 +336,7 @@ impl Checker<'_> {
             match item {
                 ServiceItem::Any(_) => any = true,
                 ServiceItem::Related(_) => related = true,
+                ServiceItem::Broken(_) => {}
                 ServiceItem::Named(name) => {
                     let (service, also) = self.named_service(name);
                     any |= service.any;
@@ -371,7 +373,12 @@ impl Checker<'_> {
     fn unknown_protocol(&mut self, protocol: &Name) {
         let known = ["tcp", "udp", "sctp", "udplite", "icmp", "icmpv6", "raw", "igmp", "gre", "esp", "ah"];
         let mut error = Diagnostic::error(format!("unknown protocol `{}`", protocol.value), protocol.span);
+        let is_service = self.names.services.contains_key(&protocol.value)
+            || services::iana(&protocol.value).is_some_and(|ports| !ports.is_empty());
         match nearest(&protocol.value, known.into_iter()) {
+            _ if is_service => {
+                error.label = Some("this is a service, which has its ports: write it alone".to_owned());
+            }
             Some(guess) => error.label = Some(format!("did you mean `{guess}`?")),
             None => error.help = Some("others are written by number: `ip-47`".to_owned()),
         }

@@ -6,6 +6,7 @@
 use std::fmt::{self, Write as _};
 
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr as _;
 
 use crate::source::{Source, Span};
 
@@ -77,7 +78,12 @@ pub struct Diagnostics {
 const MOST: usize = 200;
 
 impl Diagnostics {
+    /// Adds a message, unless it stands there already: one mistake is reported once.
     pub(crate) fn push(&mut self, diagnostic: Diagnostic) {
+        let same = |d: &Diagnostic| d.span == diagnostic.span && d.message == diagnostic.message;
+        if self.list.iter().any(same) {
+            return;
+        }
         if self.list.len() < MOST {
             self.list.push(diagnostic);
         } else {
@@ -247,12 +253,13 @@ impl Diagnostics {
         let before = escape(&before);
         let after_shown: String = after.chars().take(SHOWN).collect();
         let marked = after.get(..crate::tokens::width(span).min(after.len())).unwrap_or(after);
-        let marked = escape(&marked.chars().take(SHOWN).collect::<String>()).chars().count().max(1);
+        let marked = escape(&marked.chars().take(SHOWN).collect::<String>()).width().max(1);
         let dots = if skipped > 0 { "…" } else { "" };
         let more = if after.chars().nth(SHOWN).is_some() { "…" } else { "" };
         writeln!(f, "{:gutter$} |", "")?;
         writeln!(f, "{number} | {dots}{before}{}{more}", escape(&after_shown))?;
-        let indent = dots.chars().count() + before.chars().count();
+        // Wide letters take two columns, and combining ones none.
+        let indent = dots.width() + before.width();
         write!(f, "{:gutter$} | {:indent$}", "", "")?;
         for _ in 0..marked {
             f.write_char(mark)?;

@@ -2,7 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use portcullis_types::Protocol;
+
 use crate::{
+    check::Example,
     facts::{CertificateFact, CertificateFacts, Flow, Party, ProcessFact, ProcessFacts, Side},
     generate::{self, Dice, World},
     load,
@@ -155,6 +158,7 @@ fn in_end(
 fn a_diff_holds_all_flows_that_change_and_no_other() {
     let mut dice = Dice::new(generate::seed("diff against exhaustive evaluation"));
     let (mut inexact, mut changed, mut total) = (0, 0, 0);
+    let everybody = generate::everybody();
     // Enough of them that chance does not decide about the share of inexact ones, below.
     for _ in 0..pairs() / 1000 {
         let old_text = generate::policy(&mut dice);
@@ -173,18 +177,15 @@ fn a_diff_holds_all_flows_that_change_and_no_other() {
         let (diff, atoms) = crate::diff::diff_in_pieces(&old, &new, 0, dice.one(&[0, 2, 24]));
         total += 1;
         inexact += usize::from(!diff.exact);
-        for _ in 0..50 {
-            let (from, to) = (generate::example(&mut dice), generate::example(&mut dice));
-            let (protocol, port) = generate::port(&mut dice);
-            let before = old.decide_example(&from, &to, protocol, port, 0).permits();
-            let after = new.decide_example(&from, &to, protocol, port, 0).permits();
+        let mut look = |from: &Example, to: &Example, protocol: Protocol, port: u16| {
+            let before = old.decide_example(from, to, protocol, port, 0).permits();
+            let after = new.decide_example(from, to, protocol, port, 0).permits();
             changed += usize::from(before != after);
             let number = u32::from(protocol.0) << 16 | u32::from(port);
             let is_of = |of: &crate::diff::RuleOf| {
                 let rule = if of.new { &new } else { &old }.get(of.rule).unwrap();
-                let holds =
-                    |expr, party: &crate::check::Example| party.view().expr(expr, false) == Truth::TRUE;
-                rule.service.contains(protocol, port) && holds(&rule.from, &from) && holds(&rule.to, &to)
+                let holds = |expr, party: &Example| party.view().expr(expr, false) == Truth::TRUE;
+                rule.service.contains(protocol, port) && holds(&rule.from, from) && holds(&rule.to, to)
             };
             let pieces: Vec<_> = diff
                 .changes
@@ -210,6 +211,19 @@ fn a_diff_holds_all_flows_that_change_and_no_other() {
                 before == after || !pieces.is_empty() || !diff.exact,
                 "a flow changes and is in no region\n{told}"
             );
+        };
+        for _ in 0..50 {
+            let (from, to) = (generate::example(&mut dice), generate::example(&mut dice));
+            let (protocol, port) = generate::port(&mut dice);
+            look(&from, &to, protocol, port);
+        }
+        // Every flow there is, in a small world.
+        if total % 16 == 0 {
+            for (from, to) in everybody.iter().flat_map(|from| everybody.iter().map(move |to| (from, to))) {
+                for (protocol, port) in generate::SERVED {
+                    look(from, to, protocol, port);
+                }
+            }
         }
         assert!(!crate::diff::diff(&old, &old, 0).widens());
         // Examples are meant to be pasted.

@@ -84,6 +84,26 @@ pub fn compile(bytes: &[u8]) {
     assert!(crate::diff(&policy, &policy, 1).changes.is_empty());
 }
 
+/// Takes any bytes for two policies, cut at the first NUL, and compares them.
+///
+/// # Panics
+/// If a flow that the comparison names as an example is not decided as it says.
+pub fn diff(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let (old, new) = text.split_once('\0').unwrap_or((text, ""));
+    let (Ok(old), Ok(new)) = (Policy::parse("old.pol", old), Policy::parse("new.pol", new)) else { return };
+    let (old, new) = (old.policy, new.policy);
+    for change in crate::diff(&old, &new, 1).changes {
+        let flow = &change.example;
+        for (policy, permits) in [(&old, !change.widens), (&new, change.widens)] {
+            let Ok(answers) = policy.explain_words(&flow.from, &flow.to, &flow.service, 1) else {
+                unreachable!("an example is a flow: {flow:?}")
+            };
+            assert!(answers.iter().all(|a| a.explanation.decision.permits() == permits), "{change:?}");
+        }
+    }
+}
+
 fn agree(policy: &Policy, flow: &Flow<'_>) {
     let (from, to) = (View::of(flow, Side::From), View::of(flow, Side::To));
     let matches = reference::matches(&policy.rules, flow, &from, &to);

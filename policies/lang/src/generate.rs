@@ -309,6 +309,36 @@ pub(crate) fn example(dice: &mut Dice) -> crate::check::Example {
     }
 }
 
+/// Everybody in a world so small that all its flows can be looked at.
+pub(crate) fn everybody() -> Vec<crate::check::Example> {
+    let named = |name: &str, group: &str, ver| CertificateFacts {
+        names: vec![name.to_owned()],
+        groups: vec![group.to_owned()],
+        ver: Some(ver),
+        ..CertificateFacts::default()
+    };
+    let certificates =
+        [None, Some(named("a.example.com", "ops", 1)), Some(named("x.sub.example.com", "dev", 3))];
+    let addresses = ["10.0.0.1", "192.0.2.7", "2001:db8::1"];
+    let mut all = Vec::new();
+    for certificate in &certificates {
+        for address in addresses {
+            for exe in [None, Some("/usr/bin/curl"), Some("/tmp/a/b")] {
+                let mut one = crate::check::Example { address: address.parse().ok(), ..Default::default() };
+                one.certificate.clone_from(certificate);
+                one.has_process = exe.is_some();
+                one.process.exe = Fact::Known(exe.unwrap_or_default().to_owned());
+                all.push(one);
+            }
+        }
+    }
+    all
+}
+
+/// Protocols and ports of that world.
+pub(crate) const SERVED: [(Protocol, u16); 3] =
+    [(Protocol::TCP, 25), (Protocol::UDP, 53), (Protocol::ICMP, 0)];
+
 pub(crate) fn port(dice: &mut Dice) -> (Protocol, u16) {
     let protocol = dice.one(&[Protocol::TCP, Protocol::TCP, Protocol::UDP, Protocol::ICMP, Protocol::RAW]);
     (protocol, if protocol.has_ports() { dice.one(&PORTS) } else { 0 })

@@ -55,7 +55,7 @@ pub use diff::{Change, Diff, ExampleFlow, RuleOf, diff};
 pub use explain::{Explanation, NearMiss};
 pub use facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side};
 pub use fmt::format;
-pub use load::{LoadError, read};
+pub use load::{LoadError, read, read_input};
 pub use model::{Effect, Rule};
 pub use policy::{Loaded, Policy};
 pub use query::{Question, Reach};

@@ -70,8 +70,12 @@ pub(crate) fn load_untested(path: &Path) -> Result<Loaded, LoadError> {
     let mut loader = Loader { room: LARGEST, ..Loader::default() };
     let text = loader.read(path)?;
     loader.add(path, text, 0);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|d| d.as_secs());
-    finish(loader, now).map_err(LoadError::Policy)
+    finish(loader, now()).map_err(LoadError::Policy)
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> Option<u64> {
+    SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|d| d.as_secs())
 }
 
 /// Reads one policy file, and none that it includes, for tools that work on its text.
@@ -82,11 +86,37 @@ pub fn read(path: &Path) -> Result<String, LoadError> {
     Loader { room: LARGEST, ..Loader::default() }.read(path)
 }
 
+/// Reads a policy from what is no file, such as standard input.
+///
+/// # Errors
+/// All but [`LoadError::Policy`] and [`LoadError::NotAFile`].
+pub fn read_input(name: &str, input: impl io::Read) -> Result<String, LoadError> {
+    text(Path::new(name), input, LARGEST)
+}
+
+/// The text of a file, if it has no more than so many bytes.
+fn text(path: &Path, input: impl io::Read, most: usize) -> Result<String, LoadError> {
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    let read = input.take(limit).read_to_end(&mut bytes);
+    read.map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
+    if bytes.len() > most {
+        return Err(LoadError::TooLarge { path: path.to_owned() });
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let offset = error.utf8_error().valid_up_to();
+        let before = error.as_bytes().get(..offset).unwrap_or_default();
+        let line = before.iter().filter(|b| **b == b'\n').count() + 1;
+        LoadError::NotText { path: path.to_owned(), offset, line }
+    })
+}
+
 pub(crate) fn load(path: &Path) -> Result<Loaded, LoadError> {
     tested(load_untested(path)?).map_err(LoadError::Policy)
 }
 
-pub(crate) fn parse_untested(name: &str, text: &str) -> Result<Loaded, Diagnostics> {
+/// Checks a text that includes nothing, as at the time `now`.
+pub(crate) fn parse_untested(name: &str, text: &str, now: Option<u64>) -> Result<Loaded, Diagnostics> {
     let mut loader = Loader { room: LARGEST, is_text: true, ..Loader::default() };
     if text.len() > LARGEST {
         loader.sources.push(Source::new(name, ""));
@@ -95,11 +125,19 @@ pub(crate) fn parse_untested(name: &str, text: &str) -> Result<Loaded, Diagnosti
     } else {
         loader.add(Path::new(name), text.to_owned(), 0);
     }
-    finish(loader, None)
+    finish(loader, now)
 }
 
 pub(crate) fn parse(name: &str, text: &str) -> Result<Loaded, Diagnostics> {
-    tested(parse_untested(name, text)?)
+    tested(parse_untested(name, text, None)?)
+}
+
+pub(crate) fn load_input(name: &str, input: impl io::Read) -> Result<Loaded, LoadError> {
+    tested(load_input_untested(name, input)?).map_err(LoadError::Policy)
+}
+
+pub(crate) fn load_input_untested(name: &str, input: impl io::Read) -> Result<Loaded, LoadError> {
+    parse_untested(name, &read_input(name, input)?, now()).map_err(LoadError::Policy)
 }
 
 /// Holds a policy to its own tests.
@@ -121,7 +159,7 @@ fn finish(loader: Loader, now: Option<u64>) -> Result<Loaded, Diagnostics> {
     if errors.has_errors() {
         return Err(errors.with_sources(&sources));
     }
-    warn::warn(&checked, now, &mut errors);
+    warn::warn(&checked, &sources, now, &mut errors);
     let warnings = errors.with_sources(&sources);
     Ok(Loaded { policy: Policy::compile(checked, sources), warnings })
 }
@@ -159,19 +197,9 @@ impl Loader {
             return Err(LoadError::NotAFile { path: path.to_owned() });
         }
         self.identity = Some((metadata.dev(), metadata.ino()));
-        let mut bytes = Vec::new();
-        let most = u64::try_from(self.room).unwrap_or(u64::MAX).saturating_add(1);
-        file.take(most).read_to_end(&mut bytes).map_err(failed)?;
-        if bytes.len() > self.room {
-            return Err(LoadError::TooLarge { path: path.to_owned() });
-        }
-        self.room -= bytes.len();
-        String::from_utf8(bytes).map_err(|error| {
-            let offset = error.utf8_error().valid_up_to();
-            let before = error.as_bytes().get(..offset).unwrap_or_default();
-            let line = before.iter().filter(|b| **b == b'\n').count() + 1;
-            LoadError::NotText { path: path.to_owned(), offset, line }
-        })
+        let text = text(path, file, self.room)?;
+        self.room -= text.len();
+        Ok(text)
     }
 
     /// Takes the statements of one file and of what it includes.

@@ -7,7 +7,7 @@ use portcullis_types::Lane;
 
 use crate::{
     diagnostic::{Diagnostic, Diagnostics, nearest},
-    source::Span,
+    source::{Source, Span},
     syntax::{Date, Expectation, Item, Name, Options, RuleItem, ServiceItem, Spanned, TestItem},
     tokens::{self, Kind, Token},
 };
@@ -20,6 +20,8 @@ type Parsed<T> = Result<T, Lost>;
 const DEEPEST: usize = 64;
 
 const STATEMENTS: [&str; 5] = ["allow", "deny", "service", "test", "include"];
+const FORMS: &str =
+    "a statement is `name = …;`, `allow …;`, `deny …;`, `service …;`, `include …;` or `test …`";
 const OPTIONS: [&str; 7] = ["using", "expires", "audit", "with", "related", "as", "because"];
 
 /// Parses one file.
@@ -39,12 +41,17 @@ pub(crate) fn parse(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Item
             }
         }
     }
+    items.append(&mut parser.broken);
     items
 }
 
-/// Parses a principal that stands alone, as on a command line.
-pub(crate) fn parse_principal(text: &str, errors: &mut Diagnostics) -> Option<crate::syntax::Expr> {
-    let tokens = tokens::tokens(0, text, errors);
+/// Parses a principal that stands alone, as on a command line; `file` is the number that its spans have.
+pub(crate) fn parse_principal(
+    file: u32,
+    text: &str,
+    errors: &mut Diagnostics,
+) -> Option<crate::syntax::Expr> {
+    let tokens = tokens::tokens(file, text, errors);
     let mut parser = Parser::new(text, tokens, errors);
     let expr = parser.expr().ok()?;
     parser.expect(Kind::End, "after the principal").ok()?;
@@ -52,12 +59,36 @@ pub(crate) fn parse_principal(text: &str, errors: &mut Diagnostics) -> Option<cr
 }
 
 /// Parses a service that stands alone.
-pub(crate) fn parse_service(text: &str, errors: &mut Diagnostics) -> Option<Vec<ServiceItem>> {
-    let tokens = tokens::tokens(0, text, errors);
+pub(crate) fn parse_service(file: u32, text: &str, errors: &mut Diagnostics) -> Option<Vec<ServiceItem>> {
+    let tokens = tokens::tokens(file, text, errors);
     let mut parser = Parser::new(text, tokens, errors);
     let items = parser.service_items().ok()?;
     parser.expect(Kind::End, "after the service").ok()?;
     Some(items)
+}
+
+/// Where a rule that was read before names its service, FROM, TO and the day it expires on, if it does.
+pub(crate) fn rule_parts(source: &Source, rule: Span) -> Option<RuleParts> {
+    let text = source.slice(rule);
+    let mut errors = Diagnostics::default();
+    let mut parser = Parser::new(text, tokens::tokens(rule.file, text, &mut errors), &mut errors);
+    parser.take();
+    let (_, service, from, to) = parser.flow().ok()?;
+    let expires = parser.options().ok()?.expires.map(|date| date.span);
+    let place = |span: Span| Span { start: span.start + rule.start, end: span.end + rule.start, ..span };
+    Some(RuleParts {
+        service: place(service),
+        ends: [place(from.span()), place(to.span())],
+        expires: expires.map(place),
+    })
+}
+
+/// Places within one rule.
+pub(crate) struct RuleParts {
+    pub(crate) service: Span,
+    /// FROM and TO.
+    pub(crate) ends: [Span; 2],
+    pub(crate) expires: Option<Span>,
 }
 
 /// What other tools call it, and this language otherwise.
@@ -93,13 +124,15 @@ struct Parser<'a> {
     tokens: Vec<Token>,
     at: usize,
     depth: usize,
+    /// Definitions that could not be read: their names are known, so that using them is no second error.
+    broken: Vec<Item>,
     errors: &'a mut Diagnostics,
 }
 
 impl<'a> Parser<'a> {
     fn new(text: &'a str, mut tokens: Vec<Token>, errors: &'a mut Diagnostics) -> Self {
         tokens.retain(|t| t.kind != Kind::Comment);
-        Self { text, tokens, at: 0, depth: 0, errors }
+        Self { text, tokens, at: 0, depth: 0, broken: Vec::new(), errors }
     }
 
     fn peek_at(&self, n: usize) -> Token {
@@ -139,12 +172,18 @@ impl<'a> Parser<'a> {
     }
 
     fn unexpected<T>(&mut self, wanted: &str) -> Parsed<T> {
+        let error = self.not(wanted);
+        self.lost(error)
+    }
+
+    /// The error of the next token, which is not what is wanted.
+    fn not(&self, wanted: &str) -> Diagnostic {
         let token = self.peek();
         let found = match token.kind {
             Kind::Name | Kind::Word => format!("`{}`", self.slice(token)),
             kind => kind.describe().to_owned(),
         };
-        self.lost(Diagnostic::error(format!("expected {wanted}, found {found}"), token.span))
+        Diagnostic::error(format!("expected {wanted}, found {found}"), token.span)
     }
 
     fn expect(&mut self, kind: Kind, place: &str) -> Parsed<Token> {
@@ -169,7 +208,11 @@ impl<'a> Parser<'a> {
 
     fn text_token(&mut self, wanted: &str) -> Parsed<Name> {
         if self.peek().kind != Kind::Text {
-            return self.unexpected(wanted);
+            let mut error = self.not(wanted);
+            if matches!(self.peek().kind, Kind::Name | Kind::Word) {
+                error.label = Some(format!("did you mean \"{}\"?", self.slice(self.peek())));
+            }
+            return self.lost(error);
         }
         let token = self.take();
         match tokens::unquote(self.slice(token)) {
@@ -258,17 +301,21 @@ impl<'a> Parser<'a> {
                 Item::Include(self.text_token("the file to include, as a string")?)
             }
             "test" => return Ok(Item::Test(self.test()?)),
-            "" => return self.unexpected("a statement"),
+            "" => {
+                let error = self.not("a statement").help(FORMS);
+                return self.lost(error);
+            }
+            other if principal::PRINCIPALS.contains(&self.slice(self.peek_at(1))) => {
+                let error = Diagnostic::error(format!("expected `=` after `{other}`"), self.peek_at(1).span);
+                return self.lost(error.label(format!("did you mean `{other} = …`?")));
+            }
             other => {
                 let span = self.peek().span;
                 let guess = elsewhere(other).filter(|g| STATEMENTS.contains(g));
                 let guess = guess.or_else(|| nearest(other, STATEMENTS.into_iter()));
                 let mut error = Diagnostic::error(format!("no statement begins with `{other}`"), span);
                 error.label = guess.map(|g| format!("did you mean `{g}`?"));
-                error.help = guess.is_none().then(|| {
-                    "a statement is `name = …;`, `allow …;`, `deny …;`, `service …;`, `include …;` or `test …`"
-                        .to_owned()
-                });
+                error.help = guess.is_none().then(|| FORMS.to_owned());
                 return self.lost(error);
             }
         };
@@ -283,14 +330,28 @@ impl<'a> Parser<'a> {
             return self.lost(error.label("choose another name"));
         }
         self.expect(Kind::Equal, "after the name")?;
-        Ok(Item::Set { name, value: self.expr()? })
+        match self.expr() {
+            Ok(value) => Ok(Item::Set { name, value }),
+            Err(Lost) => {
+                let value = crate::syntax::Expr::Broken(name.span);
+                self.broken.push(Item::Set { name, value });
+                Err(Lost)
+            }
+        }
     }
 
     fn service(&mut self) -> Parsed<Item> {
         self.take();
         let name = self.name("the service's name")?;
-        self.expect(Kind::Equal, "after the service's name")?;
-        Ok(Item::Service { name, items: self.service_items()? })
+        let items = self.expect(Kind::Equal, "after the service's name").and_then(|_| self.service_items());
+        match items {
+            Ok(items) => Ok(Item::Service { name, items }),
+            Err(Lost) => {
+                let items = vec![ServiceItem::Broken(name.span)];
+                self.broken.push(Item::Service { name, items });
+                Err(Lost)
+            }
+        }
     }
 
     fn service_items(&mut self) -> Parsed<Vec<ServiceItem>> {
@@ -306,16 +367,16 @@ impl<'a> Parser<'a> {
                     items.push(ServiceItem::Named(name));
                 }
                 Kind::Word => {
-                    let Some(protocol) = protocol.clone() else {
-                        let span = self.peek().span;
-                        let port = self.slice(self.peek());
-                        return self.lost(
-                            Diagnostic::error("a port needs its protocol", span)
-                                .label(format!("write `tcp/{port}` or `udp/{port}`")),
-                        );
-                    };
-                    let ports = Some(self.ports()?);
-                    items.push(ServiceItem::Protocol { protocol, ports });
+                    if let Some(protocol) = protocol.clone() {
+                        let ports = Some(self.ports()?);
+                        items.push(ServiceItem::Protocol { protocol, ports });
+                    } else {
+                        let token = self.take();
+                        let port = self.slice(token);
+                        let error = Diagnostic::error("a port needs its protocol", token.span);
+                        self.errors.push(error.label(format!("write `tcp/{port}` or `udp/{port}`")));
+                        items.push(ServiceItem::Broken(token.span));
+                    }
                 }
                 Kind::Name => {
                     let name = self.name("a service")?;
@@ -341,7 +402,13 @@ impl<'a> Parser<'a> {
     }
 
     fn ports(&mut self) -> Parsed<Spanned<(u16, u16)>> {
-        let token = self.expect(Kind::Word, "(a port) after the protocol")?;
+        let token = self.peek();
+        if token.kind != Kind::Word {
+            let error = self.not("a port after the protocol").label("such as `25` or `1000-2000`");
+            self.errors.push(error);
+            return Ok(Spanned { value: (0, 0), span: token.span });
+        }
+        self.take();
         let mut span = token.span;
         let mut text = self.slice(token).to_owned();
         if self.accept(Kind::Minus).is_some() {
@@ -351,14 +418,13 @@ impl<'a> Parser<'a> {
         }
         let (low, high) = text.split_once('-').unwrap_or((&text, &text));
         let (Ok(low), Ok(high)) = (low.parse::<u16>(), high.parse::<u16>()) else {
-            return self.lost(
-                Diagnostic::error(format!("`{text}` is no port"), span)
-                    .label("a number from 0 to 65535, or a range such as `1000-2000`"),
-            );
+            let error = Diagnostic::error(format!("`{text}` is no port"), span);
+            self.errors.push(error.label("a number from 0 to 65535, or a range such as `1000-2000`"));
+            return Ok(Spanned { value: (0, 0), span });
         };
         if low > high {
-            let right = format!("did you mean `{high}-{low}`?");
-            return self.lost(Diagnostic::error("this range ends before it begins", span).label(right));
+            let error = Diagnostic::error("this range ends before it begins", span);
+            self.errors.push(error.label(format!("did you mean `{high}-{low}`?")));
         }
         Ok(Spanned { value: (low, high), span })
     }
@@ -370,15 +436,10 @@ impl<'a> Parser<'a> {
             Some(token) => start.to(token.span),
             None => start,
         };
-        if self.peek().kind == Kind::Name {
-            let found = self.slice(self.peek());
-            let error = Diagnostic::error(
-                format!("expected `(` after the service, found `{found}`"),
-                self.peek().span,
-            );
+        if self.accept(Kind::ParenOpen).is_none() {
+            let error = self.not("`(` after the service");
             return self.lost(error.help("a rule is `allow SERVICE(FROM, TO);`: FROM opens, TO accepts"));
         }
-        self.expect(Kind::ParenOpen, "after the service")?;
         let from = self.expr()?;
         if self.peek().kind == Kind::ParenClose {
             let span = self.peek().span;
@@ -463,16 +524,20 @@ impl<'a> Parser<'a> {
     }
 
     fn lane(&mut self) -> Parsed<Spanned<Lane>> {
-        let name = self.name("a lane after `using`")?;
+        const LANES: [&str; 4] = ["plain", "tls", "ktls", "ipsec"];
+        if self.peek().kind != Kind::Name {
+            let error = self.not("a lane after `using`").label("`plain`, `tls`, `ktls` or `ipsec`");
+            return self.lost(error);
+        }
+        let name = self.name("a lane")?;
         let value = match name.value.as_str() {
             "plain" => Lane::Plain,
             "tls" => Lane::Tls,
             "ktls" => Lane::Ktls,
             "ipsec" => Lane::Ipsec,
             other => {
-                let lanes = ["plain", "tls", "ktls", "ipsec"];
-                let guess = elsewhere(other).filter(|g| lanes.contains(g));
-                let guess = guess.or_else(|| nearest(other, lanes.into_iter()));
+                let guess = elsewhere(other).filter(|g| LANES.contains(g));
+                let guess = guess.or_else(|| nearest(other, LANES.into_iter()));
                 let mut error = Diagnostic::error(format!("there is no lane `{other}`"), name.span);
                 error.label = Some(guess.map_or_else(
                     || "one of `plain`, `tls`, `ktls`, `ipsec`".to_owned(),
@@ -485,7 +550,11 @@ impl<'a> Parser<'a> {
     }
 
     fn date(&mut self) -> Parsed<Spanned<Date>> {
-        let token = self.expect(Kind::Word, "(a date such as `2027-01-31`) after `expires`")?;
+        if !matches!(self.peek().kind, Kind::Word | Kind::Name | Kind::Text) {
+            let error = self.not("a date after `expires`").label("such as `2027-01-31`");
+            return self.lost(error);
+        }
+        let token = self.take();
         let text = self.slice(token);
         match Date::parse(text) {
             Some(value) => Ok(Spanned { value, span: token.span }),
@@ -497,13 +566,14 @@ impl<'a> Parser<'a> {
     }
 
     fn test(&mut self) -> Parsed<TestItem> {
-        self.take();
+        let keyword = self.take();
         let name = self.text_token("the test's name, as a string")?;
         self.expect(Kind::BraceOpen, "after the test's name")?;
         let mut expectations = Vec::new();
         while self.peek().kind != Kind::BraceClose {
             if self.peek().kind == Kind::End {
-                return self.unexpected("`}` at the end of the test");
+                let error = self.not("`}` at the end of the test");
+                return self.lost(error.related("the test begins here", keyword.span.to(name.span)));
             }
             match self.expectation() {
                 Ok(expectation) => expectations.push(expectation),
@@ -543,7 +613,16 @@ impl<'a> Parser<'a> {
                 let error = Diagnostic::error("a test expects `allow` or `refuse`", keyword.span);
                 return self.lost(error.label("did you mean `refuse`?"));
             }
-            _ => return self.unexpected("`allow` or `refuse`"),
+            word => {
+                let guess = match elsewhere(word) {
+                    Some("deny") => Some("refuse"),
+                    Some("allow") => Some("allow"),
+                    _ => nearest(word, ["allow", "refuse"].into_iter()),
+                };
+                let mut error = self.not("`allow` or `refuse`");
+                error.label = guess.map(|g| format!("did you mean `{g}`?"));
+                return self.lost(error);
+            }
         };
         self.take();
         let (services, service_span, from, to) = self.flow()?;

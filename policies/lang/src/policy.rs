@@ -71,6 +71,22 @@ impl Policy {
         load::load_untested(path)
     }
 
+    /// Reads a policy from what is no file, such as standard input; it includes nothing.
+    ///
+    /// # Errors
+    /// As [`Policy::load`].
+    pub fn load_input(name: &str, input: impl std::io::Read) -> Result<Loaded, LoadError> {
+        load::load_input(name, input)
+    }
+
+    /// The same, without running its tests.
+    ///
+    /// # Errors
+    /// As [`Policy::load`].
+    pub fn load_input_untested(name: &str, input: impl std::io::Read) -> Result<Loaded, LoadError> {
+        load::load_input_untested(name, input)
+    }
+
     pub(crate) fn compile(checked: Checked, sources: Vec<Source>) -> Self {
         let Checked { rules, tests, names } = checked;
         let by_address = |side: Side| {

@@ -34,12 +34,14 @@ pub(crate) enum ServiceItem {
     Named(Name),
     /// `related`
     Related(Span),
+    /// What could not be read; its error is reported.
+    Broken(Span),
 }
 
 impl ServiceItem {
     pub(crate) fn span(&self) -> Span {
         match self {
-            Self::Any(span) | Self::Related(span) => *span,
+            Self::Any(span) | Self::Related(span) | Self::Broken(span) => *span,
             Self::Protocol { protocol, ports } => ports.as_ref().map_or(protocol.span, |p| p.span),
             Self::Named(name) => name.span,
         }
@@ -97,10 +99,20 @@ pub(crate) struct Expectation {
 /// A principal.
 #[derive(Clone, Debug)]
 pub(crate) enum Expr {
+    /// What could not be read; its error is reported.
+    Broken(Span),
     Any(Span),
     Named(Name),
-    Addresses { v6: bool, words: Vec<Name>, span: Span },
-    Attributes { process: bool, list: Vec<Attribute>, span: Span },
+    Addresses {
+        v6: bool,
+        words: Vec<Name>,
+        span: Span,
+    },
+    Attributes {
+        process: bool,
+        list: Vec<Attribute>,
+        span: Span,
+    },
     Not(Box<Expr>, Span),
     And(Vec<Expr>),
     Or(Vec<Expr>),
@@ -109,7 +121,8 @@ pub(crate) enum Expr {
 impl Expr {
     pub(crate) fn span(&self) -> Span {
         match self {
-            Self::Any(span)
+            Self::Broken(span)
+            | Self::Any(span)
             | Self::Addresses { span, .. }
             | Self::Attributes { span, .. }
             | Self::Not(_, span) => *span,

@@ -84,6 +84,11 @@ pub(crate) fn tokens(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Tok
     lexer.out
 }
 
+/// Whether a dot stands there before a letter: in a DNS name without its quotes, which the parser tells of.
+fn is_dotted(text: &str, at: usize) -> bool {
+    text.get(at..).and_then(|t| t.strip_prefix('.')).is_some_and(|t| t.starts_with(char::is_alphanumeric))
+}
+
 struct Lexer<'a> {
     file: u32,
     text: &'a str,
@@ -128,6 +133,12 @@ impl Lexer<'_> {
         }
     }
 
+    /// Whether a token ends right here.
+    fn follows_a_token(&self) -> bool {
+        let ends = |t: &Token| to_usize(t.span.end) == self.at;
+        self.out.last().is_some_and(|t| matches!(t.kind, Kind::Star | Kind::Name | Kind::Word) && ends(t))
+    }
+
     fn next(&mut self) -> bool {
         let rest = self.rest();
         let Some(c) = rest.chars().next() else { return false };
@@ -168,14 +179,11 @@ impl Lexer<'_> {
             '0'..='9' => {
                 self.take(Kind::Word, |c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | ':'))
             }
-            c if c == '_' || c.is_alphabetic() => {
+            c if c == '_' || c.is_alphabetic() || (is_dotted(rest, 0) && self.follows_a_token()) => {
                 let rest = self.rest();
                 let mut len = rest.len();
                 for (i, c) in rest.char_indices() {
-                    // A dot before a letter: a DNS name without its quotes, which the parser tells of.
-                    let dotted =
-                        c == '.' && rest.get(i + 1..).is_some_and(|r| r.starts_with(char::is_alphanumeric));
-                    if !(c == '_' || c == '-' || c.is_alphanumeric() || dotted) {
+                    if !(c == '_' || c == '-' || c.is_alphanumeric() || is_dotted(rest, i)) {
                         len = i;
                         break;
                     }

@@ -13,8 +13,8 @@ use crate::{
     facts::Side,
     parser,
     policy::Policy,
-    services::Service,
-    source::Source,
+    services::{Ports, Service},
+    source::{Source, to_u32},
 };
 
 /// How one `test` block went.
@@ -100,7 +100,7 @@ fn answer(policy: &Policy, question: &Question<'_>) -> Decision {
     decide(&matches, &question.to, Side::To, |id| policy.get(id))
 }
 
-/// The answer to a question in policy words, for one protocol and port of the service it names.
+/// The answer to a question in policy words, for ports of one protocol that are decided alike.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// The service, as text.
@@ -134,10 +134,11 @@ impl Policy {
         let to = self.party("--to", to)?;
         let service = self.service_words("--service", service)?;
         let mut answers = Vec::new();
-        for (protocol, port) in self.representatives(&service) {
-            let question = question(&from, &to, protocol, port, now);
+        for part in self.parts(&service) {
+            let question = question(&from, &to, part.protocol, part.low, now);
             let explanation = explain::explain(self, &question);
-            answers.push(Answer { service: crate::display::port(protocol, port), explanation });
+            let service = crate::display::service(&Service { any: false, ports: vec![part] });
+            answers.push(Answer { service, explanation });
         }
         Ok(answers)
     }
@@ -168,35 +169,51 @@ impl Policy {
 
     pub(crate) fn party(&self, name: &str, text: &str) -> Result<Example, Diagnostics> {
         let mut errors = Diagnostics::default();
-        let tree = parser::parse_principal(text, &mut errors);
+        let tree = parser::parse_principal(to_u32(self.sources.len()), text, &mut errors);
         // Names are resolved, and attributes checked, as in the policy itself.
         let checked = tree.as_ref().and_then(|t| check::principal(&self.names, t, &mut errors));
         let found = match (&tree, checked, errors.has_errors()) {
             (Some(tree), Some(_), false) => check::example(&self.names, tree, &mut errors),
             _ => None,
         };
-        found.ok_or_else(|| errors.with_sources(&[Source::new(name, text)]))
+        found.ok_or_else(|| errors.with_sources(&self.sources_and(name, text)))
     }
 
     pub(crate) fn service_words(&self, name: &str, text: &str) -> Result<Service, Diagnostics> {
         let mut errors = Diagnostics::default();
-        let service = parser::parse_service(text, &mut errors)
+        let service = parser::parse_service(to_u32(self.sources.len()), text, &mut errors)
             .map(|items| check::service(&self.names, &items, &mut errors));
         match service.filter(|_| !errors.has_errors()) {
             Some(service) => Ok(service),
-            None => Err(errors.with_sources(&[Source::new(name, text)])),
+            None => Err(errors.with_sources(&self.sources_and(name, text))),
         }
+    }
+
+    /// The files of the policy, and behind them a text that is none.
+    fn sources_and(&self, name: &str, text: &str) -> Vec<Source> {
+        self.sources.iter().cloned().chain([Source::new(name, text)]).collect()
+    }
+
+    /// The parts of a service, such that no decision changes within one.
+    fn parts(&self, service: &Service) -> Vec<Ports> {
+        let whole = |protocol| Ports { protocol, low: 0, high: u16::MAX };
+        let mut protocols = vec![Protocol::TCP, Protocol::UDP];
+        protocols.extend(self.rules.iter().flat_map(|r| r.service.ports.iter().map(|p| p.protocol)));
+        let all = Service::new(false, protocols.into_iter().map(whole).collect());
+        let service = if service.any { &all } else { service };
+        let starts = self.representatives(service);
+        let part = |(n, (protocol, low)): (usize, &(Protocol, u16))| {
+            let last =
+                service.ports.iter().find(|p| p.protocol == *protocol && p.low <= *low && *low <= p.high);
+            let next = starts.get(n + 1).filter(|(other, _)| other == protocol).map(|(_, port)| port - 1);
+            let high = last.map_or(*low, |p| p.high);
+            Ports { protocol: *protocol, low: *low, high: next.map_or(high, |next| next.min(high)) }
+        };
+        starts.iter().enumerate().map(part).collect()
     }
 
     /// Ports that stand for all of a service: its decisions can only change at these.
     pub(crate) fn representatives(&self, service: &Service) -> Vec<(Protocol, u16)> {
-        if service.any {
-            let first = Service::new(
-                false,
-                vec![crate::services::Ports { protocol: Protocol::TCP, low: 0, high: u16::MAX }],
-            );
-            return self.representatives(&first);
-        }
         let mut found = Vec::new();
         for ports in &service.ports {
             if !ports.protocol.has_ports() {

@@ -12,7 +12,9 @@ use crate::{
     diff::is_empty,
     display,
     model::{Atom, Effect, Expr, Rule},
+    parser::{self, RuleParts},
     services::Service,
+    source::{Source, Span, to_usize},
 };
 
 /// A rule that expires within so many seconds is worth a word: 30 days.
@@ -20,40 +22,51 @@ const SOON: u64 = 30 * 86_400;
 /// Ports that are many.
 const MANY: u32 = 1024;
 /// Pairs of rules that are compared in search of denials that hide a rule.
-const MOST_PAIRS: usize = 2_000_000;
+const MOST_PAIRS: usize = 500_000;
 /// Pairs that are looked at more closely.
 const MOST_EXACT: usize = 500;
 
 /// Looks at the rules; `now`, in seconds since the Unix epoch, if it is known.
-pub(crate) fn warn(checked: &Checked, now: Option<u64>, out: &mut Diagnostics) {
+pub(crate) fn warn(checked: &Checked, sources: &[Source], now: Option<u64>, out: &mut Diagnostics) {
     for rule in &checked.rules {
-        impossible(rule, out);
-        everything(rule, out);
-        expiring(rule, now, out);
+        // Of what is only counted no exact place is needed.
+        let sources = if out.is_full() { &[] } else { sources };
+        impossible(rule, sources, out);
+        everything(rule, sources, out);
+        expiring(rule, sources, now, out);
     }
     equal(&checked.rules, out);
     hidden(&checked.rules, out);
-    weaker(&checked.rules, out);
+    weaker(&checked.rules, sources, out);
+}
+
+/// The part of a rule that is meant. Read from its text once more, as few rules are warned of.
+fn place_of(rule: &Rule, sources: &[Source], part: impl Fn(&RuleParts) -> Option<Span>) -> Span {
+    let source = sources.get(to_usize(rule.span.file));
+    let parts = source.and_then(|source| parser::rule_parts(source, rule.span));
+    parts.as_ref().and_then(part).unwrap_or(rule.span)
 }
 
 /// A rule that no flow can match.
-fn impossible(rule: &Rule, out: &mut Diagnostics) {
+fn impossible(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
     let no_service = !rule.service.any && rule.service.ports.is_empty();
     if no_service {
-        out.push(Diagnostic::warning("this rule can never match: its service is empty", rule.span));
+        let place = place_of(rule, sources, |parts| Some(parts.service));
+        out.push(Diagnostic::warning("this rule can never match", place).label("its service is empty"));
         return;
     }
-    for (side, expr) in [("FROM", &rule.from), ("TO", &rule.to)] {
+    for (end, (side, expr)) in [("FROM", &rule.from), ("TO", &rule.to)].into_iter().enumerate() {
+        let place = || place_of(rule, sources, |parts| parts.ends.get(end).copied());
         let nobody = expr.mentions(|a| matches!(a, Atom::Version(low, high) if low > high));
         if *expr == Expr::Nothing {
-            let warning = Diagnostic::warning("this rule can never match", rule.span);
+            let warning = Diagnostic::warning("this rule can never match", place());
             out.push(
                 warning
                     .label(format!("{side} is an empty set, which nothing is in"))
                     .help("whoever shows a certificate is `x509{name=\"*\"}`; everyone is `*`"),
             );
         } else if is_empty(expr) {
-            let warning = Diagnostic::warning("this rule can never match", rule.span);
+            let warning = Diagnostic::warning("this rule can never match", place());
             let why = if nobody || admits_nobody(expr) {
                 format!("{side}: no certificate has such a `ver`")
             } else {
@@ -61,7 +74,7 @@ fn impossible(rule: &Rule, out: &mut Diagnostics) {
             };
             out.push(warning.label(why));
         } else if nobody {
-            let warning = Diagnostic::warning("this `ver` admits nobody", rule.span);
+            let warning = Diagnostic::warning("this `ver` admits nobody", place());
             out.push(warning.label(format!("in {side}")));
         }
     }
@@ -89,7 +102,7 @@ fn port_count(service: &Service) -> u32 {
 }
 
 /// `*` towards many services.
-fn everything(rule: &Rule, out: &mut Diagnostics) {
+fn everything(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
     if rule.effect == Effect::Deny || port_count(&rule.service) < MANY {
         return;
     }
@@ -100,18 +113,20 @@ fn everything(rule: &Rule, out: &mut Diagnostics) {
         (false, false) => return,
     };
     let what = if rule.service.any { "every protocol and port" } else { "very many ports" };
-    let warning = Diagnostic::warning(format!("this rule allows {what}"), rule.span);
+    let place = place_of(rule, sources, |parts| Some(parts.service));
+    let warning = Diagnostic::warning(format!("this rule allows {what}"), place);
     out.push(warning.label(label).help("name the services that are meant"));
 }
 
-fn expiring(rule: &Rule, now: Option<u64>, out: &mut Diagnostics) {
+fn expiring(rule: &Rule, sources: &[Source], now: Option<u64>, out: &mut Diagnostics) {
     let (Some(end), Some(now)) = (rule.expires, now) else { return };
+    let place = || place_of(rule, sources, |parts| parts.expires);
     if end <= now {
-        let warning = Diagnostic::warning("this rule has expired", rule.span);
+        let warning = Diagnostic::warning("this rule has expired", place());
         out.push(warning.label("it has no force any more").help("take it out, or give it a later date"));
     } else if end - now <= SOON {
         let days = (end - now).div_ceil(86_400);
-        let warning = Diagnostic::warning("this rule expires soon", rule.span);
+        let warning = Diagnostic::warning("this rule expires soon", place());
         out.push(warning.label(format!("in {days} day{}", if days == 1 { "" } else { "s" })));
     }
 }
@@ -145,18 +160,19 @@ fn hidden(rules: &[Rule], out: &mut Diagnostics) {
     let denies = rules.iter().filter(|r| r.effect == Effect::Deny && !r.audit);
     let denies: Vec<&Rule> = denies.collect();
     let (mut room, mut exact) = (MOST_PAIRS, MOST_EXACT);
+    let mut by_service: HashMap<usize, Vec<&Rule>> = HashMap::new();
     for rule in rules.iter().filter(|r| r.effect == Effect::Allow) {
+        let denies = by_service.entry(place(&rule.service)).or_insert_with(|| {
+            room = room.saturating_sub(denies.len());
+            denies.iter().filter(|deny| deny.service.covers(&rule.service)).copied().collect()
+        });
         if room < denies.len() {
             return;
         }
         room -= denies.len();
         let lasts = |deny: &Rule| deny.expires.is_none_or(|end| rule.expires.is_some_and(|e| e <= end));
-        let covers = |deny: &&&Rule| {
-            deny.service.covers(&rule.service)
-                && contains(&deny.from, &rule.from)
-                && contains(&deny.to, &rule.to)
-                && lasts(deny)
-        };
+        let covers =
+            |deny: &&&Rule| contains(&deny.from, &rule.from) && contains(&deny.to, &rule.to) && lasts(deny);
         let mut deny = denies.iter().find(covers);
         if deny.is_none() {
             // What a glance does not tell may be told by looking for anybody who is left.
@@ -167,7 +183,6 @@ fn hidden(rules: &[Rule], out: &mut Diagnostics) {
             deny = denies.iter().find(|deny| {
                 let (from, to) = (contains(&deny.from, &rule.from), contains(&deny.to, &rule.to));
                 (from || to)
-                    && deny.service.covers(&rule.service)
                     && lasts(deny)
                     && (from || left(&deny.from, &rule.from))
                     && (to || left(&deny.to, &rule.to))
@@ -212,8 +227,8 @@ fn atom_contains(outer: &Atom, inner: &Atom) -> bool {
 }
 
 fn pattern_contains(outer: &crate::pattern::Pattern, inner: &crate::pattern::Pattern) -> bool {
-    let text = inner.literal().and_then(|b| String::from_utf8(b).ok());
-    outer.is_any() || text.is_some_and(|t| outer.matches(&t))
+    let text = || inner.literal().and_then(|b| String::from_utf8(b).ok());
+    outer.is_any() || text().is_some_and(|t| outer.matches(&t))
 }
 
 /// What kinds of condition prove a party: by certificate, by address.
@@ -223,7 +238,7 @@ fn proofs(expr: &Expr) -> (bool, bool) {
 }
 
 /// An `allow` by address beside one by certificate for the same.
-fn weaker(rules: &[Rule], out: &mut Diagnostics) {
+fn weaker(rules: &[Rule], sources: &[Source], out: &mut Diagnostics) {
     let allows = || rules.iter().filter(|r| r.effect == Effect::Allow);
     let ends = |r: &'_ Rule| [(proofs(&r.from), true), (proofs(&r.to), false)];
     let key = |rule: &Rule, is_from: bool| {
@@ -247,15 +262,40 @@ fn weaker(rules: &[Rule], out: &mut Diagnostics) {
             }
             if let Some(other) = strong.get(&key(rule, is_from)) {
                 let side = if is_from { "FROM" } else { "TO" };
+                let sources = if out.is_full() { &[] } else { sources };
+                let place = place_of(rule, sources, |parts| {
+                    let [from, to] = parts.ends;
+                    Some(if is_from { from } else { to })
+                });
                 out.push(
                     Diagnostic::warning(
                         "this rule trusts an address where another asks for a certificate",
-                        rule.span,
+                        place,
                     )
                     .label(format!("{side} is proven by its address alone"))
                     .related("by certificate here", other.span),
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// What is said of a rule that expires at the end of 2027-01-31, so many seconds before that.
+    fn said(seconds: u64) -> String {
+        let text = "allow ssh(*, x509{name=\"a\"}) expires 2027-01-31;\n";
+        crate::load::parse_untested("t.pol", text, Some(1_801_440_000 - seconds))
+            .unwrap()
+            .warnings
+            .to_string()
+    }
+
+    #[test]
+    fn a_rule_is_warned_of_for_thirty_days_before_it_expires() {
+        assert_eq!(said(30 * 86_400 + 1), "");
+        assert!(said(30 * 86_400).contains("^^^^^^^^^^ in 30 days\n"), "{}", said(30 * 86_400));
+        assert!(said(1).contains("this rule expires soon") && said(1).contains(" in 1 day\n"));
+        assert!(said(0).contains("this rule has expired"));
     }
 }

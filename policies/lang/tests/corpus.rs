@@ -32,7 +32,6 @@ fn expect(path: &Path, text: &str) {
     let beside = path.with_extension("txt");
     let folder = format!("{}/", path.parent().unwrap().display());
     let text = text.replace(&folder, "");
-    // What date it is.
     let text = text.lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
     if std::env::var_os("PORTCULLIS_BLESS").is_some() {
         if text.is_empty() {
@@ -67,7 +66,8 @@ fn rejected_files_are_rejected_with_what_stands_beside_them() {
 #[test]
 fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
     let manual = fs::read_to_string(policies().join("LANGUAGE.md")).unwrap();
-    let tests = fs::read_to_string(policies().join("lang/tests/meaning.rs")).unwrap();
+    let source = |file: &str| fs::read_to_string(policies().join("lang").join(file)).unwrap();
+    let (meaning, differential) = (source("tests/meaning.rs"), source("src/differential.rs"));
     for folder in ["accept", "reject"] {
         let base = policies().join("corpus").join(folder);
         for path in fs::read_dir(&base)
@@ -83,9 +83,34 @@ fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
         if word.starts_with("accept/") || word.starts_with("reject/") {
             assert!(policies().join("corpus").join(format!("{word}.pol")).exists(), "no corpus file {word}");
         } else if let Some(name) = word.strip_prefix("meaning::") {
-            assert!(tests.contains(&format!("fn {name}()")), "no test {name}");
+            assert!(meaning.contains(&format!("fn {name}()")), "no test {name}");
+        } else if let Some(name) = word.strip_prefix("differential::") {
+            assert!(differential.contains(&format!("fn {name}()")), "no test {name}");
         }
     }
+}
+
+/// Each item of a list, and each paragraph that is in none, of the sections about the language.
+#[test]
+fn each_statement_of_the_language_manual_names_what_shows_it() {
+    let manual = fs::read_to_string(policies().join("LANGUAGE.md")).unwrap();
+    let sections = manual.split("\n## ").skip(1).filter(|s| !s.starts_with("For programs"));
+    let mut bare = Vec::new();
+    for section in sections {
+        let (heading, text) = section.split_once('\n').unwrap();
+        for statement in text.split("\n\n").flat_map(|paragraph| paragraph.split("\n- ")) {
+            // Neither a table nor the grammar.
+            let is_prose =
+                !statement.trim().is_empty() && !statement.trim_start_matches('\n').starts_with(['|', ' ']);
+            let shown =
+                ["accept/", "reject/", "meaning::", "differential::"].iter().any(|w| statement.contains(w));
+            // A paragraph that ends with a colon introduces what follows.
+            if is_prose && !shown && !statement.trim_end().ends_with(':') {
+                bare.push(format!("{heading}: {statement}"));
+            }
+        }
+    }
+    assert!(bare.is_empty(), "nothing shows\n{}", bare.join("\n"));
 }
 
 #[test]

@@ -175,6 +175,7 @@ fn what_broke_fuzzers_once_is_held_on_to() {
             let Ok(bytes) = fs::read(&path) else { continue };
             fuzzing::parse(&bytes);
             fuzzing::compile(&bytes);
+            fuzzing::diff(&[bytes.get(bytes.len() / 2..).unwrap(), b"\0", &bytes].concat());
             for cut in [bytes.len() / 3, bytes.len() / 2] {
                 fuzzing::parse(bytes.get(cut..).unwrap());
                 fuzzing::parse(bytes.get(..cut).unwrap());

@@ -186,6 +186,50 @@ fn a_certificate_vouches_for_its_process() {
 }
 
 #[test]
+fn everyone_is_everyone_known_or_not() {
+    let policy = policy("allow ssh(*, *);");
+    let facts = named("h.example.com");
+    let known = Party { certificate: CertificateFact::Shown(&facts), ..at("192.0.2.1") };
+    for (from, to) in [(Party::UNKNOWN, Party::UNKNOWN), (known, Party::UNKNOWN), (Party::UNKNOWN, known)] {
+        assert_eq!(policy.evaluate(&out(&from, &to, 22)).verdict, Verdict::Permit);
+    }
+    assert_eq!(policy.evaluate(&out(&known, &known, 23)).verdict, Verdict::Refuse);
+}
+
+#[test]
+fn the_assurance_is_the_strongest_proof_by_which_the_rule_holds() {
+    let from = Party { process: ProcessFact::Known(&process("/usr/bin/ssh")), ..at("127.0.0.1") };
+    let facts = named("h.example.com");
+    let server = process("/usr/sbin/sshd");
+    let shown = Party { certificate: CertificateFact::Shown(&facts), ..at("192.0.2.1") };
+    let here = Party { process: ProcessFact::Known(&server), ..at("127.0.0.1") };
+    let proven = |to: &str, party: &Party<'_>| {
+        let decision = policy(&format!("allow ssh(*, {to});")).evaluate(&out(&from, party, 22));
+        (decision.verdict, decision.assurance)
+    };
+    let permit = |assurance| (Verdict::Permit, assurance);
+    assert_eq!(proven("*", &shown), permit(Assurance::None));
+    assert_eq!(proven("IPv4{192.0.2.1}", &shown), permit(Assurance::Address));
+    assert_eq!(proven("IPv4{192.0.2.1} & x509{name=\"*\"}", &shown), permit(Assurance::Certificate));
+    assert_eq!(proven("IPv4{192.0.2.1} | x509{name=\"evil.org\"}", &shown), permit(Assurance::Address));
+    assert_eq!(proven("IPv4{127.0.0.1} & process{exe=\"/usr/sbin/sshd\"}", &here), permit(Assurance::Kernel));
+}
+
+#[test]
+fn a_lane_asks_for_protection_but_within_one_host() {
+    let policy = policy("allow ssh(*, *) using tls;");
+    let from = Party { process: ProcessFact::Known(&process("/usr/bin/ssh")), ..at("127.0.0.1") };
+    let server = process("/usr/sbin/sshd");
+    let here = Party { process: ProcessFact::Known(&server), ..at("127.0.0.1") };
+    let lane = |party: &Party<'_>| {
+        let decision = policy.evaluate(&out(&from, party, 22));
+        (decision.verdict, decision.lane)
+    };
+    assert_eq!(lane(&at("192.0.2.1")), (Verdict::Protect, Lane::Tls));
+    assert_eq!(lane(&here), (Verdict::Permit, Lane::Plain));
+}
+
+#[test]
 fn a_listener_is_open_to_whom_rules_name() {
     let local = Party { process: ProcessFact::Known(&process("/usr/sbin/nginx")), ..at("0.0.0.0") };
     let scope = |text: &str| policy(text).listener(&local, Protocol::TCP, 80, 0);

@@ -268,8 +268,16 @@ fn guess_v4(word: &str) -> Guess {
     if parts.iter().any(|p| p.len() > 1 && p.starts_with('0')) {
         return Some("a leading zero could mean octal; leave it out".to_owned());
     }
-    (parts.len() < 4 && !length.is_empty() && parts.iter().all(|p| p.parse::<u8>().is_ok()))
-        .then(|| format!("did you mean `{}{}/{length}`?", address, ".0".repeat(4 - parts.len())))
+    if parts.len() < 4 && !length.is_empty() && parts.iter().all(|p| p.parse::<u8>().is_ok()) {
+        return Some(format!("did you mean `{}{}/{length}`?", address, ".0".repeat(4 - parts.len())));
+    }
+    Some(guess_name(word).unwrap_or_else(|| "such as `192.0.2.1` or `192.0.2.0/24`".to_owned()))
+}
+
+/// What to write for a host's name that stands where an address should.
+fn guess_name(word: &str) -> Guess {
+    let is_name = word.contains('.') && !word.contains([':', '/']) && word.contains(char::is_alphabetic);
+    is_name.then(|| format!("a host is `x509{{name=\"{word}\"}}`"))
 }
 
 fn range_v6(word: &str) -> Result<(u128, u128), Guess> {
@@ -308,5 +316,8 @@ fn guess_v6(word: &str) -> Guess {
         return Some("a policy names no interface: leave out the zone".to_owned());
     }
     let length = word.split_once('/').and_then(|(_, n)| n.parse::<u32>().ok());
-    length.is_some_and(|n| n > 128).then(|| "a prefix has 0 to 128 bits".to_owned())
+    if length.is_some_and(|n| n > 128) {
+        return Some("a prefix has 0 to 128 bits".to_owned());
+    }
+    Some(guess_name(word).unwrap_or_else(|| "such as `2001:db8::1` or `2001:db8::/32`".to_owned()))
 }

@@ -7,7 +7,7 @@ use crate::{
     diagnostic::{Diagnostic, Diagnostics},
     facts::{CertificateFact, CertificateFacts, Fact, ProcessFact, ProcessFacts},
     model::{Address, CertificateField, ProcessField},
-    syntax::{Attribute, Comparison, Expr, Value},
+    syntax::{Attribute, Comparison, Expr, Name, Value},
     view::View,
 };
 
@@ -59,11 +59,17 @@ pub(crate) fn example(names: &Names, tree: &Expr, errors: &mut Diagnostics) -> O
 
 fn fill(names: &Names, tree: &Expr, example: &mut Example, errors: &mut Diagnostics, depth: usize) {
     match tree {
-        Expr::Any(_) => {}
+        Expr::Any(_) | Expr::Broken(_) => {}
         Expr::And(list) => list.iter().for_each(|e| fill(names, e, example, errors, depth)),
         Expr::Named(name) => match names.sets.get(&name.value) {
             // Cycles were reported where the set is defined.
-            Some(set) if depth < super::DEEPEST => fill(names, &set.tree, example, errors, depth + 1),
+            Some(set) if depth < super::DEEPEST => {
+                let mut inner = Diagnostics::default();
+                fill(names, &set.tree, example, &mut inner, depth + 1);
+                if let Some(error) = inner.iter().next() {
+                    errors.push(not_one_party(name, error));
+                }
+            }
             Some(_) => {}
             None => {
                 let known = names.sets.keys().map(String::as_str);
@@ -108,6 +114,17 @@ fn fill(names: &Names, tree: &Expr, example: &mut Example, errors: &mut Diagnost
     }
 }
 
+/// A set that is used as one party and is none, because of what was found in it.
+fn not_one_party(name: &Name, inner: &Diagnostic) -> Diagnostic {
+    let message = format!("`{}` describes more than one party", name.value);
+    let (why, place) = inner
+        .related
+        .last()
+        .cloned()
+        .unwrap_or_else(|| (inner.label.clone().unwrap_or_else(|| inner.message.clone()), inner.span));
+    Diagnostic::error(message, name.span).label("say which one").related(why, place)
+}
+
 /// The single text an attribute stands for.
 fn text(attribute: &Attribute, errors: &mut Diagnostics) -> Option<String> {
     let span = attribute.value.span();
@@ -143,9 +160,11 @@ fn certificate(attribute: &Attribute, facts: &mut CertificateFacts, errors: &mut
             Value::Number(n) if attribute.op == Comparison::Equal => n.value.parse().ok(),
             _ => None,
         };
-        if number.is_none() {
-            let error = Diagnostic::error("a party has one `ver`", attribute.span);
-            errors.push(error.label("write `ver=` and a number"));
+        let error = |label: &str| Diagnostic::error("a party has one `ver`", attribute.span).label(label);
+        if facts.ver.is_some() {
+            errors.push(error("the second"));
+        } else if number.is_none() {
+            errors.push(error("write `ver=` and a number"));
         }
         facts.ver = number;
         return;

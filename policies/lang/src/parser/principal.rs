@@ -45,14 +45,21 @@ impl Parser<'_> {
         let mut expr = self.primary()?;
         if nots.len() > 1 {
             let span = nots.first().copied().unwrap_or_default().to(expr.span());
-            return self
-                .lost(Diagnostic::error("more than one `!` in a row", span).label("write none, or one"));
+            let error = Diagnostic::error("more than one `!` in a row", span);
+            return Ok(self.broken(error.label("write none, or one")));
         }
         if let Some(span) = nots.pop() {
             let span = span.to(expr.span());
             expr = Expr::Not(Box::new(expr), span);
         }
         Ok(expr)
+    }
+
+    /// What is wrong and yet can be told where it ends, so that what follows is read.
+    fn broken(&mut self, error: Diagnostic) -> Expr {
+        let span = error.span;
+        self.errors.push(error);
+        Expr::Broken(span)
     }
 
     fn primary(&mut self) -> Parsed<Expr> {
@@ -74,7 +81,10 @@ impl Parser<'_> {
                 let expr = self.expr();
                 self.depth -= 1;
                 let expr = expr?;
-                self.expect(Kind::ParenClose, "to end the parenthesis")?;
+                if self.accept(Kind::ParenClose).is_none() {
+                    let error = self.not("`)` to end the parenthesis");
+                    return self.lost(error.related("it begins here", token.span));
+                }
                 Ok(expr)
             }
             Kind::Name if self.peek_at(1).kind == Kind::BraceOpen => self.braces(),
@@ -87,23 +97,30 @@ impl Parser<'_> {
                 let name = self.name("a principal")?;
                 if let Some(right) = PRINCIPALS.iter().find(|p| p.eq_ignore_ascii_case(&name.value)) {
                     let error = Diagnostic::error(format!("`{}` needs its braces", name.value), name.span);
-                    return self.lost(error.label(format!("such as `{right}{{…}}`")));
+                    return Ok(self.broken(error.label(format!("such as `{right}{{…}}`"))));
                 }
                 Ok(Expr::Named(name))
             }
-            Kind::Text => self.lost(
-                Diagnostic::error("a string alone is no principal", token.span)
-                    .label(format!("did you mean `x509{{name={}}}`?", self.slice(token))),
-            ),
+            Kind::Text => {
+                self.take();
+                if self.slice(token).len() < 2 || !self.slice(token).ends_with('"') {
+                    // That it does not end was reported.
+                    return Ok(Expr::Broken(token.span));
+                }
+                let error = Diagnostic::error("a string alone is no principal", token.span);
+                let right = format!("did you mean `x509{{name={}}}`?", self.slice(token));
+                Ok(self.broken(error.label(right)))
+            }
             Kind::Word => {
-                let mut span = token.span;
-                if self.peek_at(1).kind == Kind::Slash && self.peek_at(2).kind == Kind::Word {
-                    span = span.to(self.peek_at(2).span);
+                let mut span = self.take().span;
+                if self.peek().kind == Kind::Slash && self.peek_at(1).kind == Kind::Word {
+                    self.take();
+                    span = span.to(self.take().span);
                 }
                 let text = self.text.get(span.range()).unwrap_or("");
                 let family = if text.contains(':') { "IPv6" } else { "IPv4" };
                 let error = Diagnostic::error("an address alone is no principal", span);
-                self.lost(error.label(format!("did you mean `{family}{{{text}}}`?")))
+                Ok(self.broken(error.label(format!("did you mean `{family}{{{text}}}`?"))))
             }
             _ => self.unexpected("a principal"),
         }
@@ -154,14 +171,15 @@ impl Parser<'_> {
             if let Some(close) = self.accept(Kind::BraceClose) {
                 return Ok(Expr::Attributes { process, list, span: start.to(close.span) });
             }
-            list.push(self.attribute()?);
+            list.extend(self.attribute()?);
             if self.accept(Kind::Comma).is_none() && self.peek().kind != Kind::BraceClose {
                 return self.unexpected("`,` or `}`");
             }
         }
     }
 
-    fn attribute(&mut self) -> Parsed<Attribute> {
+    /// None if its value is wrong, which is reported.
+    fn attribute(&mut self) -> Parsed<Option<Attribute>> {
         let name = self.name("an attribute or `}`")?;
         let op = match self.peek().kind {
             Kind::Equal => Comparison::Equal,
@@ -180,25 +198,21 @@ impl Parser<'_> {
                 self.take();
                 Value::Number(Spanned { value: self.slice(token).to_owned(), span: token.span })
             }
-            Kind::Name => {
-                let error = Diagnostic::error("a value stands in quotes", token.span);
-                return self.lost(error.label(format!("did you mean \"{}\"?", self.slice(token))));
-            }
-            Kind::Star => {
-                let error = Diagnostic::error("a value stands in quotes", token.span);
-                return self.lost(error.label("did you mean \"*\"?"));
-            }
-            // A path without its quotes, up to where the attribute ends.
-            Kind::Slash => {
+            // A text without its quotes, up to where the attribute ends.
+            Kind::Name | Kind::Star | Kind::Slash => {
                 let rest = self.text.get(token.span.range().start..).unwrap_or("");
-                let path = rest.split([',', '}', ';', '\n', '"', ' ']).next().unwrap_or("");
-                let end = token.span.start + crate::source::to_u32(path.len());
+                let text = rest.split([',', '}', ';', '\n', '"', ' ']).next().unwrap_or("").trim_end();
+                let end = token.span.start + crate::source::to_u32(text.len());
                 let error = Diagnostic::error("a value stands in quotes", Span { end, ..token.span });
-                return self.lost(error.label(format!("did you mean \"{path}\"?")));
+                self.errors.push(error.label(format!("did you mean \"{text}\"?")));
+                while self.peek().span.start < end && self.peek().kind != Kind::End {
+                    self.take();
+                }
+                return Ok(None);
             }
             _ => return self.unexpected("a value"),
         };
         let span = name.span.to(value.span());
-        Ok(Attribute { name, op, value, span })
+        Ok(Some(Attribute { name, op, value, span }))
     }
 }
