@@ -14,7 +14,11 @@ use std::{
     sync::atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use portcullis_tests::{ALLOW_ALL, Finished, Host};
 use serde_json::Value;
 
@@ -236,4 +240,22 @@ fn what_waits_in_a_refused_connection_is_not_read() {
     command.stdin(std::os::fd::OwnedFd::from(near));
     assert_eq!(Finished::of(&mut command).success(), "");
     host.record("the refused connection", |r| r["op"] == "accept" && r["verdict"] == "refuse");
+}
+
+#[test]
+fn a_program_begins_with_nothing_that_nobody_has_judged() {
+    let host = Host::here();
+    host.policy("allow tcp/9(*, *);");
+    let keeps = host.start(&["sh", "-c", "echo up; read x"]);
+    keeps.line("up");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (&far).write_all(b"a secret").unwrap();
+    let (near, _) = listener.accept().unwrap();
+    let mut command = host.run(&["/bin/busybox", "cat"]);
+    command.stdin(std::os::fd::OwnedFd::from(near));
+    // Stopped before the program begins, and replaced sooner or later.
+    kill(Pid::from_raw(host.broker()), Signal::SIGSTOP).unwrap();
+    let ran = Finished::of(&mut command);
+    assert_eq!(ran.stdout, "", "{ran}");
 }

@@ -41,7 +41,8 @@ impl Outset {
     /// # Errors
     /// As ptrace(2).
     pub fn expect(&mut self, pid: Pid, process: OwnedFd) -> nix::Result<()> {
-        ptrace::seize(pid, Options::PTRACE_O_TRACEEXEC)?;
+        // Should this process end, so does that one, rather than going on unjudged.
+        ptrace::seize(pid, Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL)?;
         self.0.insert(pid, Program { process, stopped: None });
         Ok(())
     }
@@ -65,8 +66,12 @@ impl Outset {
 
     /// Lets one go on, whose connections have been judged.
     pub fn release(&mut self, pid: Pid) {
-        if self.0.remove(&pid).is_some() {
-            let _has_ended = ptrace::detach(pid, None);
+        if let Some(program) = self.0.get_mut(&pid) {
+            program.stopped = None;
+            // One that is being killed stays: its parent hears of its end when `look` has.
+            if ptrace::detach(pid, None).is_ok() {
+                self.0.remove(&pid);
+            }
         }
     }
 
@@ -79,12 +84,13 @@ impl Outset {
     /// Ends those that nobody has judged in time; how many.
     pub fn tend(&mut self) -> usize {
         let late = |p: &Program| p.stopped.is_some_and(|since| since.elapsed() >= PATIENCE);
-        let late: Vec<Pid> = self.0.iter().filter(|(_, p)| late(p)).map(|(pid, _)| *pid).collect();
-        for pid in &late {
+        let mut ended = 0;
+        for (pid, program) in self.0.iter_mut().filter(|(_, program)| late(program)) {
             // Still traced, so it is still this process.
             let _has_ended = kill(*pid, Signal::SIGKILL);
-            self.release(*pid);
+            program.stopped = None;
+            ended += 1;
         }
-        late.len()
+        ended
     }
 }
