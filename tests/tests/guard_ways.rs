@@ -49,7 +49,7 @@ fn build(host: &Host) -> String {
 fn try_all(mut command: Command, is_shown: impl Fn(&Value) -> bool) {
     let done = Finished::of(&mut command);
     let rows: Vec<Value> = done.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(rows.len() >= 40, "{done}");
+    assert!(rows.len() >= 42, "{done}");
     assert!(rows.iter().all(|row| row["out"] == false), "{done}");
     let rest: Vec<&Value> = rows.iter().filter(|row| !is_shown(row)).collect();
     assert!(rest.is_empty(), "not shown: {rest:#?}");
