@@ -279,6 +279,9 @@ impl Broker {
     /// Deals with what has happened: each user's first channel, then each one's second, and so on, so
     /// that a user who floods waits behind all others. What is not reached in time is told again.
     fn take_turns(&mut self, events: &[EpollEvent]) {
+        if let [only] = events {
+            return self.dispatch(only.data(), only.events());
+        }
         let mut seen: HashMap<u32, usize> = HashMap::new();
         let mut ready: Vec<(usize, u64, EpollFlags)> = Vec::with_capacity(events.len());
         for event in events {

@@ -74,7 +74,7 @@ impl Broker {
 
 /// Ends a connection, also what waits in its queue; whoever reads there finds the end of the file.
 fn dissolve(socket: &OwnedFd) {
-    let _of_a_kind_that_cannot = proxy::connect(socket.as_fd(), &NOWHERE);
+    let (_of_a_kind_that_cannot, _) = proxy::connect(socket.as_fd(), &NOWHERE);
     // That it was reset is for the far side.
     let _error = getsockopt(socket, sockopt::SocketError);
     let _not_connected_any_more = shutdown(socket.as_raw_fd(), Shutdown::Both);

@@ -12,7 +12,6 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, OFlag, fcntl},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{getsockopt, sockopt},
 };
 
@@ -29,13 +28,6 @@ fn mode(socket: BorrowedFd<'_>) -> io::Result<OFlag> {
     Ok(OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?))
 }
 
-/// Whether one of these is so now.
-#[must_use]
-pub fn is_ready(socket: BorrowedFd<'_>, what: PollFlags) -> bool {
-    let mut one = [PollFd::new(socket, what)];
-    matches!(poll(&mut one, PollTimeout::ZERO), Ok(n) if n > 0)
-}
-
 /// How long the program lets a call on this socket wait (`SO_SNDTIMEO`, `SO_RCVTIMEO`). `None`: for ever.
 #[must_use]
 pub fn patience(socket: BorrowedFd<'_>, sending: bool) -> Option<Duration> {
@@ -50,19 +42,34 @@ pub fn patience(socket: BorrowedFd<'_>, sending: bool) -> Option<Duration> {
         .filter(|t| !t.is_zero())
 }
 
-/// connect(2) without waiting: `EINPROGRESS` where it would.
-///
-/// # Errors
-/// As connect(2).
-pub fn connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
-    without_waiting(socket, || finish_connect(socket, address))
+/// Whether an attempt to connect goes on.
+#[must_use]
+pub fn is_under_way(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINPROGRESS | libc::EALREADY))
 }
 
-/// connect(2) as the socket's mode is: to learn how an attempt went that is over.
+/// connect(2) without waiting, and whether a program's own would wait on this socket. If so, and it is not over at
+/// once: `EALREADY`.
 ///
 /// # Errors
 /// As connect(2).
-pub fn finish_connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
+pub fn connect(socket: BorrowedFd<'_>, address: &[u8]) -> (io::Result<()>, bool) {
+    let mode = match mode(socket) {
+        Ok(mode) => mode,
+        Err(error) => return (Err(error), false),
+    };
+    if mode.contains(OFlag::O_NONBLOCK) {
+        return (try_connect(socket, address), false);
+    }
+    let done = in_other_mode(socket, mode, || match try_connect(socket, address) {
+        // What is near has answered by now.
+        Err(error) if is_under_way(&error) => try_connect(socket, address),
+        done => done,
+    });
+    (done, true)
+}
+
+fn try_connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
     let length = libc::socklen_t::try_from(address.len()).unwrap_or(0);
     // SAFETY: `address` is readable for its length.
     #[expect(unsafe_code, reason = "nix takes no raw address")]
@@ -162,6 +169,14 @@ fn without_waiting<T>(socket: BorrowedFd<'_>, call: impl FnOnce() -> io::Result<
     if mode.contains(OFlag::O_NONBLOCK) {
         return call();
     }
+    in_other_mode(socket, mode, call)
+}
+
+fn in_other_mode<T>(
+    socket: BorrowedFd<'_>,
+    mode: OFlag,
+    call: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
     fcntl(socket, FcntlArg::F_SETFL(mode | OFlag::O_NONBLOCK))?;
     let done = call();
     let _kept = fcntl(socket, FcntlArg::F_SETFL(mode));
@@ -194,10 +209,8 @@ mod tests {
             None,
         )
         .unwrap();
-        let begun = connect(client.as_fd(), &bytes_of(port));
-        assert_eq!(begun.unwrap_err().raw_os_error(), Some(libc::EINPROGRESS));
-        assert!(is_ready(client.as_fd(), PollFlags::POLLOUT));
-        connect(client.as_fd(), &bytes_of(port)).unwrap();
+        let (done, waits) = connect(client.as_fd(), &bytes_of(port));
+        assert!(done.is_ok() && waits, "what is on this host answers at once");
         assert_eq!(tcp_state(client.as_fd()), 1); // TCP_ESTABLISHED
         let (server, name) = accept(listener.as_fd(), 0).unwrap();
         assert_eq!(name.len(), 16);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use nix::sys::{
-    socket::{SockaddrStorage, getpeername, getsockname},
+    socket::{AddressFamily, SockaddrLike, SockaddrStorage, getpeername, getsockname},
     stat::fstat,
 };
 use portcullis_types::Protocol;
@@ -41,6 +41,29 @@ pub struct Facts {
     pub remote: Option<SocketAddr>,
     /// It listens.
     pub listening: bool,
+}
+
+/// What tells one TCP socket from all others.
+#[derive(Clone, Copy, Debug)]
+pub struct StreamCookies {
+    /// `SO_COOKIE`.
+    pub socket: u64,
+    /// Its network namespace's; 0 where the kernel cannot tell.
+    pub namespace: u64,
+}
+
+impl StreamCookies {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    /// `ENOTSOCK`; `EPROTOTYPE` for another kind of socket.
+    pub fn of(socket: BorrowedFd<'_>) -> io::Result<Self> {
+        if option::<i32>(socket, libc::SO_PROTOCOL)? != libc::IPPROTO_TCP {
+            return Err(io::Error::from_raw_os_error(libc::EPROTOTYPE));
+        }
+        let namespace = option(socket, SO_NETNS_COOKIE).unwrap_or(0);
+        Ok(Self { socket: option(socket, SO_COOKIE)?, namespace })
+    }
 }
 
 impl Facts {
@@ -77,22 +100,23 @@ impl Facts {
     /// As [`Self::of`], as far as a new TCP connection needs it.
     ///
     /// # Errors
-    /// `ENOTSOCK`; `EPROTOTYPE` for another kind of socket.
-    pub fn of_stream(socket: BorrowedFd<'_>) -> io::Result<Self> {
-        let domain: i32 = option(socket, libc::SO_DOMAIN)?;
-        let number: i32 = option(socket, libc::SO_PROTOCOL)?;
-        if ![libc::AF_INET, libc::AF_INET6].contains(&domain) || number != libc::IPPROTO_TCP {
-            return Err(io::Error::from_raw_os_error(libc::EPROTOTYPE));
-        }
+    /// `EPROTOTYPE` for a socket of another family.
+    pub fn of_stream(socket: BorrowedFd<'_>, cookies: &StreamCookies) -> io::Result<Self> {
+        let name = getsockname::<SockaddrStorage>(socket.as_raw_fd())?;
+        let domain = match name.family() {
+            Some(AddressFamily::Inet) => libc::AF_INET,
+            Some(AddressFamily::Inet6) => libc::AF_INET6,
+            _ => return Err(io::Error::from_raw_os_error(libc::EPROTOTYPE)),
+        };
         Ok(Self {
             domain,
             kind: libc::SOCK_STREAM,
             protocol: Protocol::TCP,
             multipath: false,
-            cookie: option(socket, SO_COOKIE)?,
+            cookie: cookies.socket,
             inode: 0,
-            namespace: option(socket, SO_NETNS_COOKIE).unwrap_or(0),
-            local: getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok().and_then(|a| inet(&a)),
+            namespace: cookies.namespace,
+            local: inet(&name),
             remote: None,
             listening: false,
         })

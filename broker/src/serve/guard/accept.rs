@@ -16,7 +16,7 @@ use portcullis_guard::book::Line;
 use portcullis_types::{Op, Protocol};
 use portcullis_wire::Addr;
 
-use super::{CONTINUE, Held, Outcome, deadline, fail, judging::Found};
+use super::{CONTINUE, Held, Outcome, deadline, fail};
 use crate::{
     guard::{calls, target},
     process::ProcessKey,
@@ -73,11 +73,9 @@ impl Accepting {
 impl Broker {
     pub(super) fn serve_accept(&mut self, held: &Held, line: Option<Line>, wanted: Wanted) -> Outcome {
         let (socket, facts) = match self.found(held, wanted.fd) {
-            Found::Internet(socket, facts) if facts.listening && facts.protocol == Protocol::TCP => {
-                (socket, facts)
-            }
-            Found::Internet(..) | Found::Other => return CONTINUE,
-            Found::None(errno) => return fail(errno),
+            Ok(found) if found.1.listening && found.1.protocol == Protocol::TCP => found,
+            Ok(_) => return CONTINUE,
+            Err(outcome) => return outcome,
         };
         let cookie = facts.cookie;
         if let Some(outcome) = self.accept_one(held, &wanted, &socket, cookie) {

@@ -67,15 +67,6 @@ pub(super) struct Permit {
     pub(super) instead: Option<Addr>,
 }
 
-/// What a descriptor number stands for.
-pub(super) enum Found {
-    Internet(OwnedFd, Facts),
-    /// Nothing that is judged here.
-    Other,
-    /// It cannot be told, or is nothing.
-    None(i32),
-}
-
 /// What a call wants to send.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Letters {
@@ -139,9 +130,10 @@ impl Letters {
 }
 
 impl Broker {
-    /// The socket behind a descriptor of the caller's.
-    pub(super) fn found(&mut self, held: &Held, fd: i32) -> Found {
-        let Some(process) = self.processes.get(&held.key) else { return Found::None(libc::EACCES) };
+    /// The internet socket behind a descriptor of the caller's; else what becomes of the call: what is not judged
+    /// here goes on, and what cannot be told fails.
+    pub(super) fn found(&mut self, held: &Held, fd: i32) -> Result<(OwnedFd, Facts), Outcome> {
+        let Some(process) = self.processes.get(&held.key) else { return Err(fail(libc::EACCES)) };
         // A thread may have descriptors of its own (unshare(2), `CLONE_FILES`).
         let thread = if held.is_first() { None } else { pidfd_open_thread(held.tid()).ok() };
         let sure = held.is_first() || thread.is_some();
@@ -149,21 +141,16 @@ impl Broker {
         let taken = pidfd_getfd(whose, fd).map_err(|e| e.raw_os_error().unwrap_or(libc::EBADF));
         let found = match taken {
             Ok(socket) => match Facts::of(socket.as_fd()) {
-                Ok(facts) if [libc::AF_INET, libc::AF_INET6].contains(&facts.domain) => {
-                    Found::Internet(socket, facts)
-                }
+                Ok(facts) if [libc::AF_INET, libc::AF_INET6].contains(&facts.domain) => Ok((socket, facts)),
                 Ok(facts) if held.by_proxy && !sure => {
-                    return if target::holds(held.tid(), fd, facts.inode) {
-                        Found::Other
-                    } else {
-                        Found::None(libc::EACCES)
-                    };
+                    let same = target::holds(held.tid(), fd, facts.inode);
+                    return Err(if same { CONTINUE } else { fail(libc::EACCES) });
                 }
-                _ => Found::Other,
+                _ => Err(CONTINUE),
             },
             // With the backstop the kernel may look itself.
-            Err(_) if !held.by_proxy => Found::Other,
-            Err(libc::EBADF) => Found::None(libc::EBADF),
+            Err(_) if !held.by_proxy => Err(CONTINUE),
+            Err(libc::EBADF) => Err(fail(libc::EBADF)),
             Err(_) => {
                 let context = self.context_of(held.key);
                 self.log.push(&Line {
@@ -173,15 +160,13 @@ impl Broker {
                     generation: Some(self.generation_in_force()),
                     ..Line::bare(realtime(), "socket", "guard")
                 });
-                Found::None(libc::EACCES)
+                Err(fail(libc::EACCES))
             }
         };
         match found {
             // Before Linux 6.9 it is seen whether the number is the same for this thread.
-            Found::Internet(_, facts)
-                if held.by_proxy && !sure && !target::holds(held.tid(), fd, facts.inode) =>
-            {
-                Found::None(libc::EACCES)
+            Ok((_, facts)) if held.by_proxy && !sure && !target::holds(held.tid(), fd, facts.inode) => {
+                Err(fail(libc::EACCES))
             }
             found => found,
         }
@@ -196,9 +181,8 @@ impl Broker {
         line: Option<Booked>,
     ) -> Outcome {
         let (socket, facts) = match self.found(held, fd) {
-            Found::Internet(socket, facts) => (socket, facts),
-            Found::Other => return CONTINUE,
-            Found::None(errno) => return fail(errno),
+            Ok(found) => found,
+            Err(outcome) => return outcome,
         };
         let bytes = target::read_address(held.tid(), address);
         if let Some(answer) = self.heard_late(held, &bytes) {
@@ -233,9 +217,8 @@ impl Broker {
     /// bind(2), which is always permitted: what follows from it is judged. So it goes on in the kernel.
     pub(super) fn serve_bind(&mut self, held: &Held, fd: i32, address: Span) -> Outcome {
         let (socket, facts) = match self.found(held, fd) {
-            Found::Internet(socket, facts) => (socket, facts),
-            Found::Other => return CONTINUE,
-            Found::None(errno) => return fail(errno),
+            Ok(found) => found,
+            Err(outcome) => return outcome,
         };
         let bytes = target::read_address(held.tid(), address);
         if let Some(answer) = self.heard_late(held, &bytes) {
@@ -254,9 +237,8 @@ impl Broker {
     /// listen(2).
     pub(super) fn serve_listen(&mut self, held: &Held, fd: i32, backlog: i32) -> Outcome {
         let (socket, facts) = match self.found(held, fd) {
-            Found::Internet(socket, facts) => (socket, facts),
-            Found::Other => return CONTINUE,
-            Found::None(errno) => return fail(errno),
+            Ok(found) => found,
+            Err(outcome) => return outcome,
         };
         if let Some(answer) = self.heard_late(held, &[]) {
             return Outcome::Answer(answer);
@@ -284,13 +266,12 @@ impl Broker {
         line: Option<Booked>,
     ) -> Outcome {
         let (socket, facts) = match self.found(held, fd) {
-            Found::Internet(socket, facts) => (socket, facts),
+            Ok(found) => found,
             // Should it be exchanged for a TCP socket meanwhile, this flag would connect it.
-            Found::Other if held.by_proxy && flags & libc::MSG_FASTOPEN != 0 => {
+            Err(Outcome::Answer(Answer::Continue)) if held.by_proxy && flags & libc::MSG_FASTOPEN != 0 => {
                 return fail(libc::EOPNOTSUPP);
             }
-            Found::Other => return CONTINUE,
-            Found::None(errno) => return fail(errno),
+            Err(outcome) => return outcome,
         };
         let stream = facts.protocol == Protocol::TCP;
         if stream && flags & libc::MSG_FASTOPEN == 0 {

@@ -26,7 +26,10 @@ use crate::{
         Broker,
         judge::{Call, Finding},
     },
-    sys::{has_ended, pidfd_getfd, socket::Facts},
+    sys::{
+        has_ended, pidfd_getfd,
+        socket::{Facts, StreamCookies},
+    },
 };
 
 /// Most regions of one process.
@@ -117,8 +120,8 @@ impl Broker {
             return None;
         }
         let socket = pidfd_getfd(process.pidfd.as_fd(), fd).ok()?;
-        let facts = Facts::of_stream(socket.as_fd()).ok()?;
-        let fresh = facts.namespace == self.namespace && self.flows.get(facts.cookie).is_none();
+        let cookies = StreamCookies::of(socket.as_fd()).ok()?;
+        let fresh = cookies.namespace == self.namespace && self.flows.get(cookies.socket).is_none();
         if !fresh {
             return None;
         }
@@ -130,6 +133,7 @@ impl Broker {
             // The region was granted, and the kernel puts it on record.
             return Some(CONTINUE);
         }
+        let facts = Facts::of_stream(socket.as_fd(), &cookies).ok()?;
         let context = self.context_of(key)?;
         let judgement = Judgement {
             permitted: true,

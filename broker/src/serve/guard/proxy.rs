@@ -30,37 +30,28 @@ impl Broker {
         seq: u64,
         line: Option<Line>,
     ) -> Outcome {
-        let blocks = proxy::blocks(socket.as_fd());
-        match self.try_connect(held, &socket, &address, seq, blocks) {
+        match self.try_connect(held, &socket, &address, seq, false) {
             Some(answer) => Outcome::Answer(answer),
             None => self.wait_for(held, socket, PollFlags::POLLOUT, Step::Connect { address, seq }, line),
         }
     }
 
-    /// `None`: not yet.
+    /// `None`: not yet. `waits`: the program waits for it already, whatever the socket's mode is by now.
     pub(super) fn try_connect(
         &mut self,
         held: &Held,
         socket: &OwnedFd,
         address: &[u8],
         seq: u64,
-        blocks: bool,
+        waits: bool,
     ) -> Option<Answer> {
-        let mut done = proxy::connect(socket.as_fd(), address);
-        let under_way =
-            |e: &std::io::Error| matches!(e.raw_os_error(), Some(libc::EINPROGRESS | libc::EALREADY));
-        if blocks && done.as_ref().is_err_and(under_way) {
-            if !proxy::is_ready(socket.as_fd(), PollFlags::POLLOUT) {
-                return None;
-            }
-            // Nobody else connects it: all calls come here.
-            done = proxy::finish_connect(socket.as_fd(), address);
-            if done.as_ref().is_err_and(under_way) {
-                return None;
-            }
+        // Nobody else connects it: all calls come here.
+        let (done, blocks) = proxy::connect(socket.as_fd(), address);
+        if (blocks || waits) && done.as_ref().is_err_and(proxy::is_under_way) {
+            return None;
         }
         if let Err(error) = &done
-            && !under_way(error)
+            && !proxy::is_under_way(error)
             && seq != 0
         {
             let mut outcome = Request::new(OpCode::Outcome, 0);
