@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use portcullis_policy::{Answer, Policy};
+use portcullis_policy::{Answer, Policy, Rule};
 use portcullis_types::Verdict;
 use serde::Serialize;
 
@@ -81,17 +81,19 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
 fn reason(policy: &Policy, answer: &Answer) -> String {
     let decision = &answer.explanation.decision;
     let rule = decision.rule.and_then(|id| policy.get(id));
+    let described = |rule: &Rule| rule.description.as_deref().map(portcullis_policy::escape);
     match (decision.verdict, rule) {
         (Verdict::Refuse, None) => "no rule allows it".to_owned(),
-        (Verdict::Refuse, Some(_)) => "this rule denies it, whatever allows it".to_owned(),
+        (Verdict::Refuse, Some(rule)) => {
+            described(rule).unwrap_or_else(|| "this rule denies it, whatever allows it".to_owned())
+        }
         (Verdict::Permit | Verdict::Protect, _) if decision.observe_only => {
             let line = decision.observed.and_then(|id| policy.get(id)).map(cite).unwrap_or_default();
             format!("this rule allows it; it goes on record as would-refuse, because of {line}")
         }
-        (Verdict::Permit | Verdict::Protect, Some(rule)) => match &rule.description {
-            Some(description) => portcullis_policy::escape(description),
-            None => "this rule allows it, and none denies it".to_owned(),
-        },
+        (Verdict::Permit | Verdict::Protect, Some(rule)) => {
+            described(rule).unwrap_or_else(|| "this rule allows it, and none denies it".to_owned())
+        }
         (Verdict::Permit | Verdict::Protect, None) => String::new(),
     }
 }

@@ -135,12 +135,11 @@ impl<'a> RuleData<'a> {
     }
 }
 
-/// `file:line`, then the rule's text, safe for a terminal.
+/// `file:line`, then the rule's text in one line, safe for a terminal.
 fn cite(rule: &Rule) -> String {
-    let text = portcullis_policy::escape(&rule.text.replace('\n', " "));
-    let name =
-        rule.name.as_deref().map_or_else(String::new, |n| format!("  ({})", portcullis_policy::escape(n)));
-    format!("{}:{}: {text}{name}", portcullis_policy::escape(&rule.file), rule.line)
+    let text: Vec<&str> = rule.text.lines().map(str::trim).collect();
+    let (file, text) = (portcullis_policy::escape(&rule.file), portcullis_policy::escape(&text.join(" ")));
+    format!("{file}:{}: {text}", rule.line)
 }
 
 /// Files named on the command line.

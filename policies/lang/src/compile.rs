@@ -278,7 +278,7 @@ impl Index {
         }
         // Of several rules for the same three, the best comes first and the others hang behind it.
         let key = |e: &Entry| (e.from, e.to, e.service);
-        entries.sort_by_key(|e| (key(e), e.brief.rank));
+        entries.sort_unstable_by_key(|e| (key(e), e.brief.rank));
         let (mut heads, mut more): (Vec<Entry>, Vec<Entry>) = (Vec::with_capacity(entries.len()), Vec::new());
         let mut i = entries.len();
         while let Some(last) = i.checked_sub(1).and_then(|n| entries.get(n)).copied() {

@@ -183,19 +183,24 @@ pub(crate) fn is_empty(expr: &Expr) -> bool {
             _ => false,
         };
     };
+    // A bit for each kind of condition; conditions of different kinds cannot stand against each other.
     let kind = |expr: &Expr| match expr {
         Expr::Atom(atom) => Some(match &**atom {
-            Atom::Address(_) => (0, None, None),
-            Atom::Shown | Atom::Version(..) => (1, None, None),
-            Atom::Certificate(field, _) => (2, Some(*field), None),
-            Atom::Sha256(_) => (3, None, None),
-            Atom::Process(field, _) => (4, None, Some(*field)),
+            Atom::Address(_) => 0,
+            Atom::Shown | Atom::Version(..) => 1,
+            Atom::Sha256(_) => 2,
+            Atom::Certificate(field, _) => 3 + *field as u32,
+            Atom::Process(field, _) => 16 + *field as u32,
         }),
         _ => None,
     };
-    let mut kinds: Vec<_> = list.iter().map(kind).collect();
-    kinds.sort();
-    let alone = kinds.iter().all(Option::is_some) && kinds.windows(2).all(|w| w.first() != w.last());
+    let mut kinds = 0_u32;
+    let alone = list.iter().all(|expr| {
+        let bit = kind(expr).map_or(0, |kind| 1 << kind);
+        let is_new = bit & !kinds != 0;
+        kinds |= bit;
+        is_new
+    });
     if alone && !list.iter().any(is_empty) {
         return false;
     }

@@ -75,31 +75,37 @@ pub(crate) fn explain(policy: &Policy, question: &Question<'_>) -> Explanation {
     if decision.verdict != Verdict::Refuse {
         return Explanation { decision, near: Vec::new(), permit_with: None };
     }
-    let mut near: Vec<NearMiss> = Vec::new();
+    let mut near: Vec<(u32, NearMiss)> = Vec::new();
     if decision.rule.is_none() {
         for (i, rule) in policy.rules.iter().enumerate() {
-            let worst = near.last().map_or(u32::MAX, |m| m.failures);
-            if rule.effect == Effect::Deny || (near.len() == SHOWN && worst <= 1) {
+            let worst = near.get(SHOWN - 1).map_or(u32::MAX, |(far, _)| *far);
+            if rule.effect == Effect::Deny || worst <= 1 {
                 continue;
             }
-            let Some((failures, failed)) = failures(rule, question, worst) else { continue };
-            near.push(NearMiss { rule: RuleId(to_u32(i)), failed, failures });
-            near.sort_by_key(|m| m.failures);
+            let Some((far, failures, failed)) = failures(rule, question, worst) else { continue };
+            near.push((far, NearMiss { rule: RuleId(to_u32(i)), failed, failures }));
+            near.sort_by_key(|(far, _)| *far);
             near.truncate(SHOWN);
         }
     }
+    let near = near.into_iter().map(|(_, miss)| miss).collect();
     let permit_with = decision.rule.is_none().then(|| permitting(question));
     Explanation { decision, near, permit_with }
 }
 
-/// How many conditions a rule fails on, and the first in words; `None` if `worst` or more.
-fn failures(rule: &Rule, question: &Question<'_>, worst: u32) -> Option<(u32, String)> {
+/// A rule for another service is as far off as one that fails on so many more conditions.
+const OTHER_SERVICE: u32 = 3;
+
+/// How far off a rule is, how many conditions it fails on, and the first in words; `None` if as far as
+/// `worst` or further.
+fn failures(rule: &Rule, question: &Question<'_>, worst: u32) -> Option<(u32, u32, String)> {
     let in_force = rule.in_force(question.now);
     let service = rule.service.contains(question.protocol, question.port);
     let from = distance(&rule.from, &question.from, false);
     let to = distance(&rule.to, &question.to, false);
     let count = u32::from(!in_force) + u32::from(!service) + from + to;
-    if count == 0 || count >= worst {
+    let far = count + if service { 0 } else { OTHER_SERVICE };
+    if count == 0 || far >= worst {
         return None;
     }
     let failed = if !in_force {
@@ -112,7 +118,7 @@ fn failures(rule: &Rule, question: &Question<'_>, worst: u32) -> Option<(u32, St
         let has = display::port(question.protocol, question.port);
         format!("it is for {}, and this is {has}", display::service(&rule.service))
     };
-    Some((count, failed))
+    Some((far, count, failed))
 }
 
 /// The least number of conditions that would have to be otherwise for a formula to hold.

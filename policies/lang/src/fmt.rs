@@ -121,6 +121,9 @@ fn statements(text: &str, tokens: &[Token]) -> Vec<Statement> {
     done
 }
 
+/// Options that are followed by what they say.
+const VALUED: [&str; 5] = ["using", "with", "expires", "as", "because"];
+
 /// Adds a token: to the last word, unless a line may end before it.
 fn push(
     words: &mut Vec<(bool, String)>,
@@ -134,8 +137,10 @@ fn push(
         || matches!(kind, Kind::And | Kind::Or)
         || (kind == Kind::Equal && !in_braces)
         || (space && !matches!(before, Some(Kind::And | Kind::Or)));
+    // What an option says stays on its line.
+    let option = |last: &str| last.rsplit(' ').next().is_some_and(|word| VALUED.contains(&word));
     match words.last_mut() {
-        Some((_, last)) if !may_break && !last.ends_with('\n') => {
+        Some((_, last)) if (!may_break || (space && !in_braces && option(last))) && !last.ends_with('\n') => {
             if space {
                 last.push(' ');
             }

@@ -233,10 +233,17 @@ impl Expr {
         }
     }
 
-    pub(crate) fn mentions(&self, mut what: impl FnMut(&Atom) -> bool) -> bool {
-        let mut found = false;
-        self.atoms(false, &mut |atom, _| found |= what(atom));
-        found
+    pub(crate) fn mentions(&self, what: impl Fn(&Atom) -> bool) -> bool {
+        self.any_atom(&what)
+    }
+
+    fn any_atom(&self, what: &impl Fn(&Atom) -> bool) -> bool {
+        match self {
+            Self::Any | Self::Nothing => false,
+            Self::Atom(atom) => what(atom),
+            Self::Not(inner) => inner.any_atom(what),
+            Self::And(list) | Self::Or(list) => list.iter().any(|e| e.any_atom(what)),
+        }
     }
 }
 

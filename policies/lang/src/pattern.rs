@@ -105,22 +105,31 @@ impl Pattern {
 
     /// The only text it matches, if there is but one.
     pub(crate) fn literal(&self) -> Option<Vec<u8>> {
-        let byte = |s: &Step| if let Step::Byte(b) = s { Some(*b) } else { None };
-        self.steps.iter().map(byte).collect()
+        self.is_literal().then(|| self.bytes_of(0))
+    }
+
+    /// Whether it matches but one text.
+    pub(crate) fn is_literal(&self) -> bool {
+        self.steps.iter().all(|step| matches!(step, Step::Byte(_)))
+    }
+
+    /// The bytes from a step on, up to a wildcard.
+    fn bytes_of(&self, from: usize) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.steps.len() - from);
+        let rest = self.steps.iter().skip(from);
+        bytes.extend(rest.map_while(|s| if let Step::Byte(b) = s { Some(*b) } else { None }));
+        bytes
     }
 
     /// The bytes after its last wildcard, if it has one.
     pub(crate) fn suffix(&self) -> Vec<u8> {
-        let byte = |s: &Step| if let Step::Byte(b) = s { Some(*b) } else { None };
-        let mut bytes: Vec<u8> = self.steps.iter().rev().map_while(byte).collect();
-        bytes.reverse();
-        bytes
+        let last = self.steps.iter().rposition(|step| !matches!(step, Step::Byte(_)));
+        self.bytes_of(last.map_or(0, |n| n + 1))
     }
 
     /// The bytes before its first wildcard.
     pub(crate) fn prefix(&self) -> Vec<u8> {
-        let byte = |s: &Step| if let Step::Byte(b) = s { Some(*b) } else { None };
-        self.steps.iter().map_while(byte).collect()
+        self.bytes_of(0)
     }
 
     /// Whether it matches a text. Linear in the text's length, whatever the pattern; no allocation.

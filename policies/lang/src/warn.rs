@@ -239,24 +239,25 @@ fn proofs(expr: &Expr) -> (bool, bool) {
 
 /// An `allow` by address beside one by certificate for the same.
 fn weaker(rules: &[Rule], sources: &[Source], out: &mut Diagnostics) {
-    let allows = || rules.iter().filter(|r| r.effect == Effect::Allow);
-    let ends = |r: &'_ Rule| [(proofs(&r.from), true), (proofs(&r.to), false)];
+    let allows = rules.iter().filter(|r| r.effect == Effect::Allow);
+    let ends = |rule: &Rule| [(proofs(&rule.from), true), (proofs(&rule.to), false)];
+    let allows: Vec<_> = allows.map(|rule| (rule, ends(rule))).collect();
     let key = |rule: &Rule, is_from: bool| {
         (place(&rule.service), is_from, if is_from { &rule.to } else { &rule.from }.place())
     };
-    let mut strong: HashMap<_, &Rule> = HashMap::new();
-    if !allows().any(|r| ends(r).iter().any(|((_, address), _)| *address)) {
+    if !allows.iter().any(|(_, ends)| ends.iter().any(|((_, address), _)| *address)) {
         return;
     }
-    for rule in allows() {
-        for ((certificate, _), is_from) in ends(rule) {
-            if certificate {
-                strong.entry(key(rule, is_from)).or_insert(rule);
+    let mut strong: HashMap<_, &Rule> = HashMap::new();
+    for (rule, ends) in &allows {
+        for ((certificate, _), is_from) in ends {
+            if *certificate {
+                strong.entry(key(rule, *is_from)).or_insert(rule);
             }
         }
     }
-    for rule in allows() {
-        for ((certificate, address), is_from) in ends(rule) {
+    for (rule, ends) in allows {
+        for ((certificate, address), is_from) in ends {
             if certificate || !address {
                 continue;
             }

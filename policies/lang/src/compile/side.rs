@@ -211,7 +211,7 @@ impl Builder<'_> {
     }
 
     fn finish(mut self, everyone: Vec<(u32, u32)>) -> SideIndex {
-        self.places.sort_by_key(|p| p.hash);
+        self.places.sort_unstable_by_key(|p| (p.hash, p.principal));
         let mut more: Vec<Place> = Vec::new();
         let mut heads: Vec<(u32, Place)> = Vec::with_capacity(self.places.len());
         for group in self.places.chunk_by(|a, b| a.hash == b.hash) {

@@ -95,7 +95,7 @@ pub(super) fn before_certificate(expr: &Expr, negated: bool) -> Expr {
 
 /// The end of a pattern of names that is whole labels, without the dot before it.
 pub(super) fn label_suffix(pattern: &Pattern) -> Option<Vec<u8>> {
-    if pattern.scope != Scope::Domain || pattern.literal().is_some() {
+    if pattern.scope != Scope::Domain || pattern.is_literal() {
         return None;
     }
     let suffix = pattern.suffix();
@@ -106,7 +106,7 @@ pub(super) fn label_suffix(pattern: &Pattern) -> Option<Vec<u8>> {
 
 /// The beginning of a pattern of paths that is whole components, with the slash behind it.
 pub(super) fn folder_prefix(pattern: &Pattern) -> Option<Vec<u8>> {
-    if pattern.scope != Scope::Path || pattern.literal().is_some() {
+    if pattern.scope != Scope::Path || pattern.is_literal() {
         return None;
     }
     let prefix = pattern.prefix();
