@@ -46,7 +46,7 @@ use crate::{
 };
 use bond::Bond;
 use expiry::Expiry;
-use inbound::Front;
+use inbound::{Behind, Front};
 use lasting::MOST_ENDED;
 use shows::Shows;
 pub(crate) use shows::read_any;
@@ -529,7 +529,9 @@ impl Associations {
         let (cookie, local, remote) = match &one.direction {
             Direction::Outbound { cookie, .. } => (*cookie, one.places.inner_local, one.places.inner_remote),
             Direction::Inbound { front, .. } => {
-                return self.fronts.get(front).is_some_and(|place| place.room(diag).is_some());
+                let at = one.places.local.socket_addr();
+                let front = self.fronts.get(front).zip(at).map(|(front, at)| front.behind(at, diag));
+                return matches!(front, Some(Behind::Program { .. }));
             }
         };
         let as_v4 = |addr: Addr| addr.socket_addr().map_or(addr, Addr::from);
@@ -560,6 +562,15 @@ impl Associations {
             self.fronts.iter_mut().filter_map(|(id, one)| one.bury(dead).then_some(*id)).collect();
         for id in gone {
             self.release(id);
+        }
+        for front in self.fronts.values_mut() {
+            front.except.retain(|(listener, place)| {
+                let stays = !dead.contains(listener);
+                if !stays {
+                    self.steer.unset(place);
+                }
+                stays
+            });
         }
         let cancelled = self.waiting_if(
             |one| matches!(&one.direction, Direction::Outbound { cookie, .. } if dead.contains(cookie)),

@@ -21,6 +21,8 @@ pub struct Subject {
     pub waiting: u32,
     /// Of a listener: its backlog; one more than this may wait (net/sock.h, sk_acceptq_is_full).
     pub backlog: u32,
+    /// Its own address is the unspecified one.
+    pub is_anywhere: bool,
 }
 
 /// A netlink socket, in the network namespace where it was made.
@@ -177,5 +179,6 @@ fn subject(bytes: &[u8]) -> Option<Subject> {
     let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
     let cookie = bytes.get(60..68)?.try_into().ok().map(u64::from_ne_bytes)?; // id.idiag_cookie
     let (waiting, backlog) = (word(72)?, word(76)?); // idiag_rqueue, idiag_wqueue
-    (kind == SOCK_DIAG_BY_FAMILY).then_some(Subject { cookie, waiting, backlog })
+    let is_anywhere = bytes.get(24..40)?.iter().all(|byte| *byte == 0); // id.idiag_src
+    (kind == SOCK_DIAG_BY_FAMILY).then_some(Subject { cookie, waiting, backlog, is_anywhere })
 }

@@ -51,17 +51,20 @@ pub struct Steer {
     /// By place: the program's filter, which says who may come in plain.
     plain: Map,
     fronts: Map,
+    /// A list without an entry.
+    empty: Map,
     _link: OwnedFd,
 }
 
 impl Steer {
     /// Begins to choose. Needs privileges that are given up later.
     pub fn new(namespace: BorrowedFd<'_>) -> io::Result<Self> {
-        let plain = Map::of_maps(PLACE, MOST, &Map::new(filter::KEY)?)?;
+        let empty = Map::new(filter::KEY)?;
+        let plain = Map::of_maps(PLACE, MOST, &empty)?;
         let fronts = Map::new(Shape::sockets(PLACE, MOST))?;
         let code =
             program(plain.as_fd().as_raw_fd(), fronts.as_fd().as_raw_fd()).map_err(io::Error::other)?;
-        Ok(Self { _link: choose_listeners(&code, namespace)?, plain, fronts })
+        Ok(Self { _link: choose_listeners(&code, namespace)?, plain, fronts, empty })
     }
 
     /// Sends to `front` whoever comes to a place and is a hole in the list of `filter`.
@@ -71,7 +74,12 @@ impl Steer {
         self.plain.insert(place, &mut filter.as_raw_fd().to_ne_bytes())
     }
 
-    /// Leaves a place to its own listener.
+    /// Leaves a place to its own listener, though there is a front for all addresses: nobody is a hole in an empty list.
+    pub fn except(&self, place: &Place) -> io::Result<()> {
+        self.plain.insert(place, &mut self.empty.as_fd().as_raw_fd().to_ne_bytes())
+    }
+
+    /// Leaves a place to its own listener, or to a front for all addresses.
     pub fn unset(&self, place: &Place) {
         // In this order: without a front, and with a list, nobody gets through.
         let _ = self.fronts.remove(place);

@@ -71,20 +71,29 @@ fn running_flows_outlive_their_broker_and_nothing_new_begins() {
     assert_eq!(over(&mut world.near).0, 0);
 
     world.far.lead(&leads);
-    let all = told(&mut world.far);
-    let kinds: Vec<Kind> = all.iter().map(|(kind, ..)| *kind).collect();
-    assert_eq!(kinds, [Kind::Live, Kind::Over, Kind::Live, Kind::Over], "{all:?}");
-    assert_eq!(all[1].2, "there is no broker", "who waited in vain");
-    assert_ne!(all[0].1, all[2].1);
-    assert_eq!((all[2].1, all[3].2.as_str()), (all[3].1, "closed by both ends"));
-    for (_, _, text) in [&all[0], &all[2]] {
+    // The end of the second one may be heard of a moment later.
+    let mut all = told(&mut world.far);
+    for _ in 0..50 {
+        if all.len() < 4 {
+            all.extend(told(&mut world.far).into_iter().filter(|(kind, ..)| *kind == Kind::Over));
+        }
+    }
+    let of = |wanted: Kind| all.iter().filter(move |(kind, ..)| *kind == wanted);
+    let (live, over): (Vec<_>, Vec<_>) = (of(Kind::Live).collect(), of(Kind::Over).collect());
+    assert_eq!((live.len(), over.len()), (2, 2), "{all:?}");
+    let (waited, ended): (Vec<&_>, Vec<&_>) =
+        over.into_iter().partition(|it| live.iter().all(|one| one.1 != it.1));
+    assert_eq!(waited[0].2, "there is no broker", "who waited in vain");
+    assert_eq!(ended[0].2, "closed by both ends");
+    let lasts = live.iter().find(|it| it.1 != ended[0].1).unwrap().1;
+    for (_, _, text) in live {
         assert!(text.contains(r#""peer":{"id":"spiffe://example.com/host/h1/process/x""#), "{text}");
         assert!(text.contains(r#""process":{"name":"x""#) && text.contains(r#""since":"#), "{text}");
     }
     assert_eq!(told(&mut world.far).len(), 1, "what has ended is told once");
     // The new broker rules: it ends what ran, and lets others in.
     says(&mut one, &mut one_served);
-    let ended = world.far.ask(Kind::Refuse, all[0].1, 0, &[], &[]).unwrap();
+    let ended = world.far.ask(Kind::Refuse, lasts, 0, &[], &[]).unwrap();
     assert_eq!(ended.head.errno, 0);
     assert_eq!(one_served.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     let (mut three, mut three_served) = world.pair(&listener);

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use nix::sys::signal::Signal;
 use portcullis_tests::{Finished, Host, Net, Running, eventually, trust::Trust, wire::Capture};
 use serde_json::Value;
 
@@ -206,6 +207,24 @@ fn what_is_not_permitted_any_more_is_cut_at_once() {
     server.record("the revoked", |r| is_cut(r, "revoked"));
     it.line("end");
     assert_ne!(fetch(client, PAGE).code(), 0);
+}
+
+#[test]
+fn a_server_that_begins_anew_has_its_port_at_once() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, _] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    let mut first = web(server, "10.77.0.2");
+    // One that has ended, by the server's close, and one that goes on.
+    assert_eq!(fetch(client, PAGE).stdout, "plain words");
+    let stays = client.start(&["/usr/bin/python3", "-c", STAY]);
+    stays.line("up");
+    first.signal(Signal::SIGKILL);
+    first.wait();
+    let _again = web(server, "10.77.0.2");
+    let got = fetch(client, PAGE);
+    assert_eq!(got.stdout, "plain words", "{got}");
+    stays.line("end");
 }
 
 /// Says something, waits for an end, and says when that was.

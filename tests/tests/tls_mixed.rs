@@ -120,6 +120,31 @@ fn one_listener_serves_peers_with_certificates_and_those_whose_address_suffices(
 }
 
 #[test]
+fn a_front_for_all_addresses_leaves_the_one_that_has_another_listener_alone() {
+    let net = Net::client_server_stranger("allow tcp/8080(x509{name=\"*.example.com\"}, *);\n");
+    let [client, server, stranger] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    // The kernel lets two of one user share a port so, and prefers the one at the very address.
+    let serve = |at: &str| SERVE.replace("('0.0.0.0', 8080)", &format!("('{at}', 8080), reuse_port=True"));
+    let (all, other) = (serve("0.0.0.0"), serve("10.77.0.2").replace("greetings", "another"));
+    let all = server.start(&["/usr/bin/python3", "-c", &all]);
+    all.line("listening");
+    let said = || Finished::of(&mut stranger.plain(&talk("10.77.0.2", "first")));
+    assert!(!said().stdout.contains("greetings"), "the control: he shows no certificate");
+    let wrapped = || Finished::of(&mut client.run(&talk("10.77.0.2", "first")));
+    assert!(wrapped().stdout.starts_with("greetings"));
+    let other = Running::start(server.plain(&["/usr/bin/python3", "-c", &other]));
+    other.line("listening");
+    // The first one is reset, as the front has taken him.
+    eventually("he reaches the other listener", || said().stdout.starts_with("another").then_some(()));
+    assert!(said().stdout.starts_with("another"), "and from then on");
+    assert!(!wrapped().stdout.contains("greetings"), "who asks for a certificate there is shown none");
+    drop(other);
+    eventually("the front is there again", || wrapped().stdout.starts_with("greetings").then_some(()));
+    assert!(!said().stdout.contains("greetings"));
+}
+
+#[test]
 fn between_processes_of_one_host_rules_ask_for_the_certificate_that_the_host_would_give() {
     let net = Net::client_server_stranger("");
     let [_, server, _] = net.hosts();

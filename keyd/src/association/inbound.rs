@@ -62,6 +62,18 @@ pub(super) struct Front {
     mixed: bool,
     /// Whether the program was seen to listen: it does so a moment after it was let.
     listened: bool,
+    /// Of a front for all addresses: those that have listeners of their own, which are not protected.
+    pub(super) except: Vec<(u64, Place)>,
+}
+
+/// What is behind a front.
+pub(super) enum Behind {
+    /// The program's listener; whether one more may wait for its accept(2).
+    Program { has_room: bool },
+    /// Another listener, which stands at that very address.
+    Another(u64),
+    /// None.
+    Nothing,
 }
 
 impl Front {
@@ -75,13 +87,20 @@ impl Front {
         self.of
     }
 
-    /// Whether the program still listens, and then whether one more may wait for its accept(2).
-    pub(super) fn room(&self, diag: &mut Diag) -> Option<bool> {
-        let none = if self.local.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0_u8; 16]) };
-        let (local, remote) = (Addr::from(self.local), Addr::from(SocketAddr::new(none, 0)));
+    /// Who listens at an address that peers have come to.
+    pub(super) fn behind(&self, at: SocketAddr, diag: &mut Diag) -> Behind {
+        let none = if at.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0_u8; 16]) };
+        let (local, remote) = (Addr::from(at), Addr::from(SocketAddr::new(none, 0)));
         let flow = Flow { protocol: 6, local, remote, ..Flow::new_zeroed() };
-        let found = diag.look(&flow).ok().flatten().filter(|found| self.owners.contains(&found.cookie))?;
-        Some(found.waiting <= found.backlog)
+        match diag.look(&flow).ok().flatten() {
+            Some(found) if self.owners.contains(&found.cookie) => {
+                Behind::Program { has_room: found.waiting <= found.backlog }
+            }
+            Some(found) if self.local.ip().is_unspecified() && !found.is_anywhere => {
+                Behind::Another(found.cookie)
+            }
+            _ => Behind::Nothing,
+        }
     }
 }
 
@@ -135,6 +154,7 @@ impl Associations {
                     of,
                     mixed,
                     listened: false,
+                    except: Vec::new(),
                 };
                 self.hear_of_deaths()?;
                 let id = self.next_id();
@@ -154,12 +174,18 @@ impl Associations {
         for place in &front.places {
             self.steer.set(place, front.socket.as_fd(), filter)?;
         }
+        let places = front.places.clone();
+        for other in self.fronts.values_mut() {
+            other.except.retain(|(_, place)| !places.contains(place));
+        }
         Ok(id)
     }
 
     /// A socket for a front. Its own address is a token that nobody is told; what comes there is not served.
     fn front_socket(&self, is_v6: bool) -> io::Result<OwnedFd> {
         let made = stream(is_v6)?;
+        // What is accepted here is at the program's port, and must not keep it from a program that begins anew.
+        setsockopt(&made, sockopt::ReuseAddr, &true)?;
         let at = as_domain(SocketAddr::new(self.tokens.any()?.into(), 0), is_v6);
         if is_v6 {
             sock::dual_stack(made.as_fd())?;
@@ -171,7 +197,8 @@ impl Associations {
     /// Gives up a front; associations that run go on.
     pub fn release(&mut self, id: u64) {
         if let Some(gone) = self.fronts.remove(&id) {
-            gone.places.iter().for_each(|place| self.steer.unset(place));
+            let except = gone.except.iter().map(|(_, place)| place);
+            gone.places.iter().chain(except).for_each(|place| self.steer.unset(place));
         }
         let orphans = self.waiting_if(|one| one.front() == Some(id));
         for orphan in orphans {
@@ -194,14 +221,27 @@ impl Associations {
             if self.bereaved {
                 continue; // nobody could admit it
             }
-            if one.room(diag).is_none() {
-                drop(wire);
-                if one.listened {
-                    self.release(front); // its end was not heard of yet
+            let local = named(getsockname(wire.as_raw_fd())).and_then(|at| at.socket_addr());
+            match local.map_or(Behind::Nothing, |at| one.behind(at, diag)) {
+                Behind::Program { .. } => one.listened = true,
+                Behind::Another(listener) => {
+                    // Reset this once, and not met again: later ones are that listener's.
+                    let places = local.map(|at| steer::places(at, false)).unwrap_or_default();
+                    for place in places {
+                        if self.steer.except(&place).is_ok() {
+                            one.except.push((listener, place));
+                        }
+                    }
+                    continue;
                 }
-                break;
+                Behind::Nothing => {
+                    drop(wire);
+                    if one.listened {
+                        self.release(front); // its end was not heard of yet
+                    }
+                    break;
+                }
             }
-            one.listened = true;
             // An error: it has gone already, or has too many, or no certificate can be made.
             let _reset = self.take_peer(front, wire);
         }
@@ -281,16 +321,16 @@ impl Associations {
     /// Connects to the program's listener for an admitted peer, or has it wait: beyond the backlog the kernel
     /// would have the program's end wait for seconds, and ours seem to be up.
     pub(super) fn deliver(&mut self, id: u64, front: u64, diag: &mut Diag) {
-        let place = self.fronts.get(&front);
-        let Some(has_room) = place.and_then(|place| place.room(diag)) else {
-            return self.stop(id, libc::ECONNRESET, "the listener has gone");
-        };
-        if !has_room {
-            self.queued.insert(id);
-            return;
-        }
-        self.queued.remove(&id);
         let Some(to) = self.all.get(&id).and_then(|one| one.places.local.socket_addr()) else { return };
+        match self.fronts.get(&front).map_or(Behind::Nothing, |one| one.behind(to, diag)) {
+            Behind::Program { has_room: true } => self.queued.remove(&id),
+            Behind::Program { has_room: false } => {
+                self.queued.insert(id);
+                return;
+            }
+            Behind::Another(_) => return self.stop(id, libc::ECONNRESET, "another listener took its place"),
+            Behind::Nothing => return self.stop(id, libc::ECONNRESET, "the listener has gone"),
+        };
         match self.tokens.deliver(to) {
             Ok((socket, from)) => {
                 if let Some(one) = self.all.get_mut(&id) {
