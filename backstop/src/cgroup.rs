@@ -3,10 +3,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::OnceLock,
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use crate::{error::BackstopError, sys};
@@ -100,22 +103,35 @@ fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Backstop
     move |source| BackstopError::Cgroup { what, path: path.to_path_buf(), source }
 }
 
-/// Name of the cgroups of one state folder, so that several can stand side by side. A folder that was removed and
-/// made again is another one: the supervisor of the first may still be taking its cgroups away.
+/// Name of what belongs to the state folder that `meta` describes, so that several can stand side by side. The time of
+/// birth tells it from an earlier folder that had the same inode, whose supervisor may still be ending; ext4 gives a
+/// freed inode to the next folder that is made.
+#[must_use]
+pub fn name_of(meta: &fs::Metadata) -> String {
+    let born = meta.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    format!("{:x}-{:x}-{:x}", meta.dev(), meta.ino(), born.map_or(0, |at| at.as_nanos()))
+}
+
+/// Name of the cgroups of one state folder.
 #[must_use]
 pub fn cgroup_name(state: &Path) -> String {
-    use std::os::unix::{ffi::OsStrExt, fs::MetadataExt};
-    let mut told = state.as_os_str().as_bytes().to_vec();
-    if let Ok(meta) = fs::metadata(state) {
-        let born = meta.created().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-        told.extend([meta.dev(), meta.ino()].iter().flat_map(|n| n.to_ne_bytes()));
-        told.extend(born.map_or(0, |at| at.as_nanos()).to_ne_bytes());
+    format!("{PREFIX}{}", fs::metadata(state).map(|meta| name_of(&meta)).unwrap_or_default())
+}
+
+/// Removes the cgroups of ours in `parent` that killed supervisors have left: those in which nobody is, and which nobody
+/// can be about to enter, as they are not new.
+pub fn sweep(parent: &Path) {
+    const NEW: Duration = Duration::from_secs(60);
+    let is_old = |entry: &fs::DirEntry| {
+        let made = entry.metadata().and_then(|meta| meta.modified());
+        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > NEW))
+    };
+    let Ok(all) = fs::read_dir(parent) else { return };
+    let ours = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes());
+    for left in all.flatten().filter(|entry| ours(entry) && is_old(entry)) {
+        // The kernel keeps one that is not empty.
+        let _in_use = fs::remove_dir(left.path());
     }
-    // FNV-1a: names, not secrets.
-    let hash = told.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    format!("{PREFIX}{hash:016x}")
 }
 
 /// How the names of our cgroups begin.

@@ -20,7 +20,7 @@ use std::{
 };
 
 use portcullis_backstop::{
-    Attacher, Backstop, Cause, Cgroup, Holder, Once, Region, load, load_for_another, monotonic,
+    Attacher, Backstop, Cause, Cgroup, Holder, Once, Region, load, load_for_another, monotonic, sweep,
 };
 use portcullis_types::{Generation, Op, Protocol};
 use support::*;
@@ -191,6 +191,29 @@ fn a_cgroup_below_is_held_too_and_what_is_outside_is_not() {
     let outside = socket(libc::AF_INET, libc::SOCK_STREAM, 0);
     assert_eq!(cage.refused(|| connect(outside, &Sockaddr::new(to))), 0);
     assert_eq!(tcp(to), 0, "we are outside");
+}
+
+#[test]
+fn cgroups_that_a_killed_supervisor_has_left_are_swept_up() {
+    let cage = Cage::new();
+    let made = |name: &str, age: u64| {
+        let path = cage.cgroup.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        let at = std::time::SystemTime::now() - Duration::from_secs(age);
+        std::fs::File::open(&path).unwrap().set_modified(at).unwrap();
+        path
+    };
+    let (left, new, others) = (made("portcullis-left", 100), made("portcullis-new", 0), made("others", 100));
+    let used = made("portcullis-used", 100);
+    let child = Child::start(&Cgroup::open(&used).unwrap(), || 0);
+    sweep(cage.cgroup.path());
+    assert_eq!([&left, &new, &others, &used].map(|path| path.exists()), [false, true, true, true]);
+    child.go();
+    for path in [new, others, used] {
+        while std::fs::remove_dir(&path).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
-    time::SystemTime,
 };
 
 use nix::unistd::{AccessFlags, Uid, access, geteuid};
+use portcullis_backstop::name_of;
 
 /// Why there is no place.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +74,7 @@ impl Place {
         if !meta.is_dir() {
             return Err(state(io::Error::from(io::ErrorKind::NotADirectory)));
         }
-        let runtime = runtime_base(geteuid()).join(runtime_name(&meta));
+        let runtime = runtime_base(geteuid()).join(name_of(&meta));
         Ok(Self { state: path, runtime })
     }
 
@@ -153,14 +153,6 @@ pub fn name_state(option: Option<&Path>) -> Result<PathBuf, PlaceError> {
     xdg.or_else(|| var("HOME").map(|home| home.join(".local/state")))
         .map(|base| base.join("portcullis"))
         .ok_or(PlaceError::Nowhere)
-}
-
-/// Name of the runtime folder of the state folder that `meta` describes. The time of birth tells it from an
-/// earlier folder that had the same inode, whose supervisor may still be ending; ext4 gives a freed inode to
-/// the next folder that is made.
-pub fn runtime_name(meta: &fs::Metadata) -> String {
-    let born = meta.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
-    format!("{:x}-{:x}-{:x}", meta.dev(), meta.ino(), born.map_or(0, |at| at.as_nanos()))
 }
 
 fn runtime_base(me: Uid) -> PathBuf {

@@ -2,13 +2,15 @@
 //! wrapped trees.
 
 use std::{
+    collections::BTreeSet,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     thread::{self, JoinHandle},
 };
 
 use portcullis_backstop::{
     Attacher, BackstopError, Cgroup, cgroup_name, events_of, keep_listeners, listeners_of, load_for_another,
+    sweep,
 };
 
 type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
@@ -27,6 +29,8 @@ pub struct Backing {
     /// Ring of the records that the last broker may not have had time for.
     events: Option<OwnedFd>,
     cgroups: Vec<Cgroup>,
+    /// Where they were made.
+    parents: BTreeSet<PathBuf>,
 }
 
 impl Backing {
@@ -88,13 +92,16 @@ impl Backing {
             attacher.attach(&cgroup)?;
         }
         cgroup.enter(pid)?;
+        self.parents.extend(cgroup.path().parent().map(Path::to_path_buf));
         self.cgroups.retain(|known| known.path() != cgroup.path());
         self.cgroups.push(cgroup);
         Ok(true)
     }
 
-    /// The last [`Self::tidy`]: a process that has just ended leaves its cgroup a moment later.
+    /// The last [`Self::tidy`]: a process that has just ended leaves its cgroup a moment later. What killed
+    /// supervisors have left beside goes too.
     pub fn end(&mut self) {
+        self.parents.iter().for_each(|parent| sweep(parent));
         for _ in 0..100 {
             self.tidy();
             if self.cgroups.is_empty() {

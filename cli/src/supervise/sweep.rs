@@ -7,10 +7,7 @@ use std::{
 };
 
 use super::shim;
-use crate::{
-    link,
-    place::{self, Place},
-};
+use crate::{link, place::Place};
 
 /// File that says which state folder a runtime folder belongs to.
 const OWNER: &str = "state";
@@ -61,7 +58,7 @@ fn owner(runtime: &Path) -> Option<PathBuf> {
 fn is_over(left: &Place) -> bool {
     let named = left.runtime.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let gone = match fs::metadata(&left.state) {
-        Ok(meta) => place::runtime_name(&meta) != named,
+        Ok(meta) => portcullis_backstop::name_of(&meta) != named,
         Err(error) => error.kind() == io::ErrorKind::NotFound,
     };
     gone && link::connect(&left.supervisor_socket()).is_err()
