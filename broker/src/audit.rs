@@ -25,6 +25,7 @@
 //! smallest rule that would permit it), `claim` (why a record that a process wrote is not believed),
 //! `bytes_in` `bytes_out` `duration` (of a closed flow), `delay_ms`, `lost`.
 
+mod left;
 mod log;
 
 use std::{fmt::Write, net::SocketAddr};
@@ -33,6 +34,7 @@ use portcullis_types::{Assurance, Lane, Protocol};
 
 use crate::{escape::json_string, process::Context};
 
+pub use left::{Left, LeftOpen};
 pub use log::{ENDS, Log};
 
 /// A value of an additional field.
@@ -48,6 +50,12 @@ pub enum More<'a> {
     Milliseconds(u64),
 }
 
+/// The field of a record that belongs to an earlier one. `None`: that one is not known.
+#[must_use]
+pub fn of(seq: u64) -> Option<(&'static str, More<'static>)> {
+    (seq != 0).then_some(("of", More::Number(seq)))
+}
+
 /// One line without its number.
 #[derive(Clone, Copy, Debug)]
 pub struct Line<'a> {
@@ -55,6 +63,8 @@ pub struct Line<'a> {
     pub time: u64,
     /// Who.
     pub process: Option<&'a Context>,
+    /// Who, as an earlier record has it, where only that is known.
+    pub told: Option<&'a str>,
     /// The control association that a related channel belongs to.
     pub session: Option<u64>,
     /// What.
@@ -94,6 +104,7 @@ impl Line<'_> {
         Self {
             time,
             process: None,
+            told: None,
             session: None,
             op,
             protocol: None,
@@ -115,8 +126,8 @@ impl Line<'_> {
     /// Appends it as JSON with a newline. `host` is JSON already.
     pub fn write(&self, out: &mut String, seq: u64, stamp: &str, host: &str) {
         let _ = write!(out, "{{\"seq\":{seq},\"time\":\"{stamp}\",\"host\":{host},");
-        match self.process {
-            Some(process) => out.push_str(&process.json),
+        match self.process.map(|process| &*process.json).or(self.told) {
+            Some(process) => out.push_str(process),
             None => out.push_str(
                 "\"pid\":null,\"start\":null,\"exe\":null,\"sha256\":null,\"uid\":null,\"user\":null,\"unit\":null",
             ),

@@ -612,13 +612,13 @@ mod tests {
             }
             tell(&socket, &[Head { tag: 3, ..Head::new(Kind::Associated, 0) }.as_bytes(), places.as_bytes()]);
             let over = Head { tag: 3, errno: 5, ..Head::new(Kind::Over, 0) };
-            let carried = Over { sent: 1, received: 2 };
+            let carried = Over { sent: 1, received: 2, cookie: 3 };
             tell(&socket, &[over.as_bytes(), carried.as_bytes(), places.as_bytes(), b"why\nwho"]);
             let asked = take(&socket);
             tell(&socket, &[Head { errno: libc::ENOENT, ..asked }.as_bytes()]);
         });
         assert_eq!(keyd.admit(3).unwrap_err().raw_os_error(), Some(libc::ENOENT));
-        let (id, carried) = (3, Over { sent: 1, received: 2 });
+        let (id, carried) = (3, Over { sent: 1, received: 2, cookie: 3 });
         assert_eq!(
             keyd.news().unwrap(),
             [

@@ -471,7 +471,11 @@ impl Associations {
             }
         }
         let head = one.name(Head { tag: id, errno, ..Head::new(Kind::Over, 0) });
-        let mut body = Over { sent, received }.as_bytes().to_vec();
+        let cookie = match one.direction {
+            Direction::Outbound { cookie, .. } => cookie,
+            Direction::Inbound { .. } => 0,
+        };
+        let mut body = Over { sent, received, cookie }.as_bytes().to_vec();
         body.extend(one.places.as_bytes());
         body.extend(why.as_bytes());
         if one.unknown {

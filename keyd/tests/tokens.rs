@@ -64,9 +64,9 @@ fn two_programs_talk_and_each_is_named_to_the_other() {
     let (errno, why, carried) = over(&mut world.near);
     assert_eq!(
         (errno, why.as_str(), carried),
-        (0, "closed by both ends", Over { sent: 16, received: 500_000 })
+        (0, "closed by both ends", Over { sent: 16, received: 500_000, ..carried })
     );
-    assert_eq!(over(&mut world.far).2, Over { sent: 500_000, received: 16 });
+    assert_eq!(over(&mut world.far).2, Over { sent: 500_000, received: 16, cookie: 0 });
 
     // The listener's end closes the port.
     drop(listener);

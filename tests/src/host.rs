@@ -347,6 +347,18 @@ impl Running {
         }
     }
 
+    /// What it has said and nobody has taken.
+    #[must_use]
+    pub fn said(&self) -> Vec<String> {
+        self.lines.try_iter().collect()
+    }
+
+    /// As [`Self::said`], with what it had said and nobody had read when it ended.
+    #[must_use]
+    pub fn rest(&self) -> Vec<String> {
+        std::iter::from_fn(|| self.lines.recv_timeout(Duration::from_secs(5)).ok()).collect()
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         nix::sys::signal::kill(Pid::from_raw(self.pid()), signal).unwrap();

@@ -12,6 +12,8 @@ const USAGE: &str = "\
 usage: cargo xtask demo            build, then tell the FTP story between namespaces (as root)
        cargo xtask test [FILTER]   formatting, lints, build, every test
        cargo xtask bench [NAME]    one bench, with its peers side by side
+       cargo xtask torture [--kills N] [--seed N]
+                                   kill at random, and count what is lost
        cargo xtask setup           only install what tests and demo need";
 
 fn main() -> ExitCode {
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         ["test", rest @ ..] => steps::test(rest),
         ["bench"] => steps::benches(),
         ["bench", name, rest @ ..] => steps::bench(name, rest),
+        ["torture", rest @ ..] => steps::torture(rest),
         ["setup"] => debian::install(debian::TESTS).and_then(|()| debian::unpack_daemons()),
         _ => {
             say(USAGE);

@@ -57,6 +57,21 @@ pub(crate) fn test(filter: &[&str]) -> Outcome {
     run(&mut command)
 }
 
+/// The test of random kills, with more of them.
+pub(crate) fn torture(options: &[&str]) -> Outcome {
+    debian::install(debian::TESTS)?;
+    let mut command =
+        cargo(&["test", "--package", "portcullis-tests", "--test", "torture", "--", "--nocapture"]);
+    for option in options.chunks(2) {
+        match option {
+            ["--kills", number] => command.env("PORTCULLIS_KILLS", number),
+            ["--seed", number] => command.env("PORTCULLIS_SEED", number),
+            _ => return Err(io::Error::other("usage: cargo xtask torture [--kills N] [--seed N]")),
+        };
+    }
+    run(&mut command)
+}
+
 /// One bench, optimised.
 pub(crate) fn bench(name: &str, rest: &[&str]) -> Outcome {
     debian::install(debian::BENCH)?;

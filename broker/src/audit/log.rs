@@ -11,12 +11,13 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::{Line, More};
+use super::{LeftOpen, Line, More};
 use crate::{escape::json_string, settings::Audit};
 
 /// How much of a file's end is searched for its last record, in bytes.
 const LAST: u64 = 256 * 1024;
-/// How much is searched for what may be in the kernel's ring as well, because its writer died between the two.
+/// How much of it is searched for what a writer that died has left: flows that are in the kernel's ring as well, and
+/// those that have no end.
 const RECENT: u64 = 4 << 20;
 
 /// Where the log stood when it was opened.
@@ -55,6 +56,8 @@ pub struct Log {
     /// Part of a line is at the file's end and could not be cut off yet.
     torn: bool,
     second: (i64, String),
+    /// Of the folder: nobody else writes.
+    _lock: File,
 }
 
 impl Log {
@@ -64,6 +67,7 @@ impl Log {
     /// # Errors
     /// As the file calls.
     pub fn open(folder: &Path, settings: Audit, host: &str) -> io::Result<(Self, Tail)> {
+        let lock = lock(folder)?;
         let newest = files(folder)?.pop();
         let (file, tail, size) = match &newest {
             Some(path) => {
@@ -91,6 +95,7 @@ impl Log {
             error: None,
             torn: false,
             second: (i64::MIN, String::new()),
+            _lock: lock,
         };
         Ok((log, tail))
     }
@@ -247,23 +252,36 @@ impl Log {
     /// Which flows the last records say were opened: for what may have been put there just before its writer died.
     #[must_use]
     pub fn recent_connects(&self) -> HashSet<u64> {
-        let mut found = HashSet::new();
-        let last_two = files(&self.folder).unwrap_or_default().into_iter().rev().take(2);
-        for path in last_two {
+        let recent = self.recent();
+        // Within a string of JSON there is no bare quotation mark.
+        let connects = recent.lines().filter(|line| line.contains("\"op\":\"connect\""));
+        let flow = |line: &str| {
+            let (_, rest) = line.split_once("\"association\":\"")?;
+            u64::from_str_radix(rest.split_once('"')?.0, 16).ok()
+        };
+        connects.filter_map(flow).collect()
+    }
+
+    /// Which protected flows the last records begin and do not end.
+    #[must_use]
+    pub fn left_open(&self) -> LeftOpen {
+        LeftOpen::read(self.recent().lines())
+    }
+
+    /// The ends of the last two files, oldest first.
+    fn recent(&self) -> String {
+        let all = files(&self.folder).unwrap_or_default();
+        let mut text = String::new();
+        for path in all.iter().skip(all.len().saturating_sub(2)) {
             let Ok(mut file) = File::open(path) else { continue };
             let size = file.metadata().map_or(0, |m| m.len());
             let mut end = Vec::new();
             let read = file.seek(SeekFrom::Start(size.saturating_sub(RECENT)));
-            if read.and_then(|_| file.read_to_end(&mut end)).is_err() {
-                continue;
-            }
-            // Within a string of JSON there is no bare quotation mark.
-            for line in String::from_utf8_lossy(&end).lines().filter(|l| l.contains("\"op\":\"connect\"")) {
-                let flow = line.split_once("\"association\":\"").and_then(|(_, rest)| rest.split_once('"'));
-                found.extend(flow.and_then(|(flow, _)| u64::from_str_radix(flow, 16).ok()));
+            if read.and_then(|_| file.read_to_end(&mut end)).is_ok() {
+                text.push_str(&String::from_utf8_lossy(&end));
             }
         }
-        found
+        text
     }
 
     /// Reads one record back. `None`: there is no such number, or it has been removed.
@@ -274,6 +292,21 @@ impl Log {
         let path = files(&self.folder).ok()?.into_iter().rfind(|p| first(p).is_some_and(|n| n <= seq))?;
         let text = fs::read_to_string(path).ok()?;
         text.lines().find(|line| line.starts_with(&wanted)).map(str::to_owned)
+    }
+}
+
+/// Waits until an earlier writer is gone: a broker whose supervisor was killed still takes its leave.
+fn lock(folder: &Path) -> io::Result<File> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let lock = File::open(folder)?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Err(fs::TryLockError::WouldBlock) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            locked => return locked.map(|()| lock).map_err(Into::into),
+        }
     }
 }
 
@@ -360,6 +393,7 @@ mod tests {
         log.push(&Line { reason: Some(ENDS), ..Line::bare(2, "broker", "broker") });
         assert!(log.commit());
         assert_eq!(log.recent_connects(), HashSet::from([0x4f]));
+        drop(log);
         let (_, tail) = Log::open(folder.path(), Audit::default(), "h").unwrap();
         assert!(tail.ended);
     }

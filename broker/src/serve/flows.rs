@@ -12,7 +12,7 @@ use portcullis_wire::Request;
 
 use super::{Broker, RuleText};
 use crate::{
-    audit::{Line, More},
+    audit::{Line, More, of},
     process::{Context, ProcessKey},
     sys::{diag::Ended, realtime},
 };
@@ -214,6 +214,12 @@ impl Broker {
         let now = realtime();
         let (local, remote) = (ended.socket.local, ended.socket.remote);
         let some = |a: SocketAddr| (a.port() != 0).then_some(a);
+        let mut more = vec![
+            ("bytes_in", More::Number(ended.bytes_in)),
+            ("bytes_out", More::Number(ended.bytes_out)),
+            ("duration", More::Seconds(now.saturating_sub(flow.since))),
+        ];
+        more.extend(of(flow.seq));
         self.log.push(&Line {
             process: Some(&flow.context),
             session: flow.session,
@@ -226,12 +232,7 @@ impl Broker {
             lane: Some(flow.lane),
             association: Some(ended.socket.cookie),
             generation: Some(flow.generation),
-            more: &[
-                ("of", More::Number(flow.seq)),
-                ("bytes_in", More::Number(ended.bytes_in)),
-                ("bytes_out", More::Number(ended.bytes_out)),
-                ("duration", More::Seconds(now.saturating_sub(flow.since))),
-            ],
+            more: &more,
             ..Line::bare(now, "close", "broker")
         });
     }

@@ -4,6 +4,7 @@
 //! Inbound: a peer proves itself to the front before a listener. Either way [`news`] judges again by what the
 //! peer has shown, and only what is admitted then reaches the program.
 
+mod left;
 mod members;
 mod news;
 
@@ -33,6 +34,7 @@ use super::{
 };
 use crate::{
     Mode,
+    audit::LeftOpen,
     decide::{Judgement, Papers},
     keyd::Who,
     process::{Context, ProcessKey},
@@ -193,6 +195,8 @@ pub(super) struct Lanes {
     /// Who this host is; known for as long as it ever was.
     pub(super) who: Option<Who>,
     flood: news::Flood,
+    /// What an earlier broker had begun and nobody has ended yet.
+    pub(super) left: LeftOpen,
     /// While the key daemon tells what an earlier broker had begun.
     pub(super) taking_up: bool,
 }

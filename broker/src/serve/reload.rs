@@ -23,7 +23,7 @@ use super::{
     sessions::{Control, SETTLED},
 };
 use crate::{
-    audit::{Line, More},
+    audit::{Line, More, of},
     decide::Judgement,
     process::{Context, ProcessKey},
     sys::{
@@ -307,7 +307,8 @@ impl Broker {
             Ok(how) => format!("no longer permitted: {why}; {how}"),
             Err(error) => format!("no longer permitted: {why}; it could not be cut: {error}"),
         };
-        let mut more = vec![("of", More::Number(flow.seq)), ("delay_ms", More::Milliseconds(elapsed(began)))];
+        let mut more = vec![("delay_ms", More::Milliseconds(elapsed(began)))];
+        more.extend(of(flow.seq));
         if let Some(rule) = &rule {
             more.push(("rule_at", More::Text(&rule.at)));
         }

@@ -140,6 +140,7 @@ impl Broker {
             let why =
                 "the broker before was killed: what processes themselves noted in its last moments is lost";
             broker.note("broker", why, &[]);
+            broker.lanes.left = broker.log.left_open();
         }
         if !broker.log.commit() {
             let source = io::Error::other(broker.log.error().unwrap_or("unknown").to_owned());
@@ -152,6 +153,7 @@ impl Broker {
             broker.adopt();
             broker.take_keyd();
         }
+        broker.end_all_left();
         broker.flush_log();
         broker.renew_lease();
         if let Some(ready) = config.ready {

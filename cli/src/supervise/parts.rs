@@ -55,7 +55,7 @@ const FIRST_DELAY: Duration = Duration::from_millis(20);
 /// Longest delay before a restart.
 const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// A part that lived this long starts again with the first delay.
-const STEADY: Duration = Duration::from_secs(10);
+const STEADY: Duration = Duration::from_secs(2);
 /// How long a part may be stopped (`SIGSTOP`): a little longer than a program waits for an answer.
 const STOPPED: Duration = Duration::from_secs(6);
 /// After how long without a broker held calls are refused instead of kept waiting.

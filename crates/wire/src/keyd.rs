@@ -402,7 +402,7 @@ pub struct Places {
     pub inner_remote: Addr,
 }
 
-/// What an association has carried. 16 bytes.
+/// What an association has carried, and for whom. 24 bytes.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Over {
@@ -410,9 +410,11 @@ pub struct Over {
     pub sent: u64,
     /// Bytes for the program that came in.
     pub received: u64,
+    /// The kernel's number of the program's socket, if the program has opened it; else 0.
+    pub cookie: u64,
 }
 
-const _: () = assert!(size_of::<Open>() == 64 && size_of::<Places>() == 112 && size_of::<Over>() == 16);
+const _: () = assert!(size_of::<Open>() == 64 && size_of::<Places>() == 112 && size_of::<Over>() == 24);
 const _: () = assert!(size_of::<Head>() == 32 && size_of::<Net>() == 24);
 const _: () = assert!(size_of::<Flow>() == 72 && size_of::<Stranger>() == 88);
 

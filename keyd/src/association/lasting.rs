@@ -54,13 +54,14 @@ impl Associations {
         self.bereaved = false;
     }
 
-    /// Tells of what runs, and then of what has ended since an earlier broker was there.
+    /// Tells of what runs, the oldest first, since what belongs to another is judged by it; and then of what has ended
+    /// since an earlier broker was there.
     pub fn list(&mut self) {
-        for (id, one) in &mut self.all {
-            if one.running {
-                one.unknown = false;
-                self.reports.push(one.live(*id));
-            }
+        let mut running: Vec<_> = self.all.iter_mut().filter(|(_, one)| one.running).collect();
+        running.sort_by_key(|(id, _)| **id);
+        for (id, one) in running {
+            one.unknown = false;
+            self.reports.push(one.live(*id));
         }
         self.reports.append(&mut self.ended);
     }

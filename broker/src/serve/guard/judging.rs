@@ -206,7 +206,8 @@ impl Broker {
             if let Some(token) = permit.instead {
                 // Another address than the program gave: nobody but the broker can say it.
                 self.grant_ourselves(&facts, &token);
-                return self.connect_for(held, taken, calls::bytes_of(&token), permit.seq, line);
+                // How it goes is on record as the key daemon tells it.
+                return self.connect_for(held, taken, calls::bytes_of(&token), 0, line);
             }
             (seq, socket) = (permit.seq, taken);
         }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::{Association, Peer, Told};
 use crate::{
     Mode,
-    audit::{Line, More},
+    audit::{LeftOpen, Line, More, of},
     decide::Judgement,
     keyd::News,
     process::Context,
@@ -79,10 +79,16 @@ impl Broker {
             News::Associated { id, places } => self.associated(id, &places),
             News::Over { id, errno, why, shown, front, places, carried } => {
                 let end = End { errno, why, shown, sent: carried.sent, received: carried.received };
+                let left = |left: &mut LeftOpen| match front {
+                    None => left.of_cookie(carried.cookie),
+                    Some(_) => left.between(places.local.socket_addr(), places.remote.socket_addr()),
+                };
                 match self.lanes.forget(id) {
                     Some(one) => self.over(&one, &end),
+                    None if let Some(left) = left(&mut self.lanes.left) => self.end_left(&left, Some(&end)),
                     None if front.is_some() => self.failed_in(front, &places, &end),
-                    None => self.failed_out(&places, &end),
+                    // Those that this broker has given up are on record.
+                    None => {}
                 }
             }
         }
@@ -110,6 +116,7 @@ impl Broker {
         let Some(context) = self.holders_of(found.inode, 1).pop() else { return self.end_association(id) };
         let (plain, peer) = (live.peer.is_none(), live.peer.map(|told| Rc::new(Peer::from(told))));
         let op = if inbound { Op::Accept } else { Op::Connect };
+        let seq = self.lanes.left.of_cookie(found.cookie).map_or(0, |left| left.seq);
         let since = u64::try_from(live.since).unwrap_or(0).saturating_mul(1_000_000_000);
         let one = Association {
             context: Rc::clone(&context),
@@ -126,7 +133,7 @@ impl Broker {
             control: None,
             generation: self.generation_in_force(),
             since,
-            seq: 0,
+            seq,
             up: true,
             cut: false,
         };
@@ -169,7 +176,7 @@ impl Broker {
             assurance,
             generation: self.generation_in_force(),
             since,
-            seq: 0,
+            seq,
             met: false,
             number: -1,
             context,
@@ -312,9 +319,7 @@ impl Broker {
         } else {
             "refuse"
         };
-        if one.seq != 0 {
-            more.push(("of", More::Number(one.seq)));
-        }
+        more.extend(of(one.seq));
         // What the network says is no refusal: nobody was there to be judged.
         let native = verdict == "refuse" && end.is_native();
         let op = if verdict == "permit" {
@@ -357,31 +362,12 @@ impl Broker {
         let behind = self.lanes.fronts.get(&front);
         let listener = behind.and_then(|all| all.iter().find_map(|cookie| self.listeners.get(cookie)));
         let context = listener.map(|l| Rc::clone(&l.context));
-        self.turned_away("accept", context.as_deref(), missed, places, end);
-    }
-
-    /// A flow that an earlier broker had asked for, and that waited for its word, has ended meanwhile. Those that
-    /// this one has given up are on record.
-    fn failed_out(&mut self, places: &Places, end: &End) {
-        if self.lanes.taking_up {
-            self.turned_away("connect", None, 0, places, end);
-        }
-    }
-
-    fn turned_away(
-        &mut self,
-        op: &'static str,
-        process: Option<&Context>,
-        missed: u64,
-        places: &Places,
-        end: &End,
-    ) {
         let mut more = facts(None, end.shown.as_deref());
         if missed > 0 {
             more.push(("missed", More::Number(missed)));
         }
         let seq = self.log.push(&Line {
-            process,
+            process: context.as_deref(),
             protocol: Some(Protocol::TCP),
             local: places.local.socket_addr(),
             remote: places.remote.socket_addr(),
@@ -391,7 +377,7 @@ impl Broker {
             lane: Some(Lane::Tls),
             generation: Some(self.generation_in_force()),
             more: &more,
-            ..Line::bare(realtime(), op, "keyd")
+            ..Line::bare(realtime(), "accept", "keyd")
         });
         self.last_refusal = Some(seq);
     }
@@ -401,9 +387,7 @@ impl Broker {
         let Some(one) = self.lanes.get(id) else { return };
         let certificate = one.peer.as_ref().map(|peer| peer.certificate());
         let mut more = Vec::with_capacity(8);
-        if one.seq != 0 {
-            more.push(("of", More::Number(one.seq)));
-        }
+        more.extend(of(one.seq));
         if let (Some(peer), Some(certificate)) = (&one.peer, &certificate) {
             more.push(("peer_cert", More::Text(certificate)));
             more.push(("cipher", More::Text(&peer.told.cipher)));
@@ -530,7 +514,8 @@ impl Broker {
         one.cut = true;
         let Some(one) = self.lanes.get(id) else { return };
         let certificate = one.peer.as_ref().map(|peer| peer.certificate());
-        let mut more = vec![("of", More::Number(one.seq)), ("delay_ms", More::Milliseconds(elapsed(began)))];
+        let mut more = vec![("delay_ms", More::Milliseconds(elapsed(began)))];
+        more.extend(of(one.seq));
         more.extend(certificate.as_deref().map(|shown| ("peer_cert", More::Text(shown))));
         let (lane, assurance) = one.lane();
         let seq = self.log.push(&Line {
@@ -566,23 +551,26 @@ struct Live {
 }
 
 /// How a flow ended.
-struct End {
-    errno: i32,
-    why: String,
-    shown: Option<String>,
-    sent: u64,
-    received: u64,
+pub(super) struct End {
+    pub(super) errno: i32,
+    pub(super) why: String,
+    pub(super) shown: Option<String>,
+    pub(super) sent: u64,
+    pub(super) received: u64,
 }
 
 impl End {
     /// Whether it was the network, or the program itself.
-    fn is_native(&self) -> bool {
+    pub(super) fn is_native(&self) -> bool {
         ["no connection", "the program", "another socket"].iter().any(|native| self.why.starts_with(native))
     }
 }
 
 /// What a record says of the certificate and what was agreed on.
-fn facts<'a>(peer: Option<&'a Peer>, certificate: Option<&'a str>) -> Vec<(&'static str, More<'a>)> {
+pub(super) fn facts<'a>(
+    peer: Option<&'a Peer>,
+    certificate: Option<&'a str>,
+) -> Vec<(&'static str, More<'a>)> {
     let mut more = Vec::with_capacity(8);
     if let Some(peer) = peer {
         more.push(("cipher", More::Text(&peer.told.cipher)));
