@@ -250,9 +250,11 @@ fn torture(kills: u32, seed: u64) -> (Vec<String>, String) {
     server.policy(POLICY);
     let _trust = Trust::of(&[client, server]);
     let file = client.write("wanted", ftp::content(SIZE)).display().to_string();
+    // Its sessions outlive it, and would wait a minute for a client that was killed.
+    let vsftpd = [Daemon::Vsftpd.command(server, SIZE), vec!["-oaccept_timeout=5".to_owned()]].concat();
     let redis = ["redis-server", "--bind", "10.77.0.2", "--protected-mode", "no", "--save", ""];
     let mut programs = [
-        Kept::start(server, Daemon::Vsftpd.command(server, SIZE), true),
+        Kept::start(server, vsftpd, true),
         Kept::start(server, redis.map(String::from).to_vec(), true),
         Kept::start(client, python(FETCH, &[&file]), false),
         Kept::start(client, python(ASK, &[]), false),
