@@ -37,13 +37,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What is said in lane tls only.
 const SECRET: &[u8] = b"secret_words";
 
-/// Fetches a file again and again, the data connection made by either side in turn.
+/// Fetches a file again and again, the data connection made by either side in turn. One that waits for the server to
+/// come does not hear that its control connection has ended.
 const FETCH: &str = "import ftplib, sys, time\n\
     wanted, n = open(sys.argv[1], 'rb').read(), 0\n\
     while True:\n    \
         n += 1; print('begins', time.time(), flush=True)\n    \
         try:\n        \
-            f = ftplib.FTP('10.77.0.2'); f.login(); f.set_pasv(n % 2 == 0)\n        \
+            f = ftplib.FTP('10.77.0.2', timeout=10); f.login(); f.set_pasv(n % 2 == 0)\n        \
             got = bytearray(); f.retrbinary('RETR report.bin', got.extend); f.quit()\n        \
             print('done' if got == wanted else f'odd {len(got)}', flush=True)\n    \
         except (OSError, EOFError, ftplib.Error) as e: print('failed', time.time(), repr(e), flush=True); time.sleep(.05)\n";
