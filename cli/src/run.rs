@@ -185,6 +185,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     link.send(&tree, &fds).map_err(failed("hand the guard over"))?;
     match link.receive::<Answer>().map_err(failed("hand the guard over"))? {
         Some((Answer::Watched, _)) => {}
+        Some((Answer::Failed(why), _)) => return Err(RunError::NoBroker(why)),
         _ => return Err(RunError::NoBroker("it ended before the program began".into())),
     }
     Ok(environment(&welcome, door, args.name.as_deref()))

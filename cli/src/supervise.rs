@@ -341,8 +341,10 @@ impl Supervisor {
                     }
                 }
                 Ok(Some((Say::Tree { guarded, listener, connected }, fds))) if visitor.welcomed => {
-                    // Otherwise closing is the answer: nobody could judge its connections.
-                    if connected && self.expect(&visitor).is_err() {
+                    if connected && let Err(error) = self.expect(&visitor) {
+                        let why =
+                            format!("the connections that the program begins with cannot be judged: {error}");
+                        let _gone = visitor.link.send(&Answer::Failed(why), &[]);
                         continue;
                     }
                     let taken = listener.and_then(|n| self.take_listener(&visitor, n));

@@ -197,6 +197,18 @@ impl Host {
         })
     }
 
+    /// How a port looks from here, to a program that is not wrapped: `open`, `closed` or `filtered`.
+    ///
+    /// # Panics
+    /// It cannot be told.
+    #[must_use]
+    pub fn sees(&self, address: &str, port: u16) -> String {
+        let program = built::portcullis().display().to_string();
+        let words = [&program, "demo", "probe", address, &port.to_string()];
+        let said = Finished::of(&mut self.plain(&words)).success();
+        serde_json::from_str::<Value>(&said).unwrap()[0]["seen"].as_str().unwrap().to_owned()
+    }
+
     /// Waits until somebody listens on a TCP port of this host.
     pub fn wait_for_port(&self, port: u16) {
         let filter = format!("sport = :{port}");

@@ -1,7 +1,7 @@
 //! The data port is open while its session lives, for its session's peer, and for nobody else.
 
 use portcullis_tests::{
-    ALLOW_ALL, Finished, Host, Net, Running, built, eventually,
+    ALLOW_ALL, Finished, Net, Running, eventually,
     ftp::{Daemon, Session},
 };
 use serde_json::Value;
@@ -14,14 +14,6 @@ servers = IPv4{10.77.0.2};
 allow ftp(clients, servers);
 ";
 const SIZE: usize = 300_000;
-
-/// How a port looks from a host: `open`, `closed` or `filtered`.
-fn seen(from: &Host, address: &str, port: u16) -> String {
-    let program = built::portcullis().display().to_string();
-    let words = [&program, "demo", "probe", address, &port.to_string()];
-    let said = Finished::of(&mut from.plain(&words)).success();
-    serde_json::from_str::<Value>(&said).unwrap()[0]["seen"].as_str().unwrap().to_owned()
-}
 
 fn is_refused_from(record: &Value, address: &str) -> bool {
     record["verdict"] == "refuse"
@@ -40,11 +32,11 @@ fn strangers(daemon: Daemon) {
     // Passive: the server's port.
     let it = Session::begin(client, "passive");
     let port = it.port;
-    assert_eq!(seen(stranger, "10.77.0.2", 21), "filtered", "{daemon:?}: control port");
-    assert_eq!(seen(stranger, "10.77.0.2", port), "filtered", "{daemon:?}: data port");
+    assert_eq!(stranger.sees("10.77.0.2", 21), "filtered", "{daemon:?}: control port");
+    assert_eq!(stranger.sees("10.77.0.2", port), "filtered", "{daemon:?}: data port");
     // Not even for a client of the same server, which may open sessions of its own ...
-    assert_eq!(seen(other, "10.77.0.2", 21), "open", "{daemon:?}: control port for a client");
-    assert_eq!(seen(other, "10.77.0.2", port), "filtered", "{daemon:?}: data port of another session");
+    assert_eq!(other.sees("10.77.0.2", 21), "open", "{daemon:?}: control port for a client");
+    assert_eq!(other.sees("10.77.0.2", port), "filtered", "{daemon:?}: data port of another session");
     // ... nor for another process of the session's own host.
     let thief = Finished::of(&mut client.run(&["nc", "-w", "2", "10.77.0.2", &port.to_string()]));
     assert_ne!(thief.code(), 0, "{daemon:?}: the port was grabbed");
@@ -55,15 +47,15 @@ fn strangers(daemon: Daemon) {
     client.record("the thief", |r| {
         r["verdict"] == "refuse" && r["exe"].as_str().is_some_and(|e| e.contains("/nc"))
     });
-    assert_ne!(seen(client, "10.77.0.2", port), "open", "{daemon:?}: the port outlived its session");
+    assert_ne!(client.sees("10.77.0.2", port), "open", "{daemon:?}: the port outlived its session");
 
     // Active: the client's port.
     let it = Session::begin(client, "active");
     let port = it.port;
-    assert_eq!(seen(stranger, "10.77.0.1", port), "filtered", "{daemon:?}: active data port");
+    assert_eq!(stranger.sees("10.77.0.1", port), "filtered", "{daemon:?}: active data port");
     it.finish(SIZE);
     client.record("the stranger", |r| is_refused_from(r, "10.77.0.3"));
-    assert_ne!(seen(client, "10.77.0.1", port), "open", "{daemon:?}: the port outlived its session");
+    assert_ne!(client.sees("10.77.0.1", port), "open", "{daemon:?}: the port outlived its session");
 }
 
 #[test]
@@ -100,8 +92,8 @@ fn under_a_policy_that_allows_all_the_same_stranger_gets_in() {
     let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE));
     server.wait_for_port(21);
     let session = Session::begin(client, "passive");
-    assert_eq!(seen(stranger, "10.77.0.2", 21), "open");
-    assert_eq!(seen(stranger, "10.77.0.2", session.port), "open");
+    assert_eq!(stranger.sees("10.77.0.2", 21), "open");
+    assert_eq!(stranger.sees("10.77.0.2", session.port), "open");
 }
 
 #[test]
@@ -115,9 +107,9 @@ fn a_port_nobody_came_to_closes_with_its_session() {
     let session = Session::begin(client, "passive");
     let port = session.port;
     // It is there, for the session's host.
-    assert_eq!(seen(client, "10.77.0.2", port), "open");
+    assert_eq!(client.sees("10.77.0.2", port), "open");
     drop(session);
-    eventually("the port is closed", || (seen(client, "10.77.0.2", port) != "open").then_some(()));
+    eventually("the port is closed", || (client.sees("10.77.0.2", port) != "open").then_some(()));
 }
 
 #[test]
@@ -136,7 +128,7 @@ fn without_a_control_connection_nothing_is_related() {
     assert_ne!(caller.code(), 0);
     client.record("the caller", |r| r["op"] == "connect" && r["verdict"] == "refuse");
     // The same call, not wrapped, gets through: it was not the network that refused it.
-    assert_eq!(seen(client, "10.77.0.2", 4321), "open");
+    assert_eq!(client.sees("10.77.0.2", 4321), "open");
 }
 
 #[test]

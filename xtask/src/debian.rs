@@ -59,6 +59,9 @@ pub(crate) const TESTS: &[&str] = &[
     "libwrap0",
 ];
 
+/// A kernel that is a program, and what loads its modules.
+pub(crate) const GUEST: &[&str] = &["user-mode-linux", "kmod"];
+
 /// What the benches compare with.
 pub(crate) const BENCH: &[&str] = &[
     "clang", // compiles the backstop's programs

@@ -72,6 +72,24 @@ pub(crate) fn torture(options: &[&str]) -> Outcome {
     run(&mut command)
 }
 
+/// The tests of the guard without backstop, in a guest with an older kernel.
+pub(crate) fn guest() -> Outcome {
+    debian::install(debian::TESTS)?;
+    debian::install(debian::GUEST)?;
+    run(&mut cargo(&["build", "--workspace", "--quiet"]))?;
+    let mut runner = std::env::current_exe()?.into_os_string();
+    runner.push(" in-guest");
+    let mut command = cargo(&["test", "--quiet", "--package", "portcullis-tests", "--no-fail-fast"]);
+    for name in GUEST {
+        command.args(["--test", name]);
+    }
+    command.args(["--", "--include-ignored", "--test-threads", "1"]);
+    run(command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner))
+}
+
+/// What runs in the guest.
+const GUEST: &[&str] = &["guard_alone", "guard_older"];
+
 /// One bench, optimised.
 pub(crate) fn bench(name: &str, rest: &[&str]) -> Outcome {
     debian::install(debian::BENCH)?;
