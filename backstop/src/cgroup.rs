@@ -71,6 +71,16 @@ impl Cgroup {
             .map_err(failed("enter", &self.path))
     }
 
+    /// Moves a process back to where it came from, and removes this cgroup if nobody else is in it.
+    ///
+    /// # Errors
+    /// [`BackstopError::Cgroup`].
+    pub fn leave(&self, pid: u32) -> Result<(), BackstopError> {
+        let above = self.path.parent().unwrap_or(&self.path);
+        Self::open(above)?.enter(pid)?;
+        self.remove_if_empty().map(drop)
+    }
+
     /// Whether `pid` is in it or below it.
     ///
     /// # Errors

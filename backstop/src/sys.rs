@@ -8,7 +8,10 @@ use std::{
     ffi::CStr,
     fs::File,
     io::{self, Read},
+    ops::Deref,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    ptr::{NonNull, null_mut},
+    slice,
 };
 
 use aya_obj::generated::bpf_insn;
@@ -204,6 +207,55 @@ pub(crate) fn iterate(program: BorrowedFd<'_>, tid: u32, out: &mut [u8]) -> io::
             // EAGAIN: the kernel paused after a million tasks
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(e) => return Err(e),
+        }
+    }
+}
+
+/// What stands in a file of the kernel's that never changes.
+pub(crate) enum Contents {
+    /// In the kernel's own memory.
+    Mapped(NonNull<u8>, usize),
+    /// As a copy.
+    Read(Vec<u8>),
+}
+
+impl Contents {
+    /// Maps the file, or reads it where it cannot be mapped (type information can from Linux 6.16).
+    pub(crate) fn of(path: &str) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        // SAFETY: a new mapping, for reading, where the kernel finds room.
+        let at = unsafe {
+            libc::mmap(null_mut(), length, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
+        };
+        if at != libc::MAP_FAILED
+            && let Some(at) = NonNull::new(at.cast())
+        {
+            return Ok(Self::Mapped(at, length));
+        }
+        let mut copy = Vec::with_capacity(length);
+        file.read_to_end(&mut copy)?;
+        Ok(Self::Read(copy))
+    }
+}
+
+impl Deref for Contents {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            // SAFETY: mapped for as long as `self` lives, and written by nobody.
+            Self::Mapped(at, length) => unsafe { slice::from_raw_parts(at.as_ptr(), *length) },
+            Self::Read(copy) => copy,
+        }
+    }
+}
+
+impl Drop for Contents {
+    fn drop(&mut self) {
+        if let Self::Mapped(at, length) = self {
+            // SAFETY: the mapping is ours alone, and slices of it do not outlive `self`.
+            let _unmapped = unsafe { libc::munmap(at.as_ptr().cast(), *length) };
         }
     }
 }

@@ -6,13 +6,13 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    fs, io,
+    io,
 };
 
 use aya::Endianness;
 use aya_obj::btf::Btf;
 
-use crate::error::BackstopError;
+use crate::{error::BackstopError, sys::Contents};
 
 const FROM: &str = "/sys/kernel/btf/vmlinux";
 
@@ -73,7 +73,7 @@ pub struct Types {
 impl Types {
     /// Asks the running kernel.
     pub fn of_kernel() -> Result<Self, BackstopError> {
-        let data = fs::read(FROM).map_err(BackstopError::NoTypes)?;
+        let data = Contents::of(FROM).map_err(BackstopError::NoTypes)?;
         let strange = || BackstopError::NoTypes(io::ErrorKind::InvalidData.into());
         let raw = Raw::new(&data).ok_or_else(strange)?;
         let small = raw.thin().ok_or_else(strange)?;
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn the_running_kernels_is_made_small() {
-        let Ok(data) = fs::read(FROM) else { return };
+        let Ok(data) = Contents::of(FROM) else { return };
         let raw = Raw::new(&data).unwrap();
         let small = raw.thin().unwrap();
         assert!(small.len() < 8192, "{}", small.len());

@@ -213,6 +213,8 @@ pub(crate) struct Broker {
     clients: HashMap<u64, answers::Client>,
     /// Processes whose rings are looked at.
     busy: HashSet<ProcessKey>,
+    /// When it was last looked whether processes are where the kernel records for them (monotonic).
+    cgroups_looked_at: u64,
     sessions: sessions::Sessions,
     listeners: HashMap<u64, listeners::Listener>,
     datagrams: datagrams::Datagrams,
@@ -263,6 +265,7 @@ impl Broker {
             self.look_at_busy_rings();
             self.tend_endings();
             self.look_at_backstop();
+            self.tend_noted();
             self.tend_expiry();
             self.tend_certificates();
             if self.keyd.as_ref().is_some_and(Keyd::has_news) {

@@ -3,17 +3,22 @@
 mod ftp;
 mod probe;
 mod stage;
+mod tell;
 mod wire;
 
 use clap::{Args as ClapArgs, Subcommand};
 
-use crate::output::Out;
+use crate::{Format, output::Out};
 
 /// What can be shown.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Unmodified FTP between two hosts, and a stranger who wants the data
-    Ftp,
+    Ftp {
+        /// How the story is told
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
     #[command(hide = true)]
     Probe(ProbeArgs),
     #[command(hide = true)]
@@ -35,7 +40,7 @@ pub struct ProbeArgs {
 /// Shows it; the result is the exit status.
 pub fn run(command: Command, out: &mut Out) -> u8 {
     match command {
-        Command::Ftp => ftp::run(out),
+        Command::Ftp { format } => ftp::run(out, format),
         Command::Wire { texts } => wire::run(&texts, out),
         Command::Probe(args) => probe::run(args.address, &args.ports, out),
     }

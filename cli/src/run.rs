@@ -17,6 +17,7 @@ use nix::{
     sys::{resource, wait},
     unistd,
 };
+use portcullis_backstop::{Cgroup, cgroup_name};
 use portcullis_policy::{LoadError, Policy};
 use portcullis_wire::frame::{ENV_BROKER, ENV_DOOR, LOWEST_FD};
 
@@ -221,6 +222,22 @@ struct Welcome {
 
 /// Reaches the folder's supervisor, starting one if there is none.
 fn reach(place: &Place, hello: &Say, args: &Args) -> Result<(Link, Welcome), RunError> {
+    let mut ahead = None;
+    let reached = try_to_reach(place, hello, args, &mut ahead);
+    if reached.is_err()
+        && let Some(cgroup) = ahead
+    {
+        let _stays = cgroup.leave(std::process::id());
+    }
+    reached
+}
+
+fn try_to_reach(
+    place: &Place,
+    hello: &Say,
+    args: &Args,
+    ahead: &mut Option<Cgroup>,
+) -> Result<(Link, Welcome), RunError> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         match Link::to(&place.supervisor_socket(), deadline.saturating_duration_since(Instant::now())) {
@@ -239,12 +256,31 @@ fn reach(place: &Place, hello: &Say, args: &Args) -> Result<(Link, Welcome), Run
             .open(place.lock())
             .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
         match lock.try_lock() {
-            Ok(()) => start(place, &lock, args)?,
+            Ok(()) => {
+                start(place, &lock, args)?;
+                *ahead = move_ahead(place);
+            }
             // Another run is starting one, or one is ending.
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }
     }
     Err(RunError::Late(place.log()))
+}
+
+/// Whether the user asks to do without the backstop.
+fn is_without_backstop() -> bool {
+    std::env::var_os("PORTCULLIS_NO_BACKSTOP").is_some_and(|v| !v.is_empty() && v != "0")
+}
+
+/// Moves this process to the cgroup where the supervisor will hold it. For the first move in a while the kernel
+/// waits until all its processors have looked up, some milliseconds; broker and key daemon start meanwhile.
+/// What fails here the supervisor tries again, and says why.
+fn move_ahead(place: &Place) -> Option<Cgroup> {
+    if !unistd::geteuid().is_root() || is_without_backstop() {
+        return None;
+    }
+    let cgroup = Cgroup::below(std::process::id(), &cgroup_name(&place.state)).ok()?;
+    cgroup.enter(std::process::id()).ok().map(|()| cgroup)
 }
 
 /// Greets a supervisor. `None`: it closed without an answer, because it ends.
@@ -297,7 +333,7 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         policy,
         mode: args.mode.unwrap_or_default(),
         shim: Some(shim),
-        no_backstop: std::env::var_os("PORTCULLIS_NO_BACKSTOP").is_some_and(|v| !v.is_empty() && v != "0"),
+        no_backstop: is_without_backstop(),
         lock_fd: Some(lock.as_raw_fd()),
         socket_fd: Some(socket.as_raw_fd()),
     }

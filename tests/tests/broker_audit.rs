@@ -191,3 +191,45 @@ fn no_policy_refuses_everything_and_says_so() {
         assert_eq!(done.status, 125, "{done}");
     }
 }
+
+/// For each line, connects twice to the far host, whom nobody refuses: the second call is known.
+const CALLER: &str = "import socket, sys\nprint('up', flush=True)\nfor line in sys.stdin:\n    for _ in range(2):\n        socket.create_connection(('10.77.0.2', 7), 10).close()\n    print('done', flush=True)";
+
+#[test]
+fn what_the_kernel_stops_recording_is_recorded_by_the_program() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    client.policy("allow tcp/7(*, IPv4{10.77.0.2});");
+    let _echo = Running::start(server.plain(&["tcpsvd", "-l", "server", "10.77.0.2", "7", "true"]));
+    server.wait_for_port(7);
+    let mut it = client.start(&[PY, "-c", CALLER]);
+    it.line("up");
+    let mut calls = || {
+        it.say("\n");
+        it.line("done");
+    };
+    let connects = || {
+        let all = client.records();
+        all.into_iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit").collect::<Vec<_>>()
+    };
+    calls();
+    eventually("both are on record", || (connects().len() == 2).then_some(()));
+    calls();
+    eventually("the kernel tells of the others", || (connects().len() == 4).then_some(()));
+
+    // As a service manager does that moves a session.
+    let pid = connects()[0]["pid"].clone();
+    let root = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+        .map(|path| format!("{path}/cgroup.procs"))
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists());
+    std::fs::write(root.unwrap(), pid.to_string()).unwrap();
+    eventually("it is noticed", || {
+        calls();
+        let lost = |r: &Value| r["op"] == "lost" && r["by_pid"] == pid;
+        client.records().iter().any(lost).then_some(())
+    });
+    let before = connects().len();
+    calls();
+    eventually("the program's own word is taken", || (connects().len() == before + 2).then_some(()));
+}

@@ -4,6 +4,7 @@ use std::{process::Command, time::Instant};
 
 use nix::sys::signal::Signal;
 use portcullis_tests::{Finished, Running, built};
+use serde_json::Value;
 
 fn demo() -> Command {
     let mut command = Command::new(built::portcullis());
@@ -46,6 +47,16 @@ fn it_ends_well_within_twenty_seconds_without_colour_in_a_pipe() {
     }
     assert_eq!(story.matches("6 MiB arrived").count(), 2);
     assert_eq!(remains(pid), [""; 0]);
+}
+
+#[test]
+fn in_json_each_line_is_an_object_and_the_last_says_how_it_went() {
+    let story = Finished::of(demo().args(["--format", "json"])).success();
+    let lines: Vec<Value> = story.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let last = lines.last().unwrap();
+    assert!(last["wrong"] == 0 && last["seconds"].as_f64().unwrap() < 20.0, "{last}");
+    assert!(lines.iter().filter(|line| line["right"] == true).count() > 10, "{story}");
+    assert!(lines.iter().any(|line| line["record"]["verdict"] == "protect"), "{story}");
 }
 
 #[test]

@@ -43,10 +43,8 @@ fn postgresql_answers_queries() {
     only_the_stranger_is_refused(server, stranger, 5432);
 }
 
-#[test]
-fn sshd_gives_a_session_and_forwards_what_the_policy_allows() {
-    let net = Net::client_server_stranger(POLICY);
-    let [client, server, stranger] = net.hosts();
+/// sshd with keys of its own, and the words that log in to it, up to the options that say what for.
+fn sshd(server: &Host) -> (Running, Vec<String>) {
     let folder = server.path("ssh");
     fs::create_dir(&folder).unwrap();
     fs::create_dir_all("/run/sshd").unwrap();
@@ -65,31 +63,61 @@ fn sshd_gives_a_session_and_forwards_what_the_policy_allows() {
     fs::set_permissions(folder.join("user"), fs::Permissions::from_mode(0o600)).unwrap();
     let daemon = server.start(&["/usr/sbin/sshd", "-D", "-e", "-f", config.to_str().unwrap()]);
     daemon.line("Server listening");
-    let key = folder.join("user").display().to_string();
-    let login = [
-        "ssh",
-        "-F",
-        "none",
-        "-i",
-        &key,
-        "-o",
-        "StrictHostKeyChecking=no",
-        "-o",
-        "UserKnownHostsFile=/dev/null",
-    ];
-    let to = ["-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "root@10.77.0.2"];
-    let session = [&login[..], &to, &["echo through"]].concat();
+    let login = format!(
+        "ssh -F none -i {at}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
+         -o BatchMode=yes root@10.77.0.2"
+    );
+    (daemon, login.split_whitespace().map(ToOwned::to_owned).collect())
+}
+
+#[test]
+fn sshd_gives_a_session_and_forwards_nothing_without_a_rule() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, stranger] = net.hosts();
+    let (_daemon, login) = sshd(server);
+    let session = [&login[..], &["echo through".to_owned()]].concat();
     assert_eq!(Finished::of(&mut client.run(&session)).success(), "through\n");
     only_the_stranger_is_refused(server, stranger, 22);
 
     // A forward makes sshd the caller, and sshd may not call.
     let _hidden = Running::start(server.plain(&["nc", "-l", "127.0.0.1", "4000"]));
     server.wait_for_port(4000);
-    let forward = [&login[..], &["-W", "127.0.0.1:4000"], &to].concat();
+    let forward = [&login[..], &["-W".to_owned(), "127.0.0.1:4000".to_owned()]].concat();
     assert_ne!(Finished::of(&mut client.run(&forward)).code(), 0);
     let refused = server
         .record("the forward", |r| r["op"] == "connect" && r["verdict"] == "refuse" && r["proto"] == "tcp");
     assert_eq!((&refused["remote"], &refused["exe"]), (&"127.0.0.1:4000".into(), &"/usr/sbin/sshd".into()));
+}
+
+#[test]
+fn sshd_forwards_both_ways_what_rules_allow() {
+    let forwards = "sshd = process{exe=\"/usr/sbin/sshd\"};\nssh = process{exe=\"/usr/bin/ssh\"};\n\
+        allow tcp/4000(sshd, *);\nallow tcp/4001(*, sshd);\nallow tcp/4002(ssh, *);\nallow tcp/4003(*, ssh);\n";
+    let net = Net::client_server_stranger(&format!("{POLICY}{forwards}"));
+    let [client, server, _] = net.hosts();
+    let (_daemon, login) = sshd(server);
+    // Behind each end of the tunnel somebody who is not wrapped.
+    let behind = |host: &Host, port: u16| {
+        let text = port.to_string();
+        let service =
+            Running::start(host.plain(&["tcpsvd", "-l", "here", "127.0.0.1", &text, "echo", &text]));
+        host.wait_for_port(port);
+        service
+    };
+    let _services = [behind(server, 4000), behind(client, 4002)];
+    let ways = "-N -o ExitOnForwardFailure=yes -L 4003:127.0.0.1:4000 -R 4001:127.0.0.1:4002";
+    let ways: Vec<String> = ways.split_whitespace().map(ToOwned::to_owned).collect();
+    let _tunnel = client.start(&[&login[..], &ways].concat());
+    for (host, port, answer) in [(client, 4003, "4000\n"), (server, 4001, "4002\n")] {
+        host.wait_for_port(port);
+        let reach = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; cat <&3");
+        assert_eq!(Finished::of(&mut host.plain(&["bash", "-c", &reach])).success(), answer);
+    }
+    let by = |host: &Host, exe: &str, remote: &str| {
+        host.record("the call at the tunnel's end", |r| r["exe"] == exe && r["remote"] == remote)
+    };
+    assert_eq!(by(server, "/usr/sbin/sshd", "127.0.0.1:4000")["verdict"], "permit");
+    assert_eq!(by(client, "/usr/bin/ssh", "127.0.0.1:4002")["verdict"], "permit");
 }
 
 #[test]

@@ -106,7 +106,7 @@ MAP(processes, MAP_HASH, 65536, struct who, u32, NO_PREALLOC);
 MAP(grants, MAP_LPM_TRIE, 262144, struct place, struct grant, NO_PREALLOC);
 MAP(singles, MAP_HASH, 65536, struct single, struct uses, NO_PREALLOC);
 MAP(listeners, MAP_HASH, 65536, u64, u32, NO_PREALLOC);
-MAP(flows, MAP_LRU_HASH, 32768, struct flow, u64, 0); /* generation */
+MAP(flows, MAP_LRU_HASH, 16384, struct flow, u64, 0); /* generation */
 MAP(strangers, MAP_LRU_HASH, 1024, u64, u64, 0);
 struct {
 	UINT(type, MAP_RINGBUF);

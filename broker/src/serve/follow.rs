@@ -276,6 +276,7 @@ impl Broker {
             port_high: *region.ports.end(),
             rule: finding.judgement.rule.map_or(u32::MAX, |r| r.0),
             assurance: finding.judgement.assurance as u8,
+            noted: call.op == Op::Connect && self.kernel_records(key),
         })
     }
 

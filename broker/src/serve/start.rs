@@ -106,6 +106,7 @@ impl Broker {
             channels: HashMap::new(),
             clients: HashMap::new(),
             busy: HashSet::new(),
+            cgroups_looked_at: 0,
             sessions: sessions::Sessions::default(),
             listeners: HashMap::new(),
             datagrams: datagrams::Datagrams::default(),

@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc};
 use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::shared::{Entry, RECORDS, Record, Ring, Shape, VerdictTable};
 
-use super::{Broker, RuleText, flows::Flow};
+use super::{Broker, Process, RuleText, flows::Flow};
 use crate::{
     audit::{Line, More},
     process::ProcessKey,
@@ -14,6 +14,8 @@ use crate::{
 
 /// After how long without a record a ring is no longer looked at, in nanoseconds.
 const QUIET: u64 = 100_000_000;
+/// How often it is looked whether the kernel still records for a process, in nanoseconds.
+const NOTED: u64 = 1_000_000_000;
 /// How far a claimed time may be from now, in nanoseconds.
 const PLAUSIBLE: u64 = 60_000_000_000;
 
@@ -47,6 +49,8 @@ pub(super) struct Memory {
     heard: u64,
     /// When a full table was last emptied for this reason (monotonic).
     emptied: u64,
+    /// The kernel puts on record what some of its regions permit.
+    noted: bool,
 }
 
 fn mask(prefix: u8) -> u128 {
@@ -83,7 +87,8 @@ impl Memory {
         ring.init();
         table.clear(generation);
         let now = Regions { generation, ..Regions::default() };
-        Ok(Self { table, ring, taken: 0, now, before: Regions::default(), looked: 0, heard: 0, emptied: 0 })
+        let before = Regions::default();
+        Ok(Self { table, ring, taken: 0, now, before, looked: 0, heard: 0, emptied: 0, noted: false })
     }
 
     /// Empties the table; what comes next is of `generation`. The ring must have been drained.
@@ -91,22 +96,20 @@ impl Memory {
         self.table.clear(generation);
         let fresh = Regions { generation, ..Regions::default() };
         self.before = std::mem::replace(&mut self.now, fresh);
+        self.noted = false;
     }
 
     /// Puts a region in. `false`: no room, and it was full only just now.
     fn insert(&mut self, region: Region) -> bool {
-        if self.table.insert(&region.entry) {
-            self.now.insert(region);
-            return true;
-        }
+        let mut done = self.table.insert(&region.entry);
         let now = monotonic();
-        if now.saturating_sub(self.emptied) < 1_000_000_000 {
-            return false;
+        if !done && now.saturating_sub(self.emptied) >= 1_000_000_000 {
+            self.emptied = now;
+            self.clear(self.now.generation);
+            done = self.table.insert(&region.entry);
         }
-        self.emptied = now;
-        self.clear(self.now.generation);
-        let done = self.table.insert(&region.entry);
         if done {
+            self.noted |= region.entry.noted;
             self.now.insert(region);
         }
         done
@@ -134,7 +137,39 @@ impl Broker {
         if process.memory.is_none() {
             process.memory = Memory::new(generation).ok();
         }
-        process.memory.as_mut().is_some_and(|m| m.insert(Region { entry, rule })) && self.grant_region(&entry)
+        let connects = entry.shape.call == Op::Connect as u8;
+        if connects && !entry.noted && process.memory.as_ref().is_some_and(|m| m.noted) {
+            self.distrust(key);
+        }
+        let memory = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut());
+        memory.is_some_and(|m| m.insert(Region { entry, rule })) && self.grant_region(&entry)
+    }
+
+    /// Looks, once in a second of work, whether the kernel still records what it is trusted to: a process that was
+    /// moved to another cgroup asks again. A broker without work grants no longer than its lease.
+    pub(super) fn tend_noted(&mut self) {
+        let now = monotonic();
+        if now.saturating_sub(self.cgroups_looked_at) < NOTED {
+            return;
+        }
+        self.cgroups_looked_at = now;
+        let noted = |p: &Process| p.memory.as_ref().is_some_and(|memory| memory.noted);
+        let gone =
+            |key: &ProcessKey| self.processes.get(key).is_some_and(noted) && !self.kernel_records(*key);
+        let gone: Vec<_> = self.processes.keys().copied().filter(gone).collect();
+        gone.into_iter().for_each(|key| self.distrust(key));
+    }
+
+    /// Empties the table of a process that has left the cgroup in which the kernel put its calls on record.
+    fn distrust(&mut self, key: ProcessKey) {
+        self.drain(key);
+        let generation = self.generation_in_force();
+        let memory = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut());
+        if let Some(memory) = memory {
+            memory.clear(generation);
+        }
+        let why = "a process left its control group: what it connected to since then may not be on record";
+        self.note("lost", why, &[("by_pid", More::Number(u64::from(key.pid.unsigned_abs())))]);
     }
 
     /// Descriptors of state page, table and ring of a process, made if it has none yet.
@@ -170,16 +205,12 @@ impl Broker {
             return;
         }
         // More than one fill: a process that writes all the while cannot hold the broker here.
-        let mut by_kernel = None;
         for _ in 0..2 * RECORDS {
             let Some(memory) = self.processes.get_mut(&key).and_then(|p| p.memory.as_mut()) else { return };
             let Some(record) = memory.ring.pop(&mut memory.taken) else { return };
             memory.heard = monotonic();
             let claim = memory.claim(&record).cloned();
-            if claim.is_some()
-                && record.call == Op::Connect as u8
-                && *by_kernel.get_or_insert_with(|| self.kernel_records(key))
-            {
+            if claim.as_ref().is_some_and(|region| region.entry.noted) {
                 continue; // the kernel's own record of it comes, which no program can forge
             }
             self.record_claim(key, &record, claim.as_ref());
@@ -294,6 +325,7 @@ mod tests {
             port_high: far.port(),
             rule,
             assurance: 0,
+            noted: false,
         }
     }
 

@@ -10,10 +10,11 @@ use std::{
 use super::{
     probe::{Port, Seen},
     stage::{DemoError, Host, Stage, finish, inside, own_path, start, wait_for},
+    tell::Teller,
     wire,
 };
 use crate::{
-    COULD_NOT,
+    COULD_NOT, Format,
     audit::Record,
     output::{Ink, Out},
     sys,
@@ -44,25 +45,16 @@ const FINDINGS: u8 = 1;
 const INTERRUPTED: u8 = 130;
 
 /// Tells the story; the result is the exit status.
-pub fn run(out: &mut Out) -> u8 {
+pub fn run(out: &mut Out, format: Format) -> u8 {
     if let Err(error) = sys::notice_interrupts() {
         out.error(&error);
         return COULD_NOT;
     }
     let begun = Instant::now();
-    match Story::begin(out).and_then(Story::tell) {
-        Ok(0) => {
-            let time = format!(
-                "all of it in {:.1} s, and nothing of it is left on this machine",
-                begun.elapsed().as_secs_f32()
-            );
-            out.line(out.ink(Ink::Faint, &time));
-            0
-        }
-        Ok(wrong) => {
-            out.note(format!("{wrong} of the things above did not go as they should"));
-            FINDINGS
-        }
+    let mut teller = Teller::new(out, format);
+    match Story::begin(&mut teller).and_then(Story::play) {
+        Ok(()) if teller.close(begun.elapsed().as_secs_f32()) == 0 => 0,
+        Ok(()) => FINDINGS,
         Err(DemoError::Interrupted) => INTERRUPTED,
         Err(error) => {
             out.error(&error);
@@ -71,12 +63,11 @@ pub fn run(out: &mut Out) -> u8 {
     }
 }
 
-struct Story<'a> {
-    out: &'a mut Out,
+struct Story<'s, 'o> {
+    tell: &'s mut Teller<'o>,
     client: Host,
     server: Host,
     stranger: Host,
-    wrong: u32,
     /// What crosses the link, until it is looked at.
     wire: Option<Child>,
     // Last, so that it is taken down after what plays on it.
@@ -92,8 +83,8 @@ enum Way {
     Active,
 }
 
-impl<'a> Story<'a> {
-    fn begin(out: &'a mut Out) -> Result<Self, DemoError> {
+impl<'s, 'o> Story<'s, 'o> {
+    fn begin(tell: &'s mut Teller<'o>) -> Result<Self, DemoError> {
         for program in ["/usr/sbin/vsftpd", "/usr/bin/lftp"] {
             if !Path::new(program).exists() {
                 return Err(DemoError::Missing(program));
@@ -106,10 +97,10 @@ impl<'a> Story<'a> {
         let mut wire = inside(&stage.switch, &own_path()?);
         wire.args(["demo", "wire"]).args(SECRETS).stdin(Stdio::piped()).stdout(Stdio::piped());
         let wire = Some(start(wire, "the capture")?);
-        Ok(Self { out, client, server, stranger, wrong: 0, wire, _stage: stage })
+        Ok(Self { tell, client, server, stranger, wire, _stage: stage })
     }
 
-    fn tell(mut self) -> Result<u32, DemoError> {
+    fn play(mut self) -> Result<(), DemoError> {
         self.scene();
         let line = format!("{CONTENT}: nobody on the way is to read this\n");
         let content: Vec<u8> = line.bytes().cycle().take(SIZE).collect();
@@ -124,15 +115,11 @@ impl<'a> Story<'a> {
         self.old_enrolment()?;
         self.log()?;
         drop(daemon);
-        self.out.line("");
-        Ok(self.wrong)
+        Ok(())
     }
 
     fn scene(&mut self) {
-        let title = "Portcullis: FTP through closed ports, with unmodified programs";
-        self.out.line("");
-        self.out.line(self.out.ink(Ink::Strong, title));
-        self.out.text(concat!(
+        let picture = concat!(
             "\n",
             "     client                server               stranger\n",
             "   10.77.0.1             10.77.0.2             10.77.0.3\n",
@@ -142,19 +129,19 @@ impl<'a> Story<'a> {
             "  └─────┬─────┘         └─────┬─────┘         └─────┬─────┘\n",
             "        └─────────────────────┴─────────────────────┘\n",
             "\n",
-        ));
-        self.head("The policy, the same on client and server");
-        for line in POLICY.lines() {
-            self.out.line(self.out.ink(Ink::Note, &format!("    {line}")));
-        }
-        self.say("`related`: while a control connection lives, its two ends may open data connections.");
-        self.say("No port range, no FTP parser. Everything else is refused.");
-        self.say("`x509`: both prove who they are, in mutual TLS of which lftp and vsftpd know nothing.");
+        );
+        self.tell.open("Portcullis: FTP through closed ports, with unmodified programs", picture);
+        self.tell.head("The policy, the same on client and server");
+        self.tell.quote(POLICY, Some(Ink::Note));
+        self.tell.say("`related`: while a control connection lives, its two ends may open data connections.");
+        self.tell.say("No port range, no FTP parser. Everything else is refused.");
+        self.tell
+            .say("`x509`: both prove who they are, in mutual TLS of which lftp and vsftpd know nothing.");
     }
 
     /// Gives client and server what they prove themselves with.
     fn enrol(&mut self) -> Result<(), DemoError> {
-        self.head("A trust domain, and two hosts in it");
+        self.tell.head("A trust domain, and two hosts in it");
         let authority = self.server.path("authority").display().to_string();
         let hosts = [("client", &self.client, "20260101"), ("server", &self.server, "20260301")];
         let mut lines = vec!["portcullis ca init --trust-domain example.com".to_owned()];
@@ -170,21 +157,21 @@ impl<'a> Story<'a> {
             let out = host.state().display().to_string();
             host.portcullis(&["ca", "renew", "--out", &out, "--state", &authority])?;
         }
-        lines.iter().for_each(|line| self.shell("anywhere", line));
+        lines.iter().for_each(|line| self.tell.shell("anywhere", line));
         Ok(())
     }
 
     /// What somebody on the link has heard so far.
     fn look_at_wire(&mut self) -> Result<(), DemoError> {
-        self.head("Somebody listens on the link all the time");
+        self.tell.head("Somebody listens on the link all the time");
         let Some(mut wire) = self.wire.take() else { return Ok(()) };
         drop(wire.stdin.take());
         let said = finish(wire, "the capture")?;
         let told = said.lines().last().unwrap_or_default();
         let seen: wire::Seen = serde_json::from_str(told)
             .map_err(|e| DemoError::Program { program: "the capture".into(), said: e.to_string() })?;
-        self.shell("link", "(listens)");
-        self.check(
+        self.tell.shell("link", "(listens)");
+        self.tell.check(
             seen.found.is_empty() && seen.segments > 100,
             &format!(
                 "{} segments heard; in none a command, a file name or a line of the file",
@@ -193,7 +180,7 @@ impl<'a> Story<'a> {
         );
         let control = seen.hellos.iter().filter(|(_, to)| *to == 21).count();
         let data = seen.hellos.len() - control;
-        self.check(
+        self.tell.check(
             control == 2 && data == 2,
             &format!("{control} control and {data} data connections, each begins with a TLS ClientHello"),
         );
@@ -202,8 +189,8 @@ impl<'a> Story<'a> {
 
     /// A program of the client's own host, in plain.
     fn without_certificate(&mut self) -> Result<(), DemoError> {
-        self.head("Another program on the client's host, which Portcullis does not hold, wants in");
-        self.shell("client", "lftp 10.77.0.2    (not wrapped: it speaks plain)");
+        self.tell.head("Another program on the client's host, which Portcullis does not hold, wants in");
+        self.tell.shell("client", "lftp 10.77.0.2    (not wrapped: it speaks plain)");
         let after = self.server.last()?;
         let script = "set net:max-retries 1; set net:timeout 1; open 10.77.0.2; ls";
         let mut plain = self.client.command(Path::new("/usr/bin/lftp"));
@@ -212,30 +199,32 @@ impl<'a> Story<'a> {
         let refused = self.server.record("it was refused", after, |r| {
             r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.client.address)
         })?;
-        self.show(&refused);
-        self.check(!got_in, "the right address is no proof: without a certificate vsftpd never hears of it");
+        self.tell.show(&refused, 0);
+        self.tell
+            .check(!got_in, "the right address is no proof: without a certificate vsftpd never hears of it");
         Ok(())
     }
 
     /// The policy asks for newer enrolments than the client's.
     fn old_enrolment(&mut self) -> Result<(), DemoError> {
-        self.head("The policy asks for newer enrolments, and the client's is old");
-        self.say("inside  = x509{name=\"*.example.com\", ver>20260200} & here;");
+        self.tell.head("The policy asks for newer enrolments, and the client's is old");
+        self.tell.say("inside  = x509{name=\"*.example.com\", ver>20260200} & here;");
         let after = self.server.last()?;
         self.server.write("policy.pol", POLICY.replace("20260000", "20260200"))?;
         let loaded = |r: &Record| r.text("op") == Some("policy");
         self.server.record("the policy is in force", after, loaded)?;
         let script = "set net:max-retries 1; set net:timeout 3; open 10.77.0.2; ls";
-        self.shell("client", "portcullis run -- lftp 10.77.0.2");
+        self.tell.shell("client", "portcullis run -- lftp 10.77.0.2");
         let lftp = self.client.wrapped(&["/usr/bin/lftp", "-c", script])?;
         let got_in = finish(start(lftp, "lftp")?, "lftp").is_ok();
         let refused = self.server.record("it was refused", after, |r| {
             r.is_refusal() && r.remote().is_some_and(|(ip, _)| ip == self.client.address)
         })?;
-        self.show(&refused);
+        self.tell.show(&refused, 0);
         let peer = refused.text("peer").unwrap_or_default().to_owned();
         let by_name = peer.contains("client.example.com");
-        self.check(!got_in && by_name, "refused by what its certificate says, not by where it comes from");
+        self.tell
+            .check(!got_in && by_name, "refused by what its certificate says, not by where it comes from");
         Ok(())
     }
 
@@ -254,16 +243,16 @@ impl<'a> Story<'a> {
             empty.display(),
         );
         let config = self.server.write("vsftpd.conf", config)?;
-        self.head("The server starts");
-        self.shell("server", "portcullis run -- vsftpd vsftpd.conf");
+        self.tell.head("The server starts");
+        self.tell.shell("server", "portcullis run -- vsftpd vsftpd.conf");
         let words = ["/usr/sbin/vsftpd", &config.display().to_string()];
         let daemon = Daemon(start(self.server.wrapped(&words)?, "vsftpd")?);
         let listens = self.server.record("vsftpd listens", 0, |r| r.text("op") == Some("listen"))?;
-        self.show(&listens);
+        self.tell.show(&listens, 0);
         // It is put on record before the kernel does it; what a stranger sees before that is a closed port.
         wait_for("vsftpd listens", || listens_on(daemon.0.id(), 21).then_some(()))?;
         let seen = self.probe(&self.stranger, &self.server, &[21])?;
-        self.shell("stranger", "connect 10.77.0.2:21");
+        self.tell.shell("stranger", "connect 10.77.0.2:21");
         self.seen(&seen, 21);
         Ok(daemon)
     }
@@ -274,7 +263,7 @@ impl<'a> Story<'a> {
             Way::Passive => ("A passive transfer: the server opens a port for the data", "on"),
             Way::Active => ("An active transfer: the client opens a port for the data", "off"),
         };
-        self.head(title);
+        self.tell.head(title);
         let copy = self.client.path("copy.bin");
         let _absent = fs::remove_file(&copy);
         let (opener, who) = match way {
@@ -290,7 +279,7 @@ impl<'a> Story<'a> {
         let port = opener.record(&format!("the {who} opens a data port"), after, is_data_listener)?;
         let number = port.text("local").and_then(|l| l.rsplit(':').next()?.parse().ok());
         let number: u16 = number.ok_or_else(|| DemoError::Late("the data port had a number".into()))?;
-        self.shell(
+        self.tell.shell(
             "client",
             &format!("portcullis run -- lftp -c 'set ftp:passive-mode {mode}; get report.bin'"),
         );
@@ -311,26 +300,26 @@ impl<'a> Story<'a> {
         let taken = opener.record("the data connection is on record", after, |r| {
             r.text("op") == Some("accept") && r.verdict() == "permit" && r.shown("session").is_some()
         })?;
-        self.show(&port);
-        self.show(&taken);
-        self.shell(
+        self.tell.show(&port, 0);
+        self.tell.show(&taken, 0);
+        self.tell.shell(
             "stranger",
             &format!("scan {address}:{}-{}", around.first().unwrap_or(&0), around.last().unwrap_or(&0)),
         );
         let open = seen.iter().filter(|p| p.seen == Seen::Open).count();
-        self.check(
+        self.tell.check(
             open == 0 && still,
             &format!("{} ports scanned while the data flowed, {open} open", seen.len()),
         );
         self.seen(&seen, number);
         if let Some(caught) = caught {
-            self.show(&caught);
+            self.tell.show(&caught, 0);
         }
         finish(lftp, "lftp")?;
         let same = fs::read(&copy).is_ok_and(|got| got == content);
         let sums = [self.checksum(&self.server.path("files/report.bin"))?, self.checksum(&copy)?];
         let [sent, got] = &sums;
-        self.check(
+        self.tell.check(
             same && sent == got,
             &format!("{} MiB arrived; SHA-256 {sent} sent, {got} received", SIZE >> 20),
         );
@@ -338,14 +327,14 @@ impl<'a> Story<'a> {
         let other = if way == Way::Passive { &self.client } else { &self.server };
         let gone = self.probe(other, opener, &[number])?;
         let closed = gone.first().is_some_and(|p| p.seen != Seen::Open);
-        self.check(closed, &format!("after the session, port {number} is closed to everybody"));
+        self.tell.check(closed, &format!("after the session, port {number} is closed to everybody"));
         Ok(())
     }
 
     /// Another program on the server, wrapped like vsftpd.
     fn wrong_process(&mut self) -> Result<(), DemoError> {
-        self.head("Another program on the server wants to send the data elsewhere");
-        self.shell("server", "portcullis run -- portcullis demo probe 10.77.0.3 80");
+        self.tell.head("Another program on the server wants to send the data elsewhere");
+        self.tell.shell("server", "portcullis run -- portcullis demo probe 10.77.0.3 80");
         let after = self.server.last()?;
         let own = own_path()?.display().to_string();
         let mut command = self.server.wrapped(&[&own, "demo", "probe", "10.77.0.3", "80"])?;
@@ -354,44 +343,33 @@ impl<'a> Story<'a> {
         let refused = self
             .server
             .record("the call was refused", after, |r| r.is_refusal() && r.text("op") == Some("connect"))?;
-        self.show(&refused);
+        self.tell.show(&refused, 0);
         let number = refused.seq().unwrap_or(0).to_string();
-        self.shell("server", &format!("portcullis why {number}"));
+        self.tell.shell("server", &format!("portcullis why {number}"));
         let mut why = Command::new(own_path()?);
         why.args(["why", &number, "--state"])
             .arg(self.server.state())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        for line in finish(start(why, "portcullis why")?, "portcullis why")?.lines() {
-            self.out.line(format!("    {line}"));
-        }
-        self.check(true, "refused before a packet left, and explained");
+        self.tell.quote(&finish(start(why, "portcullis why")?, "portcullis why")?, None);
+        self.tell.check(true, "refused before a packet left, and explained");
         Ok(())
     }
 
     fn log(&mut self) -> Result<(), DemoError> {
-        self.head("The server's audit log");
-        self.shell("server", "portcullis audit");
-        let (mut last, mut times) = (None, 0_u32);
+        self.tell.head("The server's audit log");
+        self.tell.shell("server", "portcullis audit");
+        // A scan leaves a line for each port; one stands for all.
+        let mut shown: Vec<(Record, u32)> = Vec::new();
         for record in self.server.records()? {
-            // A scan leaves a line for each port; one stands for all.
-            let key = record.is_refusal().then(|| record.remote().map(|(ip, _)| ip));
-            if key.is_some() && key == last {
-                times += 1;
-                continue;
+            let from = |r: &Record| r.is_refusal().then(|| r.remote().map(|(ip, _)| ip));
+            match shown.last_mut() {
+                Some((last, more)) if from(last).is_some() && from(last) == from(&record) => *more += 1,
+                _ => shown.push((record, 0)),
             }
-            self.more(times);
-            (last, times) = (key, 0);
-            self.show(&record);
         }
-        self.more(times);
+        shown.iter().for_each(|(record, more)| self.tell.show(record, *more));
         Ok(())
-    }
-
-    fn more(&mut self, times: u32) {
-        if times > 0 {
-            self.out.line(self.out.ink(Ink::Faint, &format!("           and {times} more like this")));
-        }
     }
 
     fn probe(&self, from: &Host, whom: &Host, ports: &[u16]) -> Result<Vec<Port>, DemoError> {
@@ -420,40 +398,10 @@ impl<'a> Story<'a> {
             Some(Seen::Open) => "OPEN",
             None => "not tried",
         };
-        self.check(
+        self.tell.check(
             seen != Some(Seen::Open) && seen.is_some(),
             &format!("port {port} is {text} to the stranger"),
         );
-    }
-
-    fn show(&mut self, record: &Record) {
-        let what = record.what(self.out);
-        self.out.line(format!("  {:>4} {what}", record.shown("seq").unwrap_or_default()));
-        if let Some(why) = record.why() {
-            let why = self.out.ink(Ink::Faint, &why);
-            self.out.line(format!("       {why}"));
-        }
-    }
-
-    fn check(&mut self, right: bool, text: &str) {
-        let mark = if right { self.out.ink(Ink::Good, "✓") } else { self.out.ink(Ink::Bad, "✗") };
-        self.wrong += u32::from(!right);
-        self.out.line(format!("  {mark} {text}"));
-    }
-
-    fn head(&mut self, text: &str) {
-        self.out.line("");
-        self.out.line(self.out.ink(Ink::Strong, text));
-    }
-
-    fn say(&mut self, text: &str) {
-        self.out.line(format!("  {text}"));
-    }
-
-    fn shell(&mut self, host: &str, command: &str) {
-        let ink = if host == "stranger" { Ink::Bad } else { Ink::Good };
-        let host = self.out.ink(ink, &format!("{host:>8}"));
-        self.out.line(format!("{host} $ {command}"));
     }
 }
 

@@ -91,7 +91,9 @@ impl Backing {
         if !known || !Attacher::missing(&cgroup)?.is_empty() {
             attacher.attach(&cgroup)?;
         }
-        cgroup.enter(pid)?;
+        if !cgroup.holds(pid)? {
+            cgroup.enter(pid)?;
+        }
         self.parents.extend(cgroup.path().parent().map(Path::to_path_buf));
         self.cgroups.retain(|known| known.path() != cgroup.path());
         self.cgroups.push(cgroup);

@@ -134,7 +134,7 @@ fn permit(reply: &Reply, op: Op) -> Result<Permit, Errno> {
     }
 }
 
-/// Whether the table permits it; then it is on record already.
+/// Whether the table permits it; then it is on record already, or will be by the kernel.
 fn known(call: &Call) -> bool {
     let port = match call.op {
         Op::Connect | Op::Send => call.remote.port,
@@ -149,6 +149,9 @@ fn known(call: &Call) -> bool {
     let Some(hit) = shared.table.look_up(call.op as u8, protocol, &call.remote, port) else { return false };
     if !shared.state.vouches(hit.generation, sys::nanoseconds(libc::CLOCK_MONOTONIC)) {
         return false;
+    }
+    if hit.noted {
+        return true;
     }
     let record = Record {
         call: call.op as u8,

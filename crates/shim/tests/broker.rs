@@ -260,7 +260,7 @@ fn questions_reach_the_broker_and_every_kind_of_silence_is_a_refusal() {
     set(REFUSE);
     let shape = Shape { call: Op::Connect as u8, protocol: 6, prefix: 96 + 24 };
     let addr = Addr::v4([10, 9, 9, 0].into(), 0).key();
-    let entry = Entry { shape, addr, port_low: 21, port_high: 21, rule: 4, assurance: 1 };
+    let entry = Entry { shape, addr, port_low: 21, port_high: 21, rule: 4, assurance: 1, noted: false };
     assert!(broker.shared.table.insert(&entry));
     let before = asked();
     for last in 0..10 {
@@ -273,6 +273,12 @@ fn questions_reach_the_broker_and_every_kind_of_silence_is_a_refusal() {
     assert!(records.iter().all(|r| r.rule == 4 && r.generation == 1 && r.remote.port == 21 && r.time != 0));
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(broker.bells.load(SeqCst), 1);
+
+    // What the kernel puts on record, the shim does not.
+    let addr = Addr::v4([10, 9, 8, 0].into(), 0).key();
+    assert!(broker.shared.table.insert(&Entry { addr, noted: true, ..entry }));
+    assert_eq!(ask([10, 9, 8, 1]), Ok(()));
+    assert_eq!((asked(), broker.shared.ring.pop(&mut taken)), (before, None));
 
     // A page that does not vouch, and a region of another generation, do not permit.
     broker.shared.page.lease.store(0, SeqCst);

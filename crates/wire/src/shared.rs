@@ -102,7 +102,7 @@ pub struct Slot {
     addr_high: AtomicU64,
     addr_low: AtomicU64,
     rule: AtomicU32,
-    /// Assurance number in the low byte.
+    /// Assurance number in the low byte, in the next one 1 if the kernel puts the call on record.
     how: AtomicU32,
 }
 
@@ -127,6 +127,8 @@ pub struct Hit {
     pub generation: u64,
     /// A `portcullis_types::Assurance` number.
     pub assurance: u8,
+    /// The kernel puts the call on record, so the program need not.
+    pub noted: bool,
 }
 
 /// A region to put into the table.
@@ -144,6 +146,8 @@ pub struct Entry {
     pub rule: u32,
     /// A `portcullis_types::Assurance` number.
     pub assurance: u8,
+    /// See [`Hit`].
+    pub noted: bool,
 }
 
 fn spread(masked: u128, shape: u32) -> usize {
@@ -195,11 +199,12 @@ impl VerdictTable {
                     && slot.addr_low.load(Ordering::Relaxed) == low
                     && (ports >> 16..=ports & 0xffff).contains(&u32::from(port))
                 {
-                    let [assurance, ..] = slot.how.load(Ordering::Relaxed).to_le_bytes();
+                    let [assurance, noted, ..] = slot.how.load(Ordering::Relaxed).to_le_bytes();
                     return Some(Hit {
                         rule: slot.rule.load(Ordering::Relaxed),
                         generation: self.generation.load(Ordering::Relaxed),
                         assurance,
+                        noted: noted != 0,
                     });
                 }
             }
@@ -241,7 +246,8 @@ impl VerdictTable {
             slot.addr_high.store(high, Ordering::Relaxed);
             slot.addr_low.store(low, Ordering::Relaxed);
             slot.rule.store(entry.rule, Ordering::Relaxed);
-            slot.how.store(u32::from(entry.assurance), Ordering::Relaxed);
+            let how = u32::from_le_bytes([entry.assurance, entry.noted.into(), 0, 0]);
+            slot.how.store(how, Ordering::Relaxed);
             slot.shape.store(word, Ordering::Relaxed);
             shape_at.store(word, Ordering::Relaxed);
         });
@@ -461,9 +467,10 @@ mod tests {
             port_high: 22,
             rule: 5,
             assurance: 1,
+            noted: true,
         };
         assert!(table.insert(&entry));
-        let hit = Some(Hit { rule: 5, generation: 3, assurance: 1 });
+        let hit = Some(Hit { rule: 5, generation: 3, assurance: 1, noted: true });
         assert_eq!(table.look_up(1, 6, &addr("10.1.2.200:21"), 21), hit);
         assert_eq!(table.look_up(1, 6, &addr("[::ffff:10.1.2.1]:22"), 22), hit);
         assert_eq!(table.look_up(1, 6, &addr("10.1.3.1:21"), 21), None);
@@ -480,7 +487,15 @@ mod tests {
         for i in 0..4096u32 {
             let far = Addr::v4(i.to_be_bytes().into(), 0);
             let shape = Shape { call: 1, protocol: 6, prefix: 128 };
-            let entry = Entry { shape, addr: far.key(), port_low: 1, port_high: 1, rule: i, assurance: 0 };
+            let entry = Entry {
+                shape,
+                addr: far.key(),
+                port_low: 1,
+                port_high: 1,
+                rule: i,
+                assurance: 0,
+                noted: false,
+            };
             if table.insert(&entry) {
                 kept.push((far, i));
             }

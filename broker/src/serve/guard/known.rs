@@ -190,7 +190,7 @@ mod tests {
     fn a_region_covers_its_prefix_and_its_ports() {
         let addr = Addr::from("192.0.2.0:0".parse::<SocketAddr>().unwrap()).key();
         let shape = Shape { call: Op::Connect as u8, protocol: Protocol::TCP.0, prefix: 96 + 24 };
-        let entry = Entry { shape, addr, port_low: 80, port_high: 81, rule: 0, assurance: 0 };
+        let entry = Entry { shape, addr, port_low: 80, port_high: 81, rule: 0, assurance: 0, noted: false };
         let at = |text: &str| covers(&entry, text.parse().unwrap());
         assert!(at("192.0.2.0:80") && at("192.0.2.255:81"));
         assert!(!at("192.0.3.0:80") && !at("192.0.2.1:82") && !at("[2001:db8::1]:80"));
