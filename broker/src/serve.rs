@@ -17,6 +17,7 @@ mod judge;
 mod lanes;
 mod listeners;
 mod members;
+mod nets;
 mod outset;
 mod reload;
 mod sessions;

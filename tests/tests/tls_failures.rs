@@ -220,7 +220,7 @@ fn who_meets_no_front_is_on_record_with_that_reason() {
     knocking.line("knocks");
     kill(part(server, "keyd"), Signal::SIGKILL).unwrap();
     let missed = server.record("one who was dropped", |r| r["via"] == "filter" && r["op"] == "accept");
-    assert!(missed["reason"].to_string().contains("no key daemon was there to take it"), "{missed}");
+    assert!(missed["reason"].to_string().contains("no key daemon was there to ask"), "{missed}");
 }
 
 #[test]

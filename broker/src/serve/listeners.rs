@@ -6,12 +6,16 @@ use std::{
     rc::Rc,
 };
 
-use ipnet::IpNet;
 use portcullis_policy::{CertificateFact, ListenerScope, Party, ProcessFact};
 use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
 use portcullis_wire::keyd::{Net, Places, Speech, Stranger};
 
-use super::{Broker, judge::Call, now_seconds};
+use super::{
+    Broker,
+    judge::Call,
+    nets::{Nets, SomeNet},
+    now_seconds,
+};
 use crate::{
     Mode,
     audit::{Line, More},
@@ -25,7 +29,7 @@ use crate::{
 const BACKLOG: u32 = 1024;
 
 /// Why a filter has dropped somebody whom a front would have taken before any filter saw him.
-const NO_FRONT: &str = "whoever comes from there must show a certificate, and no key daemon was there to take it; \
+const NO_FRONT: &str = "whoever comes from there is asked for a certificate, and no key daemon was there to ask; \
     dropped unanswered";
 
 /// A front's number as news of its peers tell it.
@@ -53,23 +57,7 @@ pub(super) enum Scope {
 impl Scope {
     /// Whether only peers of sessions may come.
     pub(super) fn is_of_sessions(&self) -> bool {
-        matches!(self, Self::Some { nets, proven, .. } if nets.is_empty() && proven.is_empty())
-    }
-}
-
-/// A prefix from which somebody may come.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct SomeNet(pub(super) IpAddr, pub(super) u8);
-
-impl SomeNet {
-    fn covers(self, other: Self) -> bool {
-        let net = |it: Self| IpNet::new(it.0, it.1);
-        net(self).is_ok_and(|this| net(other).is_ok_and(|other| this.contains(&other)))
-    }
-
-    fn has(self, ip: IpAddr) -> bool {
-        let ip = ip.to_canonical();
-        self.covers(Self(ip, if ip.is_ipv4() { 32 } else { 128 }))
+        matches!(self, Self::Some { nets, proven, own, .. } if [nets, proven, own].iter().all(|some| some.is_empty()))
     }
 }
 
@@ -186,7 +174,7 @@ impl Broker {
     fn own_nets(&self) -> Vec<SomeNet> {
         let loopback =
             [SomeNet([127, 0, 0, 0].into(), 8), SomeNet(std::net::Ipv6Addr::LOCALHOST.into(), 128)];
-        let own = self.own.iter().map(|ip| SomeNet(ip, if ip.is_ipv4() { 32 } else { 128 }));
+        let own = self.own.iter().map(SomeNet::of);
         loopback.into_iter().chain(own).collect()
     }
 
@@ -194,8 +182,11 @@ impl Broker {
     /// they are.
     fn is_mixed(&self, listener: &Listener) -> bool {
         let Scope::Some { nets, proven, .. } = &listener.scope else { return false };
-        let meet = |a: &SomeNet, b: &SomeNet| a.covers(*b) || b.covers(*a);
-        self.mode == Mode::Enforce && proven.iter().any(|p| nets.iter().any(|n| meet(n, p)))
+        let meet = |some: &[SomeNet], others: &[SomeNet]| {
+            let some: Nets = some.iter().collect();
+            others.iter().any(|net| some.cover(*net))
+        };
+        self.mode == Mode::Enforce && (meet(nets, proven) || meet(proven, nets))
     }
 
     /// What somebody may speak who has come to a front for peers of both kinds. `None`: nobody serves there.
@@ -204,7 +195,7 @@ impl Broker {
         let listener = behind.iter().find_map(|cookie| self.listeners.get(cookie))?;
         let (local, remote) = (places.local.socket_addr()?, places.remote.socket_addr()?);
         let proves = match &listener.scope {
-            Scope::Some { proven, .. } => proven.iter().any(|net| net.has(remote.ip())),
+            Scope::Some { proven, .. } => proven.iter().collect::<Nets>().cover(SomeNet::of(remote.ip())),
             Scope::Anyone | Scope::Nobody => true,
         };
         let context = Rc::clone(&listener.context);
@@ -224,19 +215,20 @@ impl Broker {
             Scope::Nobody => return Vec::new(),
             Scope::Anyone => Net::everyone().to_vec(),
             Scope::Some { nets, sessions, proven, own } => {
-                let proves = |net: &SomeNet| mixed && proven.iter().any(|p| p.covers(*net));
-                let (both, plain): (Vec<_>, Vec<_>) = nets.iter().partition(|net| proves(net));
-                let mut all: Vec<Net> = plain.into_iter().chain(own).map(|n| Net::new(n.0, n.1)).collect();
+                let [in_plain, proving] = [nets, proven].map(|some| some.iter().collect::<Nets>());
+                let may_prove = |net: &&SomeNet| mixed && proving.cover(**net);
+                let (both, plain): (Vec<SomeNet>, Vec<SomeNet>) = nets.iter().partition(may_prove);
+                let mut all: Vec<Net> = plain.iter().chain(own).map(|net| net.passes()).collect();
                 // A hole is one who must prove who he is, or may.
-                all.extend(proven.iter().chain(both.iter().copied()).map(|n| Net::new(n.0, n.1).refused()));
+                let holes = proven.iter().filter(|net| mixed || !in_plain.cover(**net));
+                all.extend(holes.chain(&both).map(|net| net.passes().refused()));
                 // What this host sends itself meets no front.
-                let here = self.own_nets().into_iter().filter(|net| both.iter().any(|b| b.covers(*net)));
-                let here: Vec<Net> = here.map(|n| Net::new(n.0, n.1)).collect();
-                all.retain(|net| !here.iter().any(|other| *other == *net || other.refused() == *net));
-                all.extend(here);
+                let both: Nets = both.iter().collect();
+                for here in self.own_nets().into_iter().filter(|net| both.cover(*net)) {
+                    replace(&mut all, here.passes());
+                }
                 for control in sessions.iter().filter_map(|c| self.sessions.get(*c)) {
-                    let ip = control.remote.ip().to_canonical();
-                    let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
+                    let net = SomeNet::of(control.remote.ip()).passes();
                     let net = if control.protected().is_some() { net.refused() } else { net };
                     if !all.contains(&net) {
                         all.push(net);
@@ -249,9 +241,8 @@ impl Broker {
             return all; // their peers, and no other member
         }
         for (ip, in_plain) in self.members_for(listener) {
-            let net = Net::new(ip, if ip.is_ipv4() { 32 } else { 128 });
-            all.retain(|other| *other != net);
-            all.push(if in_plain { net } else { net.refused() });
+            let net = SomeNet::of(ip).passes();
+            replace(&mut all, if in_plain { net } else { net.refused() });
         }
         all
     }
@@ -579,7 +570,8 @@ impl Broker {
         let protocol = Protocol(stranger.protocol);
         let unproven = |proven: &[SomeNet]| {
             let ip = remote.filter(|_| protocol == Protocol::TCP).map(|at| at.ip());
-            ip.is_some_and(|ip| self.lanes.members.has(ip) || proven.iter().any(|net| net.has(ip)))
+            let proves = |ip| proven.iter().collect::<Nets>().cover(SomeNet::of(ip));
+            ip.is_some_and(|ip| self.lanes.members.has(ip) || proves(ip))
         };
         let reason = match &scope {
             Some(Scope::Some { proven, nets, .. })
@@ -621,6 +613,12 @@ impl Broker {
         });
         self.last_refusal = Some(seq);
     }
+}
+
+/// Has a list say this of a prefix, and nothing else.
+fn replace(all: &mut Vec<Net>, net: Net) {
+    all.retain(|other| (other.ip, other.family, other.bits) != (net.ip, net.family, net.bits));
+    all.push(net);
 }
 
 /// Takes a listener's socket out of the process that made it, or out of a descendant's hands.

@@ -166,6 +166,10 @@ impl Associations {
         let Some(front) = self.fronts.get_mut(&id) else { return Err(Errno::ENOENT.into()) };
         // Those that have proved themselves wait in the program's own backlog; here is room for more.
         listen(&front.socket, backlog_of(backlog.max(LEAST_BACKLOG)))?;
+        // They are learned again, in case that an end was not heard of.
+        for (_, place) in front.except.drain(..) {
+            self.steer.unset(&place);
+        }
         if !front.owners.contains(&cookie) {
             front.owners.push(cookie);
             front.listened = false;
