@@ -117,6 +117,11 @@ fn a_connect_that_waits_when_its_broker_is_killed_has_its_end_on_record() {
         input()";
     let come = client.start(&["/usr/bin/python3", "-c", come]);
     let asked = client.record("it is asked for", |r| r["op"] == "connect" && r["verdict"] == "protect");
+    // On record is what was asked; it waits when its own connect(2) has begun.
+    let waiting = ["ss", "-Htn", "state", "syn-sent", "dst", "127.0.0.0/8"];
+    eventually("it waits on its token", || {
+        (!Finished::of(&mut client.plain(&waiting)).stdout.is_empty()).then_some(())
+    });
     kill(part(client, "broker"), Signal::SIGKILL).unwrap();
     assert_eq!(come.line("failed"), format!("failed {}", nix::libc::ECONNREFUSED));
     let end = client.record("its end", |r| r["op"] == "connect" && r["verdict"] == "refuse");
