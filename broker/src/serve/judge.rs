@@ -126,13 +126,18 @@ impl Broker {
         }
     }
 
-    /// Whether a connection that this image found was judged when it began.
-    fn was_judged_at_its_outset(&self, key: ProcessKey, call: &Call) -> bool {
+    /// Whether a connection that this image found was judged when it began: for what the process is now, and not for
+    /// another image of it.
+    fn was_judged_at_its_outset(&mut self, key: ProcessKey, call: &Call) -> bool {
+        if !self.refresh_as(key, false, self.asker(key)) {
+            return false;
+        }
         let flow = call.flow_cookie().and_then(|cookie| self.flows.get(cookie));
         let now = self.processes.get(&key).map(|p| &p.context);
         flow.zip(now).is_some_and(|(flow, now)| {
             flow.context.key == key
                 && flow.context.file == now.file
+                && flow.context.facts == now.facts
                 && flow.generation == self.generation_in_force()
         })
     }

@@ -222,15 +222,20 @@ fn honest_peers_are_served_while_others_attack() {
         .collect();
     thread::sleep(Duration::from_millis(500));
     let engine = Engine::start(common::limits(1)).unwrap();
-    let results: Vec<_> = (0..200).map(|_| honest(&engine, &domain, &leaf, to)).collect();
+    // Until it was an attack worth the name.
+    let mut results = Vec::new();
+    while results.len() < 200 || attempts.load(Ordering::Relaxed) < 1000 {
+        results.push(honest(&engine, &domain, &leaf, to));
+        assert!(results.len() < 10_000, "nobody attacks");
+    }
     stop.store(true, Ordering::Relaxed);
     for attacker in attackers {
         attacker.join().unwrap();
     }
     let refused: Vec<_> = results.iter().filter_map(|result| result.as_ref().err()).collect();
-    assert!(attempts.load(Ordering::Relaxed) > 1000, "an attack worth the name");
     assert!(server.displaced.load(Ordering::Relaxed) > 0, "bounds were reached");
-    assert!(refused.len() <= 2, "{} of 200: {refused:?}", refused.len());
+    let [failed, all] = [refused.len(), results.len()];
+    assert!(failed * 100 <= all, "{failed} of {all}: {refused:?}");
 }
 
 #[test]
