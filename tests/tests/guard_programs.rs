@@ -220,6 +220,7 @@ fn a_connection_that_a_program_begins_with_is_judged_before_its_first_instructio
                 };
                 let record = host.record(verdict, is);
                 assert_eq!((&record["exe"], &record["via"]), (&program.as_str().into(), &"guard".into()));
+                assert_eq!(host.records().iter().filter(|r| is(r)).count(), 1, "once, shim or not");
                 let permitted = verdict == "permit";
                 assert_eq!(got, if permitted { b"x".as_slice() } else { b"" }, "{verdict} {options:?}");
                 assert_eq!(ran.code() == 0, permitted, "{ran}");
