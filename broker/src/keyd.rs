@@ -508,6 +508,17 @@ impl Keyd {
         self.ask(Head::new(Kind::Members, 0), &[], &[file.as_fd()]).map(|(head, _)| head.count == 1)
     }
 
+    /// Gives it this host's renewed `issuer.crt`, `issuer.key` and `host.crt`, of which it alone reads the key. Who
+    /// this host is from now on is [`Self::who`]. `false`: it has them already.
+    ///
+    /// # Errors
+    /// `EBADMSG`: they do not fit, or are not this host's. As its connection.
+    pub fn renew(&mut self, files: [&File; 3]) -> io::Result<bool> {
+        let answer = self.asked(Head::new(Kind::Renew, 0), &[], &files.map(AsFd::as_fd))?;
+        self.who = serde_json::from_slice(&answer.rest).map(Some).map_err(io::Error::other)?;
+        Ok(answer.head.count == 1)
+    }
+
     /// Waits until something has arrived. `false`: nothing has, or it has ended.
     pub fn wait(&mut self, within: Duration) -> bool {
         !self.broken && !within.is_zero() && matches!(self.receive(within), Ok(Some(_)))

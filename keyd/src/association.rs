@@ -426,6 +426,16 @@ impl Associations {
         Ok(())
     }
 
+    /// Takes this host's renewed keys and certificates: what begins from now on shows them. What runs goes on.
+    /// `false`: it has them already.
+    pub fn renew(&mut self, issuing: &str, key: &str, chain: &str) -> io::Result<bool> {
+        let newer = self.host.renew(issuing, key, chain, now()).map_err(|_| Errno::EBADMSG)?;
+        if newer {
+            self.minted.clear();
+        }
+        Ok(newer)
+    }
+
     /// Takes a newer list of members, and ends what it revokes. `false`: it is not newer.
     pub fn members(&mut self, text: &str) -> io::Result<bool> {
         let newer = self.host.take_members(text).map_err(|_| Errno::EBADMSG)?;

@@ -24,6 +24,7 @@ use portcullis_wire::keyd::{
     FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Speech, Stage, Stranger, permitted,
 };
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zeroize::Zeroizing;
 
 use crate::{
     KeydError,
@@ -296,6 +297,21 @@ impl Server {
                 match cut {
                     Ok(by) => Answer { count: by as u32, ..Answer::default() },
                     Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
+                }
+            }
+            Kind::Renew => {
+                let (Some(all), [Some(issuing), Some(key), Some(chain)]) =
+                    (&mut self.associations, std::array::from_fn(|_| attached.next()))
+                else {
+                    return Err(misfit);
+                };
+                let renewed = whole(issuing).and_then(|issuing| {
+                    let key = Zeroizing::new(whole(key)?);
+                    all.renew(&issuing, &key, &whole(chain)?)
+                });
+                match renewed {
+                    Ok(newer) => Answer { count: newer.into(), body: all.who(), ..Answer::default() },
+                    Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EBADMSG)),
                 }
             }
             Kind::Open

@@ -294,3 +294,31 @@ fn ps_shows_a_protected_flow_with_its_peer() {
         assert!(shown.contains(part), "{part} in {shown}");
     }
 }
+
+#[test]
+fn renewed_keys_and_a_new_ver_are_taken_up_while_everything_runs() {
+    let policy = "new = x509{name=\"*.example.com\", ver>20990101};\nallow tcp/8080(new, *);\n";
+    let net = Net::client_server_stranger(policy);
+    let [client, server, _] = net.hosts();
+    let trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    // It keeps its supervisor, broker and key daemon.
+    let _stays = client.start(&["sleep", "60"]);
+    assert_ne!(fetch(client, PAGE).code(), 0);
+    let before = client.daemons();
+    trust.renew(client, &["--ver", "20990102"]);
+    let in_use =
+        |r: &Value| r["reason"].as_str().is_some_and(|why| why.contains("renewed keys and certificates"));
+    client.record("that they are in use", in_use);
+    let got = fetch(client, PAGE);
+    assert_eq!(got.stdout, "plain words", "{got}\n{}\n--\n{}", all(client), all(server));
+    assert_eq!(client.daemons(), before);
+    // Somebody else's are not taken.
+    let own = ["issuer.crt", "issuer.key", "host.crt"];
+    for file in own {
+        std::fs::copy(server.state().join(file), client.state().join(file)).unwrap();
+    }
+    trust.publish(&[client]);
+    client.record("that they are not", |r| r["reason"].to_string().contains("are not taken"));
+    assert_eq!(fetch(client, PAGE).stdout, "plain words");
+}

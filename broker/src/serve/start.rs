@@ -151,6 +151,7 @@ impl Broker {
         broker.load_first();
         broker.record_left_over();
         if !config.fresh {
+            broker.renew_keys();
             broker.adopt();
             broker.take_keyd();
         }

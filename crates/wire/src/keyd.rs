@@ -71,6 +71,10 @@ pub enum Kind {
     List = 12,
     /// Say what a peer that has `Arrived` (`tag`) may speak: `count` is a [`Speech`].
     Speak = 13,
+    /// Here are this host's issuing certificate, its key, and its own certificates (`issuer.crt`, `issuer.key`,
+    /// `host.crt`), attached as files: what is minted from now on is signed with them. Answer: `count` is 1 if
+    /// they are newer, and, as after `Hello`, who this host is; `EBADMSG`: they do not fit, or are not this host's.
+    Renew = 14,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
     /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
@@ -121,7 +125,7 @@ pub const PROCESS: [&str; 7] = ["name", "exe", "sha256", "user", "unit", "relate
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
@@ -134,6 +138,7 @@ impl Kind {
         Self::Members,
         Self::List,
         Self::Speak,
+        Self::Renew,
         Self::Stranger,
         Self::Shown,
         Self::Associated,
@@ -170,6 +175,7 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
             | (Stage::Protecting, Kind::Open | Kind::Serve | Kind::Release)
             | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::List | Kind::Speak)
+            | (Stage::Protecting, Kind::Renew)
     )
 }
 
@@ -430,7 +436,7 @@ mod tests {
             (Stage::Serving, &[Filter, Refill, Cut]),
             (
                 Stage::Protecting,
-                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, List, Speak],
+                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, List, Speak, Renew],
             ),
         ];
         for (stage, listed) in on_one_screen {

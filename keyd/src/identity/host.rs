@@ -1,16 +1,16 @@
 //! One host's own identity, and the certificates it mints for its processes.
 
-use std::{net::IpAddr, path::Path, sync::Arc};
+use std::{net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use rcgen::Issuer;
 use rustls::{
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{CertificateDer, UnixTime, pem::PemObject},
     sign::CertifiedKey,
 };
 
 use super::{
-    HostFacts, IdentityError, Key, Members, ProcessFacts, ProcessName, SpiffeId, TrustDomain, Validity,
-    Verifier, chain::Issuing, issue, key::InTls, peer::Peer,
+    HostFacts, HostName, IdentityError, Key, Members, ProcessFacts, ProcessName, SpiffeId, TrustDomain,
+    Validity, Verifier, chain::Issuing, issue, key::InTls, peer::Peer,
 };
 
 /// What a host folder holds, read and checked: it can mint, and verify others.
@@ -44,9 +44,13 @@ pub struct ProcessIdentity {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let none = || IdentityError::NoCertificate { path: path.to_owned() };
     let file = std::fs::read(path).map_err(|source| IdentityError::File { path: path.to_owned(), source })?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&file).collect();
+    certificates_in(&file, path)
+}
+
+fn certificates_in(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let none = || IdentityError::NoCertificate { path: path.to_owned() };
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     found.ok().filter(|found| !found.is_empty()).ok_or_else(none)
 }
 
@@ -122,6 +126,52 @@ impl Host {
         Ok(newer)
     }
 
+    /// Takes this same host's renewed issuing certificate, its key, and the host's own certificates, as they lie in
+    /// `issuer.crt`, `issuer.key` and `host.crt`. Nothing changes unless what is minted with them is believed by
+    /// others; `false`: they are those that it has.
+    pub fn renew(&mut self, issuing: &str, key: &str, chain: &str, now: i64) -> Result<bool, IdentityError> {
+        let [issuing_at, key_at, chain_at] = ["issuer.crt", "issuer.key", "host.crt"].map(Path::new);
+        let unfit = |at: &Path| IdentityError::NoCertificate { path: at.to_owned() };
+        let first = |pem: &str, at: &Path| {
+            certificates_in(pem.as_bytes(), at)?.into_iter().next().ok_or_else(|| unfit(at))
+        };
+        let der = first(issuing, issuing_at)?;
+        if &*der == self.issuing {
+            return Ok(false);
+        }
+        let read = Issuing::read(&der).map_err(|_| unfit(issuing_at))?;
+        let leaf = first(chain, chain_at)?;
+        let addresses = Peer::from(&leaf, &read).map_err(|_| unfit(chain_at))?.addresses;
+        let issuer = Issuer::from_ca_cert_der(&der, Key::read(key, key_at)?)?;
+        let before = std::mem::replace(&mut self.issuer, issuer);
+        let before = (
+            before,
+            std::mem::replace(&mut self.issuing, der.to_vec().leak()),
+            std::mem::replace(&mut self.facts, read.facts),
+            std::mem::replace(&mut self.until, read.until),
+            std::mem::replace(&mut self.addresses, addresses),
+        );
+        if self.is_believed(&before.2.host, now) {
+            return Ok(true);
+        }
+        (self.issuer, self.issuing, self.facts, self.until, self.addresses) = before;
+        Err(unfit(issuing_at))
+    }
+
+    /// Whether others take what is minted here for a process of this host.
+    fn is_believed(&self, host: &HostName, now: i64) -> bool {
+        let text = String::new;
+        let facts = ProcessFacts { exe: text(), sha256: text(), user: text(), unit: None };
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(now).unwrap_or(0)));
+        let minted = || self.mint(&"unnamed".parse().ok()?, &facts, Validity::process(now)).ok();
+        let verified = || {
+            let (minted, verifier) = (minted()?, self.verifier().ok()?.expecting(Some(host.clone())));
+            let (leaf, others) = minted.shown.cert.split_first()?;
+            verifier.check(leaf, others, true, at).ok()
+        };
+        verified().is_some()
+    }
+
     /// As [`Self::take_members`], from a file.
     pub fn refresh(&mut self, path: &Path) -> Result<bool, IdentityError> {
         let text = std::fs::read_to_string(path)
@@ -135,10 +185,11 @@ impl Host {
     }
 
     /// What the kernel marks our own packets with, for the filters of protected listeners: the same as long as
-    /// the host has its key, so that filters need not be changed when the key daemon begins anew.
+    /// it is the same host, so that filters need not be changed when the key daemon begins anew.
     #[must_use]
     pub fn mark(&self) -> u32 {
-        let digest = self.issuer.key().digest();
+        let named = [&*self.root, self.facts.host.as_str().as_bytes()].concat();
+        let digest = ring::digest::digest(&ring::digest::SHA256, &named);
         let mark = digest.as_ref().first_chunk().map_or(1, |word| u32::from_ne_bytes(*word));
         mark.max(1)
     }

@@ -52,7 +52,12 @@ impl Key {
         }
         let mut pem = Zeroizing::new(String::with_capacity(4096));
         file.take(4096).read_to_string(&mut pem).map_err(at)?;
-        KeyPair::from_pem(&pem).map(Self).map_err(|_| IdentityError::NoKey { path: path.to_owned() })
+        Self::read(&pem, path)
+    }
+
+    /// Reads a key that lies at `path`.
+    pub(super) fn read(pem: &str, path: &Path) -> Result<Self, IdentityError> {
+        KeyPair::from_pem(pem).map(Self).map_err(|_| IdentityError::NoKey { path: path.to_owned() })
     }
 
     /// Writes the key, mode 0600, in place of an older one at once.
@@ -64,12 +69,6 @@ impl Key {
     /// Signs a message (ECDSA, SHA-256, DER).
     pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
         Ok(self.0.sign(message)?)
-    }
-
-    /// A number that only who has the key can tell.
-    pub(super) fn digest(&self) -> ring::digest::Digest {
-        let der = Zeroizing::new(self.0.serialize_der());
-        ring::digest::digest(&ring::digest::SHA256, &der)
     }
 }
 
@@ -142,7 +141,7 @@ mod tests {
         key.save(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let again = Key::load(&path).unwrap();
-        assert_eq!(again.digest().as_ref(), key.digest().as_ref());
+        assert_eq!(again.0.serialize_der(), key.0.serialize_der());
         assert_eq!(format!("{key:?}"), "Key(<redacted>)");
     }
 

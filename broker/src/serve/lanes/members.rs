@@ -3,8 +3,9 @@
 use std::{
     collections::{HashMap, HashSet},
     fs::File,
-    io::Read,
+    io::{ErrorKind, Read},
     net::IpAddr,
+    os::unix::fs::MetadataExt,
     time::Instant,
 };
 
@@ -91,10 +92,35 @@ impl Broker {
         true
     }
 
-    /// After the list has changed: the revoked are cut, and everything is judged again.
+    /// Has the key daemon take up new keys and certificates of this host, if there are any. Whether there are.
+    pub(in crate::serve) fn renew_keys(&mut self) -> bool {
+        let open = |name: &str| File::open(self.state.join(name));
+        let (Ok(issuing), Ok(key), Ok(chain)) = (open("issuer.crt"), open("issuer.key"), open("host.crt"))
+        else {
+            return false;
+        };
+        let Some(keyd) = self.keyd.as_mut().filter(|keyd| keyd.who().is_some()) else { return false };
+        let loose = key.metadata().is_ok_and(|meta| meta.mode() & 0o077 != 0);
+        let renewed = if loose {
+            Err(ErrorKind::PermissionDenied.into())
+        } else {
+            keyd.renew([&issuing, &key, &chain])
+        };
+        self.lanes.who = keyd.who().cloned();
+        match &renewed {
+            Ok(false) => {}
+            Ok(true) => self.note("members", "this host's renewed keys and certificates are in use", &[]),
+            Err(error) => self.note("members", &format!("renewed keys are not taken: {error}"), &[]),
+        }
+        renewed.unwrap_or(false)
+    }
+
+    /// After the list has changed, which is written last: new keys are taken up, the revoked are cut, and everything is
+    /// judged again.
     pub(in crate::serve) fn follow_members(&mut self) {
         let began = Instant::now();
-        if self.read_members() {
+        let renewed = self.renew_keys();
+        if self.read_members() || renewed {
             self.cut_revoked(began);
             self.judge_everything_again(began);
         }
