@@ -226,13 +226,15 @@ impl Associations {
                 continue; // nobody could admit it
             }
             let local = named(getsockname(wire.as_raw_fd())).and_then(|at| at.socket_addr());
-            match local.map_or(Behind::Nothing, |at| one.behind(at, diag)) {
+            let Some(at) = local.filter(|at| at.port() == one.local.port()) else {
+                continue; // it came to the front's own address
+            };
+            match one.behind(at, diag) {
                 Behind::Program { .. } => one.listened = true,
                 Behind::Another(listener) => {
                     // Reset this once, and not met again: later ones are that listener's.
-                    let places = local.map(|at| steer::places(at, false)).unwrap_or_default();
-                    for place in places {
-                        if self.steer.except(&place).is_ok() {
+                    for place in steer::places(at, false) {
+                        if !one.except.contains(&(listener, place)) && self.steer.except(&place).is_ok() {
                             one.except.push((listener, place));
                         }
                     }
@@ -247,17 +249,13 @@ impl Associations {
                 }
             }
             // An error: it has gone already, or has too many, or no certificate can be made.
-            let _reset = self.take_peer(front, wire);
+            let _reset = self.take_peer(front, wire, Addr::from(at));
         }
     }
 
-    fn take_peer(&mut self, front: u64, wire: OwnedFd) -> io::Result<()> {
+    fn take_peer(&mut self, front: u64, wire: OwnedFd, local: Addr) -> io::Result<()> {
         let one = self.fronts.get(&front).ok_or(Errno::ENOENT)?;
         let remote = named(getpeername(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
-        let local = named(getsockname(wire.as_raw_fd())).ok_or(Errno::ENOTCONN)?;
-        if local.port != one.local.port() {
-            return Err(Errno::EACCES.into()); // it came to the front's own address
-        }
         let waits = |other: &Association| other.shown || other.has_arrived();
         let of_one =
             self.waiting().filter(|(_, other)| waits(other) && other.places.remote.ip() == remote.ip());
