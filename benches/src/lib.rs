@@ -3,7 +3,6 @@
 //! Each bench starts one process per variant, all at once, and lets them take turns in short batches, so
 //! that whatever else the machine does meets them alike. What is shown are medians.
 
-pub mod cedar;
 pub mod libwrap;
 pub mod net;
 pub mod socks;
