@@ -29,7 +29,9 @@ pub fn decision(rules: usize) -> f64 {
     }
     let mut engine = Engine::new();
     engine.set_rego_v0(false);
-    engine.add_policy("site.rego".to_owned(), POLICY.replace("package site", "package site\nimport rego.v1")).unwrap();
+    engine
+        .add_policy("site.rego".to_owned(), POLICY.replace("package site", "package site\nimport rego.v1"))
+        .unwrap();
     engine.add_data_json(&json!({ "rules": index }).to_string()).unwrap();
     // Rule 5 permits it.
     let input = json!({
