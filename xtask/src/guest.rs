@@ -20,7 +20,7 @@ use crate::{
     steps::{Outcome, root},
 };
 
-/// What is in the guest's `/tmp`, and how long one test program may take there.
+/// Memory of the guest, and how long one test program may take there, in seconds.
 const MEMORY: &str = "mem=2G";
 const PATIENCE: &str = "1500";
 
