@@ -47,19 +47,12 @@ impl Far {
         Ok(far)
     }
 
-    /// Its network namespace.
-    ///
-    /// # Errors
-    /// It is gone.
-    pub fn namespace(&self) -> io::Result<fs::File> {
-        fs::File::open(format!("/var/run/netns/{}", self.name))
-    }
-
     /// A command at the far end.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.name]).arg(program);
+        // ip-netns(8) would mount /sys anew, without cgroups.
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg("--").arg(program);
         command
     }
 
@@ -110,10 +103,16 @@ impl Far {
     /// How many audit records have all of `needles` in them.
     #[must_use]
     pub fn records(&self, needles: &[&str]) -> usize {
-        let Ok(files) = fs::read_dir(self.folder.join("state/audit")) else { return 0 };
-        let texts = files.filter_map(|file| fs::read_to_string(file.ok()?.path()).ok());
-        texts.map(|text| text.lines().filter(|line| needles.iter().all(|n| line.contains(n))).count()).sum()
+        records(&self.folder.join("state"), needles)
     }
+}
+
+/// How many audit records of a state folder have all of `needles` in them.
+#[must_use]
+pub fn records(state: &Path, needles: &[&str]) -> usize {
+    let Ok(files) = fs::read_dir(state.join("audit")) else { return 0 };
+    let texts = files.filter_map(|file| fs::read_to_string(file.ok()?.path()).ok());
+    texts.map(|text| text.lines().filter(|line| needles.iter().all(|n| line.contains(n))).count()).sum()
 }
 
 /// A program that was built together with this one.

@@ -43,6 +43,8 @@ pub struct Keyd {
     abilities: u32,
     who: Option<Who>,
     broken: bool,
+    /// Room for one message.
+    frame: Vec<u8>,
 }
 
 /// Who this host is in its trust domain.
@@ -214,6 +216,7 @@ impl Keyd {
             abilities: 0,
             who: None,
             broken: false,
+            frame: vec![0; FRAME],
         };
         let kept: Vec<_> = keepsake.0.iter().map(AsFd::as_fd).collect();
         let Answer { head, rest, descriptors } = it.asked(Head::new(Kind::Hello, 0), &[], &kept)?;
@@ -369,19 +372,29 @@ impl Keyd {
 
     /// One message: `None` if none came in time, `Some(None)` if it was a report.
     fn receive(&mut self, within: Duration) -> io::Result<Option<Option<Answer>>> {
+        let mut frame = std::mem::take(&mut self.frame);
+        let mut received = self.receive_now(&mut frame);
         let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Ok(None),
-            Ok(_) => {}
-            Err(Errno::EINTR) => return if within.is_zero() { Ok(None) } else { self.receive(within) },
-            Err(e) => return Err(e.into()),
+        while !within.is_zero() && matches!(received, Ok(None)) {
+            received = match poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) => break,
+                Ok(_) => self.receive_now(&mut frame),
+                Err(Errno::EINTR) => Ok(None),
+                Err(e) => Err(e.into()),
+            };
         }
-        let mut frame = vec![0; FRAME];
+        self.frame = frame;
+        received
+    }
+
+    /// One message, if there is one.
+    fn receive_now(&mut self, frame: &mut [u8]) -> io::Result<Option<Option<Answer>>> {
         let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
-        let mut slices = [IoSliceMut::new(&mut frame)];
+        let mut slices = [IoSliceMut::new(frame)];
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT);
         let message = recvmsg::<()>(fd, &mut slices, Some(&mut space), flags);
         let (length, descriptors) = match message {
+            Err(Errno::EAGAIN) => return Ok(None),
             Ok(message) => {
                 let mut descriptors = Vec::new();
                 for control in message.cmsgs()? {

@@ -90,7 +90,7 @@ struct Association {
     /// What its handshake came to.
     agreed: Option<Agreed>,
     /// As the broker named its process.
-    process: Vec<u8>,
+    process: Arc<[u8]>,
     /// When it began to carry data.
     since: i64,
     /// It has outlived its broker, and the next one was not told of it yet.
@@ -116,7 +116,7 @@ impl Association {
             bond: None,
             of: None,
             shown: false,
-            process: Vec::new(),
+            process: Arc::default(),
             agreed: None,
             since: 0,
             unknown: false,
@@ -130,12 +130,12 @@ impl Association {
     }
 
     /// Whom the peer has shown.
-    fn verdict(&self) -> Option<&Result<Peer, Refusal>> {
+    fn verdict(&self) -> Option<&Result<Arc<Peer>, Refusal>> {
         self.bond.as_ref().and_then(|bond| bond.seen.verdict())
     }
 
     fn peer(&self) -> Option<&Peer> {
-        self.verdict().and_then(|verdict| verdict.as_ref().ok())
+        self.verdict().and_then(|verdict| verdict.as_deref().ok())
     }
 
     const fn front(&self) -> Option<u64> {
@@ -176,7 +176,7 @@ pub struct Associations {
     queued: HashSet<u64>,
     by_token: HashMap<SocketAddr, u64>,
     fronts: HashMap<u64, Front>,
-    minted: HashMap<Vec<u8>, ProcessIdentity>,
+    minted: HashMap<Arc<[u8]>, ProcessIdentity>,
     expiry: Expiry,
     /// There is no broker.
     bereaved: bool,

@@ -10,7 +10,7 @@ use nix::sys::socket::{
 };
 use portcullis_wire::keyd::Flow;
 
-use crate::sock;
+use crate::{packet, sock};
 
 /// What the kernel says of a socket.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -92,7 +92,7 @@ impl Diag {
     }
 }
 
-/// Hears of the end of every TCP socket in the namespace where it was made.
+/// Hears of the end of TCP sockets in the namespace where it was made: of listeners, and of those that went to a token.
 pub struct Deaths(OwnedFd);
 
 impl Deaths {
@@ -101,6 +101,7 @@ impl Deaths {
         const INET_TCP_DESTROY: i32 = 1; // linux/sock_diag.h, sknetlink_groups
         const INET6_TCP_DESTROY: i32 = 3;
         let netlink = open()?;
+        sock::attach_classic(netlink.as_fd(), &mut packet::deaths())?;
         for group in [INET_TCP_DESTROY, INET6_TCP_DESTROY] {
             sock::join_group(netlink.as_fd(), group)?;
         }

@@ -109,6 +109,20 @@ pub fn only_ours(token: SocketAddr, mark: u32) -> Vec<sock_filter> {
     code
 }
 
+/// Classic BPF over sock_diag(7)'s news of a socket's end (`struct nlmsghdr`, then `struct inet_diag_msg`): listeners,
+/// which have no far port, and sockets that went to a token. All others of the host would wake us for nothing.
+pub fn deaths() -> [sock_filter; 7] {
+    [
+        op(0x28, 0, 0, 16 + 6),          // ldh id.idiag_dport
+        op(0x15, 3, 0, 0),               // jeq
+        op(0x15, 2, 0, FAR_PORT as u32), // jeq
+        op(0x20, 0, 0, 16 + 36),         // ld id.idiag_dst[3], 1 in ::1; IPv4 has nothing there
+        op(0x15, 0, 1, 1),               // jeq
+        op(0x06, 0, 0, u32::MAX),        // pass
+        op(0x06, 0, 0, 0),               // drop
+    ]
+}
+
 fn port(tcp: &[u8], at: usize) -> Option<u16> {
     tcp.get(at..)?.first_chunk().copied().map(u16::from_be_bytes)
 }

@@ -70,9 +70,15 @@ pub fn run(config: Config) -> Result<(), KeydError> {
         let _ = nix::unistd::write(&ready, line.as_bytes());
     }
     let (diag, associations) = prepared?;
-    let server =
-        Server { broker: Some(broker), brokers, diag, watch: None, associations, stage: Stage::Hello };
-    serve(server)
+    serve(Server {
+        broker: Some(broker),
+        brokers,
+        diag,
+        watch: None,
+        associations,
+        stage: Stage::Hello,
+        frame: vec![0; FRAME],
+    })
 }
 
 /// Opens what needs privileges, then gives them up.
@@ -101,6 +107,8 @@ struct Server {
     watch: Option<Watch>,
     associations: Option<Associations>,
     stage: Stage,
+    /// Room for one request.
+    frame: Vec<u8>,
 }
 
 /// The answer to one request: what its `Head` says, and descriptors.
@@ -215,9 +223,15 @@ impl Server {
 
     /// Takes one request and answers it. `false`: the broker has closed the connection.
     fn answer_one(&mut self) -> Result<bool, KeydError> {
+        let mut frame = std::mem::take(&mut self.frame);
+        let answered = self.answer_in(&mut frame);
+        self.frame = frame;
+        answered
+    }
+
+    fn answer_in(&mut self, frame: &mut [u8]) -> Result<bool, KeydError> {
         let Some(broker) = &self.broker else { return Ok(false) };
-        let mut frame = vec![0; FRAME];
-        let (length, descriptors) = match receive(broker.as_fd(), &mut frame) {
+        let (length, descriptors) = match receive(broker.as_fd(), frame) {
             Ok(Some(message)) => message,
             Ok(None) => return Err(KeydError::TooLong),
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(true),

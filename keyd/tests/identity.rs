@@ -92,7 +92,7 @@ fn a_minted_certificate_proves_process_host_and_facts() {
     assert_eq!(peer.process, Some(facts()));
     assert_eq!(peer.names, ["h1.example.com"]);
     assert_eq!(peer.addresses, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
-    assert_eq!((peer.serial, peer.until), (made.serial, NOW + PROCESS_VALIDITY));
+    assert_eq!((peer.serial.as_str(), peer.until), (made.serial.as_str(), NOW + PROCESS_VALIDITY));
 }
 
 #[test]
@@ -109,6 +109,36 @@ fn time_is_kept_with_a_minutes_grace() {
     // No process outlives what its host signs with.
     let last = NOW + 365 * 24 * 3600;
     assert_eq!(minted(&host, last - 100).validity.until, last);
+}
+
+#[test]
+fn a_known_leaf_is_judged_as_an_unknown_one() {
+    let mut domain = Domain::new("example.com", NOW);
+    let host = domain.host("h1", "192.0.2.1", NOW);
+    let chain = minted(&host, NOW).shown.cert.clone();
+    let known = host.verifier().unwrap();
+    assert_eq!(check(&known, &chain, NOW), Ok(()));
+    let end = NOW + PROCESS_VALIDITY;
+    for owner in [None, Some("h1"), Some("h2")] {
+        for now in [NOW, NOW - 400, NOW - 300, end + 30, end + 90] {
+            let owner = owner.map(|name| name.parse().unwrap());
+            let unknown = host.verifier().unwrap().expecting(owner.clone());
+            assert_eq!(check(&known.expecting(owner), &chain, now), check(&unknown, &chain, now));
+        }
+    }
+    // One bit of it is another certificate.
+    let leaf = chain[0].to_vec();
+    for byte in (0..leaf.len()).step_by(7) {
+        let mut spoilt = leaf.clone();
+        spoilt[byte] ^= 1;
+        let spoilt = CertificateDer::from(spoilt);
+        assert!(
+            [true, false]
+                .map(|server| known.check(&spoilt, &chain[1..], server, at(NOW)))
+                .iter()
+                .all(Result::is_err)
+        );
+    }
 }
 
 #[test]

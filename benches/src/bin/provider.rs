@@ -55,6 +55,19 @@ macro_rules! works {
             }),
         ));
         works.push(("P-256 verify", Box::new(move || verifying.verify(b"message", signed.as_ref()).ok())));
+        let seed = signature::Ed25519KeyPair::generate_pkcs8(&random).ok()?;
+        let pair = signature::Ed25519KeyPair::from_pkcs8(seed.as_ref()).ok()?;
+        let signed = pair.sign(b"message");
+        let public = signature::KeyPair::public_key(&pair).as_ref().to_vec();
+        let verifying = signature::UnparsedPublicKey::new(&signature::ED25519, public);
+        works.push((
+            "Ed25519 sign",
+            Box::new(move || {
+                std::hint::black_box(pair.sign(b"message"));
+                Some(())
+            }),
+        ));
+        works.push(("Ed25519 verify", Box::new(move || verifying.verify(b"message", signed.as_ref()).ok())));
         works.push((
             "X25519, key and agreement",
             Box::new(move || {

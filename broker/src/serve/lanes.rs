@@ -7,6 +7,7 @@
 mod left;
 mod members;
 mod news;
+mod records;
 
 pub(super) use members::FILE as MEMBERS;
 
@@ -14,7 +15,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    rc::Rc,
+    rc::{Rc, Weak},
     time::{Duration, Instant},
 };
 
@@ -43,6 +44,9 @@ use crate::{
 
 /// How long an accepted connection may be unknown: the key daemon has told of it, but it was not heard yet.
 const HEARD: Duration = Duration::from_millis(200);
+
+/// Most peers that are remembered for further flows: those with a certificate of their own come once only.
+const MOST_PEERS: usize = 64;
 
 /// A peer, as its certificate proves.
 #[derive(Debug)]
@@ -194,14 +198,29 @@ pub(super) struct Lanes {
     pub(super) members: members::List,
     /// Who this host is; known for as long as it ever was.
     pub(super) who: Option<Who>,
-    flood: news::Flood,
+    flood: records::Flood,
     /// What an earlier broker had begun and nobody has ended yet.
     pub(super) left: LeftOpen,
+    /// By what the key daemon told of them.
+    peers: HashMap<String, Weak<Peer>>,
     /// While the key daemon tells what an earlier broker had begun.
     pub(super) taking_up: bool,
 }
 
 impl Lanes {
+    /// What the key daemon tells of a peer, read once for all flows of the same two processes.
+    fn told_of(&mut self, json: String) -> Option<Rc<Peer>> {
+        if let Some(there) = self.peers.get(&json).and_then(Weak::upgrade) {
+            return Some(there);
+        }
+        let peer = Rc::new(Peer::read(&json)?);
+        if self.peers.len() >= MOST_PEERS {
+            self.peers.clear();
+        }
+        self.peers.insert(json, Rc::downgrade(&peer));
+        Some(peer)
+    }
+
     pub(super) fn get(&self, id: u64) -> Option<&Association> {
         self.all.get(&id)
     }

@@ -57,31 +57,35 @@ pub(super) struct Membership {
     pub(super) assurance: Assurance,
 }
 
-/// Controls by cookie.
+/// Controls by cookie, and where each was found last: which process had it, as which descriptor.
 #[derive(Debug, Default)]
-pub(super) struct Sessions(HashMap<u64, Control>);
+pub(super) struct Sessions {
+    all: HashMap<u64, Control>,
+    found: HashMap<u64, (ProcessKey, i32)>,
+}
 
 impl Sessions {
-    pub(super) fn add(&mut self, control: Control) {
-        if self.0.len() < MOST {
-            self.0.insert(control.cookie, control);
+    fn add(&mut self, control: Control) {
+        if self.all.len() < MOST {
+            self.all.insert(control.cookie, control);
         }
     }
 
     pub(super) fn get(&self, cookie: u64) -> Option<&Control> {
-        self.0.get(&cookie)
+        self.all.get(&cookie)
     }
 
     pub(super) fn forget(&mut self, cookie: u64) {
-        self.0.remove(&cookie);
+        self.all.remove(&cookie);
+        self.found.remove(&cookie);
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.all.is_empty()
     }
 
     fn cookies(&self) -> Vec<u64> {
-        self.0.keys().copied().collect()
+        self.all.keys().copied().collect()
     }
 }
 
@@ -96,23 +100,51 @@ impl Broker {
         if self.sessions.is_empty() {
             return Vec::new();
         }
+        let mut found = self.all_held_by(context.key).unwrap_or_else(|| self.seek_sessions(context));
+        found.retain_mut(|control| self.is_live(control));
+        found
+    }
+
+    /// All controls there are, if this process still holds each where it was found last: then none is to be sought.
+    fn all_held_by(&self, key: ProcessKey) -> Option<Vec<Control>> {
+        let at = &self.processes.get(&key)?.at;
+        let held = |control: &Control| {
+            let (holder, number) = self.sessions.found.get(&control.cookie)?;
+            (*holder == key && at.holds(*number, control.inode)).then(|| control.clone())
+        };
+        self.sessions.all.values().map(held).collect()
+    }
+
+    fn seek_sessions(&mut self, context: &Context) -> Vec<Control> {
         let mut found: Vec<Control> = Vec::new();
         let mut born = u64::MAX; // the asker itself needs no birthday
         let branch = std::iter::once(context.key).chain(context.ancestors.iter().map(|a| a.key));
         for key in branch {
-            let held = sockets_of(key);
-            for control in self.sessions.0.values() {
-                if held.contains(&control.inode)
+            // What its ancestors got later than this branch began is not its own, and need not be looked for.
+            if self.sessions.all.values().all(|control| born < control.since) {
+                break;
+            }
+            let held = self.held_by(key);
+            for control in self.sessions.all.values() {
+                if let Some((number, _)) = held.iter().find(|(_, inode)| *inode == control.inode)
                     && born >= control.since
                     && found.iter().all(|c| c.cookie != control.cookie)
                 {
+                    self.sessions.found.insert(control.cookie, (key, *number));
                     found.push(control.clone());
                 }
             }
             born = key.start;
         }
-        found.retain_mut(|control| self.is_live(control));
         found
+    }
+
+    /// Descriptors and inodes of the sockets that a process holds; none if it is gone or may not be looked at.
+    fn held_by(&self, key: ProcessKey) -> Vec<(i32, u64)> {
+        // What is known was opened when it was there, and leads nowhere once it is gone.
+        self.processes
+            .get(&key)
+            .map_or_else(|| sockets_of(key), |known| known.at.sockets().unwrap_or_default())
     }
 
     /// Whether a control is established still; finds out its own address on the way.
@@ -125,7 +157,7 @@ impl Broker {
             None => {
                 let Some(local) = self.local_end(control) else { return false };
                 control.local = Some(local);
-                if let Some(kept) = self.sessions.0.get_mut(&control.cookie) {
+                if let Some(kept) = self.sessions.all.get_mut(&control.cookie) {
                     kept.local = Some(local);
                 }
                 local
@@ -189,12 +221,12 @@ impl Broker {
             return far.found.is_some_and(|f| f.uid == other.uid);
         }
         far.known.iter().any(|context| {
-            let held = sockets_of(context.key);
-            held.contains(&other.inode)
-                || self.sessions.0.get(&other.cookie).is_some_and(|c| {
+            let holds = |key, inode| self.held_by(key).iter().any(|(_, held)| *held == inode);
+            holds(context.key, other.inode)
+                || self.sessions.all.get(&other.cookie).is_some_and(|c| {
                     let mut born = context.key.start;
                     context.ancestors.iter().any(|a| {
-                        let in_it = born >= c.since && sockets_of(a.key).contains(&c.inode);
+                        let in_it = born >= c.since && holds(a.key, c.inode);
                         born = a.key.start;
                         in_it
                     })
@@ -233,14 +265,10 @@ impl Broker {
     }
 }
 
-/// Inodes of the sockets that a process holds; none if it is gone or may not be looked at.
-fn sockets_of(key: ProcessKey) -> Vec<u64> {
+/// The same of one that has not asked yet.
+fn sockets_of(key: ProcessKey) -> Vec<(i32, u64)> {
     let Ok(at) = ProcDir::open(key.pid) else { return Vec::new() };
     let held = at.sockets().unwrap_or_default();
     // Only now: if the folder is still this process's, it was all along.
-    if at.birth().is_ok_and(|b| b.start == key.start) {
-        held.into_iter().map(|(_, i)| i).collect()
-    } else {
-        Vec::new()
-    }
+    if at.birth().is_ok_and(|b| b.start == key.start) { held } else { Vec::new() }
 }

@@ -1,42 +1,12 @@
-//! Keys for other lanes, bound to one association (RFC 8446, section 7.5).
-//!
-//! rustls's unbuffered connections have no exporter of their own; they give its secret, and of all secrets that
-//! one alone, to a [`KeyLog`], which keeps it here until the handshake takes it.
+//! Keys for other lanes, bound to one association (RFC 8446, section 7.5). rustls's unbuffered connections have no
+//! exporter of their own; they let out its secret.
 
-use std::{cell::RefCell, fmt};
+use std::fmt;
 
 use rustls::{
-    KeyLog, Tls13CipherSuite,
+    Tls13CipherSuite,
     crypto::tls13::{HkdfExpander, OkmBlock},
 };
-
-thread_local! {
-    static SECRET: RefCell<Option<OkmBlock>> = const { RefCell::new(None) };
-}
-
-/// Takes the secret that the handshake step before this call made, if it made one.
-pub(crate) fn take_secret() -> Option<OkmBlock> {
-    SECRET.take()
-}
-
-/// Lets out the exporter's secret, within this crate, and nothing else.
-#[derive(Debug)]
-pub(crate) struct ExporterSecret;
-
-/// As rustls names it (the NSS key log format's word).
-const LABEL: &str = "EXPORTER_SECRET";
-
-impl KeyLog for ExporterSecret {
-    fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
-        if label == LABEL {
-            SECRET.set(Some(OkmBlock::new(secret)));
-        }
-    }
-
-    fn will_log(&self, label: &str) -> bool {
-        label == LABEL
-    }
-}
 
 /// Makes keying material that both ends of one association have, and nobody else. Zeroed when dropped.
 pub struct Exporter {
@@ -73,7 +43,12 @@ impl fmt::Debug for Exporter {
 }
 
 /// HKDF-Expand-Label (RFC 8446, section 7.1).
-fn expand(expander: &dyn HkdfExpander, label: &[u8], context: &[u8], out: &mut [u8]) -> Option<()> {
+pub(crate) fn expand(
+    expander: &dyn HkdfExpander,
+    label: &[u8],
+    context: &[u8],
+    out: &mut [u8],
+) -> Option<()> {
     const PREFIX: &[u8] = b"tls13 ";
     let length = u16::try_from(out.len()).ok()?.to_be_bytes();
     let named = [u8::try_from(PREFIX.len() + label.len()).ok()?];
@@ -83,14 +58,7 @@ fn expand(expander: &dyn HkdfExpander, label: &[u8], context: &[u8], out: &mut [
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
-    use rustls::{ServerConnection, pki_types::ServerName};
-
-    use crate::{
-        handshake::{Handshake, Progress},
-        testing::{ends, shake, sides},
-    };
+    use crate::testing::{ends, shake, with_rustls};
 
     #[test]
     fn both_ends_export_the_same_and_another_association_something_else() {
@@ -112,28 +80,10 @@ mod tests {
 
     #[test]
     fn what_is_exported_is_what_rustls_exports() {
-        let (client, server) = sides(false);
-        let mut ours = Handshake::client(&client, ServerName::try_from("localhost").unwrap()).unwrap();
-        ours.advance().unwrap();
-        let mut theirs = ServerConnection::new(server.config(false)).unwrap();
-        loop {
-            let flight = std::mem::take(&mut ours.outgoing);
-            theirs.read_tls(&mut flight.as_slice().take(1 << 16)).unwrap();
-            theirs.process_new_packets().unwrap();
-            if !theirs.is_handshaking() {
-                break;
-            }
-            let mut answer = Vec::new();
-            while theirs.wants_write() {
-                theirs.write_tls(&mut answer).unwrap();
-            }
-            ours.receive(&answer);
-            assert_eq!(ours.advance(), Ok(Progress::Done));
-        }
+        let (ours, theirs) = with_rustls();
         let expected = theirs.export_keying_material([0; 80], b"label", Some(b"context")).unwrap();
         let mut key = [0; 80];
-        let finished = ours.finish().unwrap();
-        finished.established.exporter.unwrap().export(b"label", b"context", &mut key).unwrap();
+        ours.established.exporter.unwrap().export(b"label", b"context", &mut key).unwrap();
         assert_eq!(key, expected);
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use crate::{
     record::{Alert, Bad, FULL, HEADER, LARGEST, OVERHEAD, Opened, PLAIN, Records, Whole, whole},
-    socket::ask_whether_gone,
+    socket::{ask_whether_gone, write},
 };
 
 /// Records per batch at most: 256 KiB of plaintext.
@@ -100,10 +100,11 @@ impl Held {
         self.bytes.len().saturating_sub(self.sent)
     }
 
-    /// Writes what it can; `true` when nothing is left, and then holds no memory either.
-    fn flush(&mut self, mut to: &TcpStream) -> io::Result<bool> {
+    /// Writes what it can; `true` when nothing is left, and then holds no memory either. `last`: the end of the stream
+    /// follows at once, so that both go in one packet.
+    fn flush(&mut self, to: &TcpStream, last: bool) -> io::Result<bool> {
         while !self.is_empty() {
-            match to.write(self.bytes.get(self.sent..).unwrap_or_default()) {
+            match write(to, self.bytes.get(self.sent..).unwrap_or_default(), last) {
                 Ok(count) => self.sent += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -254,7 +255,7 @@ impl Flow {
             && !self.outward.ended
             && records.alert(alert, &mut self.outward.held.bytes).is_ok()
         {
-            let _unsent_is_lost = self.outward.held.flush(outer);
+            let _unsent_is_lost = self.outward.held.flush(outer, false);
         }
     }
 
@@ -375,7 +376,7 @@ impl Flow {
     }
 
     fn flush_outward(&mut self, outer: &TcpStream) -> Result<bool, Ending> {
-        if !self.outward.held.flush(outer).map_err(|error| lost(&error))? {
+        if !self.outward.held.flush(outer, self.outward.ended).map_err(|error| lost(&error))? {
             return Ok(false);
         }
         if self.outward.ended && !self.outward.shut {
@@ -486,7 +487,7 @@ impl Flow {
     }
 
     fn flush_inward(&mut self) -> Result<bool, Ending> {
-        if !self.inward.held.flush(&self.inner).map_err(|_| Ending::ProgramReset)? {
+        if !self.inward.held.flush(&self.inner, false).map_err(|_| Ending::ProgramReset)? {
             return Ok(false);
         }
         if self.inward.ended && !self.inward.shut {

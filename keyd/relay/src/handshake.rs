@@ -13,9 +13,10 @@ use rustls::{
 };
 
 use crate::{
-    exporter::{Exporter, take_secret},
+    exporter::Exporter,
     hello,
-    record::{Bad, HEADER, LARGEST, Records, Schedule},
+    record::{Bad, HEADER, LARGEST, Records, Role},
+    secrets::{Secrets, Traffic},
     sides::{CONFIRM, ClientSide, ServerSide},
 };
 
@@ -45,7 +46,8 @@ pub(crate) enum Progress {
 }
 
 enum Connection {
-    Client(Box<UnbufferedClientConnection>),
+    /// And whether tickets are kept for others of its session.
+    Client(Box<UnbufferedClientConnection>, bool),
     /// Which configuration serves depends on the ClientHello.
     Asked(ServerSide),
     Server(Box<UnbufferedServerConnection>),
@@ -58,8 +60,7 @@ pub(crate) struct Handshake {
     visible: usize,
     /// What waits to be sent.
     pub(crate) outgoing: Vec<u8>,
-    /// Of the exporter, once it is known.
-    secret: Option<OkmBlock>,
+    secrets: Secrets,
 }
 
 /// All that remains of a handshake.
@@ -83,7 +84,7 @@ enum Asked {
 impl Handshake {
     pub(crate) fn client(side: &ClientSide, name: ServerName<'static>) -> Result<Self, Error> {
         let connection = UnbufferedClientConnection::new(side.config(), name)?;
-        Ok(Self::new(Connection::Client(Box::new(connection))))
+        Ok(Self::new(Connection::Client(Box::new(connection), side.is_for_session())))
     }
 
     pub(crate) fn server(side: ServerSide) -> Self {
@@ -91,7 +92,8 @@ impl Handshake {
     }
 
     fn new(connection: Connection) -> Self {
-        Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new(), secret: None }
+        let secrets = Secrets::default();
+        Self { connection, incoming: Vec::new(), visible: 0, outgoing: Vec::new(), secrets }
     }
 
     /// Whether a server has seen a ClientHello.
@@ -149,11 +151,11 @@ impl Handshake {
         }
         let seen = self.incoming.get_mut(..self.visible).unwrap_or_default();
         let (discard, asked) = match &mut self.connection {
-            Connection::Client(client) => answer(client.process_tls_records(seen), &mut self.outgoing),
+            Connection::Client(client, _) => answer(client.process_tls_records(seen), &mut self.outgoing),
             Connection::Server(server) => answer(server.process_tls_records(seen), &mut self.outgoing),
             Connection::Asked(_) => (0, Asked::More),
         };
-        self.secret = take_secret().or(self.secret.take());
+        self.secrets.add_last();
         let discard = discard.min(self.visible);
         self.incoming.drain(..discard);
         self.visible -= discard;
@@ -162,7 +164,7 @@ impl Handshake {
 
     fn state(&self) -> Option<&CommonState> {
         match &self.connection {
-            Connection::Client(client) => Some(client),
+            Connection::Client(client, _) => Some(client),
             Connection::Server(server) => Some(server),
             Connection::Asked(_) => None,
         }
@@ -173,7 +175,7 @@ impl Handshake {
     /// # Errors
     /// When it is not done, or the provider's keys are none that we know.
     pub(crate) fn finish(mut self) -> Result<Finished, Error> {
-        let secret = self.secret.take();
+        let Secrets { client, server, exporter } = mem::take(&mut self.secrets);
         let state = self.state().ok_or(Error::HandshakeNotComplete)?;
         let certificates = state.peer_certificates().unwrap_or_default();
         let certificates = certificates.iter().map(|one| one.clone().into_owned()).collect();
@@ -184,26 +186,29 @@ impl Handshake {
             cipher: iana(format!("{:?}", suite.suite())),
             kex: format!("{:?}", group.name()),
             resumed: state.handshake_kind() == Some(HandshakeKind::Resumed),
-            exporter: suite.tls13().zip(secret).map(|(suite, secret)| Exporter::new(suite, secret)),
+            exporter: suite.tls13().zip(exporter).map(|(suite, secret)| Exporter::new(suite, secret)),
         };
         let confirm = state.alpn_protocol() == Some(CONFIRM);
         if self.visible != 0 {
             return Err(Error::HandshakeNotComplete);
         }
         let rest = mem::take(&mut self.incoming);
-        let (secrets, schedule) = match self.connection {
-            Connection::Client(client) => {
-                let (secrets, kernel) = client.dangerous_into_kernel_connection()?;
-                (secrets, Schedule::Client(kernel))
+        let traffic =
+            |secret: Option<OkmBlock>| suite.tls13().zip(secret).map(|(suite, it)| Traffic::new(suite, it));
+        let (client, server) = traffic(client).zip(traffic(server)).ok_or(Error::HandshakeNotComplete)?;
+        let records = match self.connection {
+            Connection::Client(connection, for_session) => {
+                let (keys, kernel) = connection.dangerous_into_kernel_connection()?;
+                let session = for_session.then(|| Box::new(kernel));
+                Records::new((keys.tx, client), (keys.rx, server), Role::Client(session))
             }
-            Connection::Server(server) => {
-                let (secrets, kernel) = server.dangerous_into_kernel_connection()?;
-                (secrets, Schedule::Server(kernel))
+            Connection::Server(connection) => {
+                let (keys, _) = connection.dangerous_into_kernel_connection()?;
+                Records::new((keys.tx, server), (keys.rx, client), Role::Server)
             }
             Connection::Asked(_) => return Err(Error::HandshakeNotComplete),
         };
-        let records = Records::new(secrets.tx, secrets.rx, schedule)
-            .map_err(|Bad(_)| Error::General("keys of an unknown kind".into()))?;
+        let records = records.map_err(|Bad(_)| Error::General("keys of an unknown kind".into()))?;
         Ok(Finished { records, established, rest, confirm })
     }
 }

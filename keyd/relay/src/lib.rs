@@ -40,6 +40,7 @@ mod hello;
 mod opening;
 mod provider;
 mod record;
+mod secrets;
 mod sides;
 mod socket;
 #[cfg(test)]

@@ -1,18 +1,21 @@
 //! The record layer once keys are known (RFC 8446, section 5): pure, on the caller's buffers, in place.
 //!
-//! rustls shakes hands and keeps the key schedule; sealing and opening is here, because that is where the
-//! bytes are: a batch is read, sealed where it lies, and written, without a copy in between.
+//! rustls shakes hands; sealing and opening is here, because that is where the bytes are: a batch is read, sealed where
+//! it lies, and written, without a copy in between.
 
 use rustls::{
-    ConnectionTrafficSecrets, ContentType,
+    CipherSuite, ConnectionTrafficSecrets, ContentType,
     client::ClientConnectionData,
     crypto::cipher::{AeadKey, Iv},
     kernel::KernelConnection,
-    server::ServerConnectionData,
 };
+use zeroize::Zeroizing;
 
-use crate::provider::aead::{
-    AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+use crate::{
+    provider::aead::{
+        AES_128_GCM, AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+    },
+    secrets::Traffic,
 };
 
 /// Header: type, legacy version, length (RFC 8446, section 5.2).
@@ -33,6 +36,9 @@ pub(crate) const LARGEST: usize = HEADER + CIPHER;
 const REKEY: u64 = (1 << 24) - 1024;
 /// Longest handshake message that is put together from pieces after the handshake: a ticket fits.
 const LONGEST_MESSAGE: usize = 1 << 16;
+
+/// Longest key of the suites, in bytes.
+const LONGEST_KEY: usize = 32;
 
 /// Post-handshake message types (RFC 8446, section 4).
 const NEW_SESSION_TICKET: u8 = 4;
@@ -99,6 +105,25 @@ impl Key {
         .ok_or(Bad(Alert::InternalError))
     }
 
+    /// The key after the one in use (section 7.2).
+    fn next(traffic: &mut Traffic) -> Result<Self, Bad> {
+        let mut made = || {
+            traffic.update()?;
+            let algorithm = match traffic.suite().common.suite {
+                CipherSuite::TLS13_AES_128_GCM_SHA256 => &AES_128_GCM,
+                CipherSuite::TLS13_AES_256_GCM_SHA384 => &AES_256_GCM,
+                CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => &CHACHA20_POLY1305,
+                _ => return None,
+            };
+            let mut key = Zeroizing::new([0; LONGEST_KEY]);
+            let key = key.get_mut(..algorithm.key_len())?;
+            let iv = traffic.keys(key)?;
+            let key = LessSafeKey::new(UnboundKey::new(algorithm, key).ok()?);
+            Some(Self { key, iv, sequence: 0 })
+        };
+        made().ok_or(Bad(Alert::InternalError))
+    }
+
     /// The next record's nonce (section 5.3). A count never repeats under one key.
     fn nonce(&mut self) -> Result<Nonce, Bad> {
         let mut nonce = self.iv;
@@ -110,31 +135,36 @@ impl Key {
     }
 }
 
-/// Where new keys come from when either end asks for them.
-pub(crate) enum Schedule {
-    Client(KernelConnection<ClientConnectionData>),
-    Server(KernelConnection<ServerConnectionData>),
+/// Which end this is.
+pub(crate) enum Role {
+    /// It keeps tickets for later handshakes of its session, if there is one.
+    Client(Option<Box<KernelConnection<ClientConnectionData>>>),
+    Server,
 }
 
 /// Both directions of one association.
 pub(crate) struct Records {
     seal: Key,
     open: Key,
-    schedule: Box<Schedule>,
+    /// Where new keys come from when either end asks for them.
+    sealing: Traffic,
+    opening: Traffic,
+    role: Role,
     /// A handshake message of which only a part has come.
     message: Vec<u8>,
 }
 
+/// What one direction begins with: the number of its next record, the keys, and the secret that they are of.
+pub(crate) type Direction = ((u64, ConnectionTrafficSecrets), Traffic);
+
 impl Records {
-    pub(crate) fn new(
-        seal: (u64, ConnectionTrafficSecrets),
-        open: (u64, ConnectionTrafficSecrets),
-        schedule: Schedule,
-    ) -> Result<Self, Bad> {
+    pub(crate) fn new(seal: Direction, open: Direction, role: Role) -> Result<Self, Bad> {
         Ok(Self {
-            seal: Key::new(seal)?,
-            open: Key::new(open)?,
-            schedule: Box::new(schedule),
+            seal: Key::new(seal.0)?,
+            open: Key::new(open.0)?,
+            sealing: seal.1,
+            opening: open.1,
+            role,
             message: Vec::new(),
         })
     }
@@ -189,11 +219,7 @@ impl Records {
     /// Appends a KeyUpdate that asks for none in return, and seals under the next key from here on.
     pub(crate) fn key_update(&mut self, out: &mut Vec<u8>) -> Result<(), Bad> {
         self.append(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 0], out)?;
-        let next = match &mut *self.schedule {
-            Schedule::Client(kernel) => kernel.update_tx_secret(),
-            Schedule::Server(kernel) => kernel.update_tx_secret(),
-        };
-        self.seal = Key::new(next.map_err(|_| Bad(Alert::InternalError))?)?;
+        self.seal = Key::next(&mut self.sealing)?;
         Ok(())
     }
 
@@ -236,10 +262,10 @@ impl Records {
                 return Err(Bad(Alert::DecodeError));
             }
             let Some((body, after)) = body.split_at_checked(length) else { break };
-            match (*kind, &mut *self.schedule) {
-                (NEW_SESSION_TICKET, Schedule::Client(kernel)) => {
+            match (*kind, &mut self.role) {
+                (NEW_SESSION_TICKET, Role::Client(session)) => {
                     // What is no ticket is of no use later.
-                    let _kept = kernel.handle_new_session_ticket(body);
+                    let _kept = session.as_mut().map(|session| session.handle_new_session_ticket(body));
                 }
                 (KEY_UPDATE, _) => {
                     reply = match body {
@@ -251,11 +277,7 @@ impl Records {
                     if !after.is_empty() {
                         return Err(Bad(Alert::UnexpectedMessage));
                     }
-                    let next = match &mut *self.schedule {
-                        Schedule::Client(kernel) => kernel.update_rx_secret(),
-                        Schedule::Server(kernel) => kernel.update_rx_secret(),
-                    };
-                    self.open = Key::new(next.map_err(|_| Bad(Alert::InternalError))?)?;
+                    self.open = Key::next(&mut self.opening)?;
                 }
                 _ => return Err(Bad(Alert::UnexpectedMessage)),
             }
@@ -293,10 +315,12 @@ pub(crate) fn whole(bytes: &[u8]) -> Result<Whole, Bad> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::{ends, shake};
+    use crate::testing::{ends, shake, with_rustls};
 
     fn pair() -> (Records, Records) {
         let (client, server) = ends(false);
@@ -352,11 +376,7 @@ mod tests {
         for _ in 0..3 {
             let mut update = Vec::new();
             client.append(ContentType::Handshake, &[KEY_UPDATE, 0, 0, 1, 1], &mut update).unwrap();
-            let next = match &mut *client.schedule {
-                Schedule::Client(kernel) => kernel.update_tx_secret().unwrap(),
-                Schedule::Server(_) => unreachable!(),
-            };
-            client.seal = Key::new(next).unwrap();
+            client.seal = Key::next(&mut client.sealing).unwrap();
             assert_eq!(opened(&mut server, &mut update), Ok(Opened::Handled { reply: true }));
             let mut reply = Vec::new();
             server.key_update(&mut reply).unwrap();
@@ -373,6 +393,32 @@ mod tests {
         client.key_update(&mut update).unwrap();
         assert!(!client.key_is_worn());
         assert_eq!(opened(&mut server, &mut update), Ok(Opened::Handled { reply: false }));
+    }
+
+    #[test]
+    fn keys_change_as_those_of_rustls_do() {
+        let (ours, mut theirs) = with_rustls();
+        let mut ours = ours.records;
+        for _ in 0..3 {
+            theirs.refresh_traffic_keys().unwrap();
+            theirs.writer().write_all(b"theirs").unwrap();
+            let mut flight = Vec::new();
+            while theirs.wants_write() {
+                theirs.write_tls(&mut flight).unwrap();
+            }
+            let Ok(Whole::Record(_, length)) = whole(&flight) else { panic!("no KeyUpdate") };
+            let (update, data) = flight.split_at_mut(HEADER + length);
+            assert_eq!(opened(&mut ours, update), Ok(Opened::Handled { reply: true }));
+            assert_eq!(opened(&mut ours, data), Ok(Opened::Data(6)));
+            let mut answer = Vec::new();
+            ours.key_update(&mut answer).unwrap();
+            answer.extend(sealed(&mut ours, b"ours"));
+            theirs.read_tls(&mut answer.as_slice()).unwrap();
+            theirs.process_new_packets().unwrap();
+            let mut heard = [0; 4];
+            theirs.reader().read_exact(&mut heard).unwrap();
+            assert_eq!(&heard, b"ours");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use rustls::{
     },
 };
 
-use crate::{exporter::ExporterSecret, provider::provider};
+use crate::{provider::provider, secrets::Keeper};
 
 /// The ALPN name by which two engines agree that the accepting one says when its verdict is in.
 ///
@@ -33,7 +33,10 @@ const MOST_TICKETS: usize = 8;
 
 /// What an opening end needs: TLS 1.3, mutual, no early data; no resumption but within one session.
 #[derive(Clone)]
-pub struct ClientSide(Arc<ClientConfig>);
+pub struct ClientSide {
+    config: Arc<ClientConfig>,
+    for_session: bool,
+}
 
 impl ClientSide {
     /// `verifier` judges the peer's chain, `identity` gives our own and may change it at any time.
@@ -57,24 +60,28 @@ impl ClientSide {
         config.enable_secret_extraction = true;
         // It would tell who is meant, in the clear.
         config.enable_sni = false;
-        config.key_log = Arc::new(ExporterSecret);
+        config.key_log = Arc::new(Keeper);
         if confirm {
             config.alpn_protocols = vec![CONFIRM.to_vec()];
         }
-        Ok(Self(Arc::new(config)))
+        Ok(Self { config: Arc::new(config), for_session: false })
     }
 
     /// The same, for one session: handshakes with this very value and its clones may resume one another, each
     /// ticket once. The tickets go with the last of them.
     #[must_use]
     pub fn for_session(&self) -> Self {
-        let mut config = ClientConfig::clone(&self.0);
+        let mut config = ClientConfig::clone(&self.config);
         config.resumption = Resumption::in_memory_sessions(1).tls12_resumption(Tls12Resumption::Disabled);
-        Self(Arc::new(config))
+        Self { config: Arc::new(config), for_session: true }
     }
 
     pub(crate) fn config(&self) -> Arc<ClientConfig> {
-        Arc::clone(&self.0)
+        Arc::clone(&self.config)
+    }
+
+    pub(crate) const fn is_for_session(&self) -> bool {
+        self.for_session
     }
 }
 
@@ -100,7 +107,7 @@ impl ServerSide {
             .with_cert_resolver(identity);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        config.key_log = Arc::new(ExporterSecret);
+        config.key_log = Arc::new(Keeper);
         config.enable_secret_extraction = true;
         Ok(Self(Arc::new(config)))
     }

@@ -1,10 +1,14 @@
 //! What is asked of sockets beyond reading and writing.
 
-use std::{io, net::TcpStream, os::fd::OwnedFd};
+use std::{
+    io,
+    net::TcpStream,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use nix::{
     libc,
-    sys::socket::{setsockopt, sockopt},
+    sys::socket::{MsgFlags, send, setsockopt, sockopt},
 };
 
 /// Takes over a TCP socket: it does not block, sends at once, and is reset when this process dies.
@@ -14,6 +18,12 @@ pub(crate) fn adopt(socket: OwnedFd) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     reset_on_close(&stream, true)?;
     Ok(stream)
+}
+
+/// Writes to a socket; `more` follows at once, so the kernel may wait for it before it sends.
+pub(crate) fn write(to: &TcpStream, bytes: &[u8], more: bool) -> io::Result<usize> {
+    let more = if more { MsgFlags::from_bits_retain(libc::MSG_MORE) } else { MsgFlags::empty() };
+    Ok(send(to.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | more)?)
 }
 
 /// Puts urgent bytes of the program into its stream: TLS has no urgent pointer to carry them apart.

@@ -1,10 +1,10 @@
 //! For the unit tests: a trust domain, and a handshake between two ends in memory.
 
-use std::sync::Arc;
+use std::{io::Read, sync::Arc};
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{
-    RootCertStore,
+    RootCertStore, ServerConnection,
     client::WebPkiServerVerifier,
     pki_types::{PrivateKeyDer, ServerName},
     server::WebPkiClientVerifier,
@@ -61,4 +61,27 @@ pub(crate) fn shake(mut client: Handshake, mut server: Handshake, piece: usize) 
         }
     }
     panic!("the handshake does not end");
+}
+
+/// A client of ours and a server of rustls's, which have shaken hands.
+pub(crate) fn with_rustls() -> (Finished, ServerConnection) {
+    let (client, server) = sides(false);
+    let mut ours = Handshake::client(&client, ServerName::try_from("localhost").unwrap()).unwrap();
+    ours.advance().unwrap();
+    let mut theirs = ServerConnection::new(server.config(false)).unwrap();
+    loop {
+        let flight = std::mem::take(&mut ours.outgoing);
+        theirs.read_tls(&mut flight.as_slice().take(1 << 16)).unwrap();
+        theirs.process_new_packets().unwrap();
+        if !theirs.is_handshaking() {
+            break;
+        }
+        let mut answer = Vec::new();
+        while theirs.wants_write() {
+            theirs.write_tls(&mut answer).unwrap();
+        }
+        ours.receive(&answer);
+        assert_eq!(ours.advance(), Ok(Progress::Done));
+    }
+    (ours.finish().unwrap(), theirs)
 }

@@ -55,7 +55,7 @@ pub(super) struct Front {
     /// Of the program's sockets: those that share the address.
     owners: Vec<u64>,
     /// Who serves there.
-    process: Vec<u8>,
+    process: Arc<[u8]>,
     /// The association that all who come there belong to.
     of: Option<u64>,
     /// Whether plain peers may come.
@@ -150,7 +150,7 @@ impl Associations {
                     places: steer::places(local, both),
                     local,
                     owners: Vec::new(),
-                    process: Vec::new(),
+                    process: Arc::default(),
                     of,
                     mixed,
                     listened: false,
@@ -174,7 +174,7 @@ impl Associations {
             front.owners.push(cookie);
             front.listened = false;
         }
-        (front.process, front.of, front.mixed) = (json.to_vec(), of, mixed);
+        (front.process, front.of, front.mixed) = (json.into(), of, mixed);
         for place in &front.places {
             self.steer.set(place, front.socket.as_fd(), filter)?;
         }

@@ -79,7 +79,7 @@ impl Associations {
         let flow = self.engine.handshake(wire, Role::Client { side, name });
         let id = flow.get();
         let mut one = Association::new(flow, direction, places, patience);
-        (one.bond, one.of, one.process) = (Some(bond), of, json.to_vec());
+        (one.bond, one.of, one.process) = (Some(bond), of, self.shared(json));
         self.insert(id, one);
         self.by_token.insert(at, id);
         Ok((id, places))

@@ -74,9 +74,14 @@ impl Associations {
             self.minted.retain(|_, one| now < i64::midpoint(one.validity.from, one.validity.until));
         }
         if self.minted.len() < MOST_MINTED {
-            self.minted.insert(json.to_vec(), made.clone());
+            self.minted.insert(json.into(), made.clone());
         }
         Ok(made)
+    }
+
+    /// How the broker names a process, once for all its flows.
+    pub(super) fn shared(&self, json: &[u8]) -> Arc<[u8]> {
+        self.minted.get_key_value(json).map_or_else(|| json.into(), |(there, _)| there.clone())
     }
 
     /// Ties an association to what it shows. Returns what it belongs to, and whether the peer is a member, too.

@@ -51,8 +51,9 @@ impl Association {
     /// Who the peer is, as a JSON object. `None`: it has shown nobody.
     pub(super) fn told(&self) -> Option<Vec<u8>> {
         let (bond, agreed) = (self.bond.as_ref()?, self.agreed.as_ref()?);
-        let Peer { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until } =
-            self.peer()?;
+        let Peer {
+            id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until, ..
+        } = self.peer()?;
         let told = Told {
             id: id.to_string(),
             names,

@@ -35,7 +35,9 @@ pub struct Peer {
     pub fingerprint: String,
     /// SHA-256 of its public key (SubjectPublicKeyInfo), in hexadecimal: the same for all of one session.
     pub key: String,
-    /// Last second of validity, of itself and of its issuer, since the Unix epoch.
+    /// First second of validity, of itself and of its issuer, since the Unix epoch.
+    pub from: i64,
+    /// Last second.
     pub until: i64,
 }
 
@@ -123,9 +125,11 @@ impl Peer {
         }
         let key = sha256(leaf.certificate.public_key().raw);
         let process: Option<ProcessFacts> = leaf.facts(&PROCESS_OID)?;
-        let until = leaf.certificate.validity().not_after.timestamp().min(issuing.until);
+        let validity = leaf.certificate.validity();
+        let from = validity.not_before.timestamp().max(issuing.from);
+        let until = validity.not_after.timestamp().min(issuing.until);
         let (serial, issuer_serial) = (leaf.serial.clone(), issuing.serial.clone());
-        Ok(Self { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, until })
+        Ok(Self { id, host, process, names, addresses, serial, issuer_serial, fingerprint, key, from, until })
     }
 }
 

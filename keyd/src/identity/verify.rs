@@ -82,12 +82,12 @@ pub enum Refusal {
 /// Whom a handshake has shown, or why not; empty if it showed nobody. Later ones of the same session must show
 /// the same certificate.
 #[derive(Clone, Debug, Default)]
-pub struct Seen(Arc<OnceLock<Result<Peer, Refusal>>>);
+pub struct Seen(Arc<OnceLock<Result<Arc<Peer>, Refusal>>>);
 
 impl Seen {
     /// The verdict, if there was one.
     #[must_use]
-    pub fn verdict(&self) -> Option<&Result<Peer, Refusal>> {
+    pub fn verdict(&self) -> Option<&Result<Arc<Peer>, Refusal>> {
         self.0.get()
     }
 }
@@ -95,19 +95,24 @@ impl Seen {
 /// Verifies peers, as rustls asks for it. Cheap to clone with another expectation.
 #[derive(Clone)]
 pub struct Verifier {
-    chains: Arc<Chains>,
-    subjects: Arc<[DistinguishedName]>,
-    domain: TrustDomain,
-    revoked: Arc<HashSet<String>>,
+    trust: Arc<Trust>,
     expected: Option<HostName>,
     seen: Option<Seen>,
+}
+
+/// Whom all verifiers of a host believe.
+struct Trust {
+    chains: Chains,
+    subjects: [DistinguishedName; 1],
+    domain: TrustDomain,
+    revoked: HashSet<String>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl fmt::Debug for Verifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Verifier")
-            .field("domain", &self.domain)
+            .field("domain", &self.trust.domain)
             .field("expected", &self.expected)
             .finish_non_exhaustive()
     }
@@ -118,16 +123,14 @@ impl Verifier {
     pub fn new(root: &CertificateDer<'_>, members: &Members) -> Result<Self, IdentityError> {
         let algorithms = portcullis_relay::provider().signature_verification_algorithms;
         let chains = Chains::new(root, algorithms)?;
-        let subjects = [DistinguishedName::in_sequence(chains.root().subject.as_ref())].into();
-        Ok(Self {
-            chains: Arc::new(chains),
-            subjects,
+        let trust = Trust {
+            subjects: [DistinguishedName::in_sequence(chains.root().subject.as_ref())],
+            chains,
             domain: members.domain.clone(),
-            revoked: Arc::new(members.revoked.iter().map(|one| one.serial.clone()).collect()),
-            expected: None,
-            seen: None,
+            revoked: members.revoked.iter().map(|one| one.serial.clone()).collect(),
             algorithms,
-        })
+        };
+        Ok(Self { trust: Arc::new(trust), expected: None, seen: None })
     }
 
     /// The same, for a peer whose address is this member's.
@@ -163,27 +166,26 @@ impl Verifier {
         result
     }
 
-    /// Verifies a chain at a time. Pure.
+    /// Verifies a chain at a time. What was verified before of the same certificates is not computed again.
     pub fn check(
         &self,
         leaf: &CertificateDer<'_>,
         others: &[CertificateDer<'_>],
         as_server: bool,
         now: UnixTime,
-    ) -> Result<Peer, Refusal> {
-        let issuing = self.chains.verify(leaf, others, as_server, now)?;
-        let peer = Peer::from(leaf, &issuing)?;
-        if peer.id.domain != self.domain {
-            return Err(Refusal::OtherDomain(peer.id.domain));
+    ) -> Result<Arc<Peer>, Refusal> {
+        let peer = self.trust.chains.verify(leaf, others, as_server, now)?;
+        if peer.id.domain != self.trust.domain {
+            return Err(Refusal::OtherDomain(peer.id.domain.clone()));
         }
         for serial in [&peer.serial, &peer.issuer_serial] {
-            if self.revoked.contains(serial) {
-                return Err(Refusal::Revoked { serial: serial.clone(), host: peer.id.host });
+            if self.trust.revoked.contains(serial) {
+                return Err(Refusal::Revoked { serial: serial.clone(), host: peer.id.host.clone() });
             }
         }
         match &self.expected {
             Some(owner) if *owner != peer.id.host => {
-                Err(Refusal::OtherMember { owner: owner.clone(), shown: peer.id.host })
+                Err(Refusal::OtherMember { owner: owner.clone(), shown: peer.id.host.clone() })
             }
             _ => Ok(peer),
         }
@@ -240,17 +242,17 @@ impl ServerCertVerifier for Verifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, leaf, signed, &self.algorithms)
+        verify_tls13_signature(message, leaf, signed, &self.trust.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.trust.algorithms.supported_schemes()
     }
 }
 
 impl ClientCertVerifier for Verifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &self.subjects
+        &self.trust.subjects
     }
 
     fn verify_client_cert(
@@ -277,10 +279,10 @@ impl ClientCertVerifier for Verifier {
         leaf: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, leaf, signed, &self.algorithms)
+        verify_tls13_signature(message, leaf, signed, &self.trust.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.trust.algorithms.supported_schemes()
     }
 }

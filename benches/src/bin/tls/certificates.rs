@@ -1,8 +1,9 @@
-//! One trust domain with two hosts, as `portcullis ca` makes it; every system uses the files of the first.
+//! One trust domain with two hosts, as `portcullis ca` makes it; every system uses the files of the far one.
 
 use std::{
     fs,
     net::Ipv4Addr,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -20,32 +21,38 @@ pub(crate) const FAR: Ipv4Addr = Ipv4Addr::new(10, 76, 0, 2);
 /// The name in the leaf, which every client side demands.
 pub(crate) const NAME: &str = "h1.example.com";
 
-/// Writes `ca.pem`, `chain.pem`, `key.pem`, and `both.pem` (chain and key), and what keyd needs.
+/// Writes `ca.pem`, `chain.pem`, `key.pem`, and `both.pem` (chain and key), and the state folders of two hosts.
 pub(crate) fn write(folder: &Path) -> Outcome<()> {
+    // Daemons that give up root go on reading what is in it.
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs().cast_signed();
     let mut authority = Authority::init(&folder.join("authority"), "example.com".parse()?, now)?;
     let at = |address: Ipv4Addr| Enrolment { addresses: vec![address.into()], ..Enrolment::default() };
-    authority.enrol(&NAME.parse()?, &at(FAR), folder, now)?;
-    let near = near(folder);
+    let (near, far) = (near(folder), far(folder));
+    authority.enrol(&NAME.parse()?, &at(FAR), &far, now)?;
     authority.enrol(&"h2.example.com".parse()?, &at(Far::NEAR), &near, now)?;
-    authority.publish(folder)?;
-    let (chain, key) =
-        (fs::read_to_string(folder.join("host.crt"))?, fs::read_to_string(folder.join("host.key"))?);
-    fs::copy(folder.join("ca.crt"), folder.join("ca.pem"))?;
+    authority.publish(&far)?;
+    let (chain, key) = (fs::read_to_string(far.join("host.crt"))?, fs::read_to_string(far.join("host.key"))?);
+    fs::copy(far.join("ca.crt"), folder.join("ca.pem"))?;
     fs::write(folder.join("both.pem"), format!("{chain}{key}"))?;
     fs::write(folder.join("chain.pem"), chain)?;
     fs::write(folder.join("key.pem"), key)?;
     Ok(())
 }
 
-/// The folder of the host that opens.
+/// State folder of the host that opens.
 pub(crate) fn near(folder: &Path) -> PathBuf {
     folder.join("near")
 }
 
+/// State folder of the host that accepts.
+pub(crate) fn far(folder: &Path) -> PathBuf {
+    folder.join("far")
+}
+
 /// What keyd believes and shows.
 fn parts(folder: &Path) -> Outcome<(Arc<portcullis_keyd::identity::Verifier>, Arc<SingleCertAndKey>)> {
-    let host = Host::load(folder)?;
+    let host = Host::load(&far(folder))?;
     Ok((Arc::new(host.verifier()?), Arc::new(SingleCertAndKey::from(host.shown()))))
 }
 

@@ -1,13 +1,17 @@
-//! The relay engine by itself, and the real key daemons: a pair of each against stunnel, HAProxy and nginx in the same
-//! role. Same certificates, same link between two network namespaces, same run, interleaved. `keyd` has what the others
-//! lack: a certificate made for each association at both ends, and a broker's word for it.
+//! Lane tls beside nginx, HAProxy and stunnel in the same role: same certificates, same client and server, same link
+//! between two network namespaces, same run, interleaved.
 //!
-//! `tls [stream|connections|related|pingpong|idle|busy]...`, all but `busy` by default. `TLS_ROUNDS` sets how often
-//! each is measured (5), `TLS_ONLY` names the systems, as `portcullis,nginx`. `related` is a data connection of a
-//! session against a new association, both ours.
+//! `portcullis` is all of it: client and server run unchanged under `portcullis run`, with shim, guard, a policy of a
+//! thousand rules, a verdict for each call, its record, and process certificates. `relay` is a pair of its relay engine
+//! alone, in the role of the others.
+//!
+//! `tls [stream|connections|related|pingpong|idle|busy]...`, all by default. `TLS_ROUNDS` sets how often each is measured
+//! (5), `TLS_ONLY` names the systems, as `portcullis,nginx`. `cpu` is what a system's own processes use, `cpu with ends`
+//! that and client and server, the shim in them included. `control` is a new association of a service with related
+//! connections, for which both ends make a certificate of its own; `related` is a data connection of one. `idle` is
+//! anonymous memory of both sides, brokers and supervisors included; `idle keyd` of key daemons alone.
 
 mod certificates;
-mod keyd;
 mod load;
 mod process;
 mod relay;
@@ -18,10 +22,16 @@ use std::{
     error::Error,
     io::{self, Write},
     path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
 };
 
-use load::{Backends, Server};
-use systems::{Running, SYSTEMS};
+use load::Server;
+use portcullis_benches::{
+    median,
+    net::{Far, records},
+};
+use systems::{PORTCULLIS, RELAY_RELATED, Running, SYSTEMS};
 
 pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -29,48 +39,92 @@ pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 const BUSY: usize = 1000;
 const IDLE: usize = 10_000;
 
-/// The relay engine by itself, and in the key daemon.
-const OURS: [&str; 2] = ["portcullis", "keyd"];
+const RELAY: &str = "relay";
+const NGINX: &str = "nginx";
+const PEERS: [&str; 3] = [NGINX, "haproxy", "stunnel"];
 
-/// One number per system and round.
+/// Numbers per measure and system, one of each round.
 #[derive(Default)]
 struct Table(BTreeMap<(&'static str, &'static str), Vec<f64>>);
 
-/// What is measured: name, unit, and whether more is better.
-const MEASURES: [(&str, &str, bool); 10] = [
-    ("stream", "MB/s", true),
-    ("stream cpu", "s/GiB", false),
-    ("connections", "1/s", true),
-    ("connection cpu", "us", false),
-    ("related", "1/s", true),
-    ("related cpu", "us", false),
-    ("pingpong", "us", false),
-    ("pingpong cpu", "us", false),
-    ("idle", "KiB", false),
-    ("busy slowest", "ms", false),
+/// What is measured, and its unit.
+const MEASURES: [(&str, &str); 20] = [
+    ("stream", "MB/s"),
+    ("stream cpu", "s/GiB"),
+    ("stream cpu with ends", "s/GiB"),
+    ("connections", "1/s"),
+    ("connection cpu", "us"),
+    ("connection cpu with ends", "us"),
+    ("control", "1/s"),
+    ("control cpu", "us"),
+    ("control cpu with ends", "us"),
+    ("related", "1/s"),
+    ("related cpu", "us"),
+    ("related cpu with ends", "us"),
+    ("pingpong", "us"),
+    ("pingpong cpu", "us"),
+    ("pingpong cpu with ends", "us"),
+    ("idle", "KiB"),
+    ("idle keyd", "KiB"),
+    ("busy, idle beside it", ""),
+    ("busy slowest", "ms"),
+    ("busy cpu", "ms"),
 ];
 
-fn main() -> Outcome<()> {
+/// What is to be compared with.
+enum Against {
+    Nginx,
+    BestPeer,
+    /// Another measure of the same system.
+    Own(&'static str),
+    Number,
+}
+
+/// What is aimed at: a measure, against what, at least (or at most) so much of it.
+const GOALS: [(&str, Against, bool, f64); 8] = [
+    ("stream", Against::Nginx, true, 1.4),
+    ("stream cpu", Against::Nginx, false, 0.65),
+    ("connections", Against::BestPeer, true, 2.2),
+    ("control", Against::BestPeer, true, 2.2),
+    ("related cpu", Against::Own("control cpu"), false, 0.6),
+    ("pingpong", Against::Nginx, false, 1.0),
+    ("idle", Against::Number, false, 12.0),
+    ("busy slowest", Against::Nginx, false, 1.0),
+];
+
+fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words.as_slice() {
-        ["relay", role, listen, target, folder] => relay::serve(role, listen, target, Path::new(folder)),
-        ["keyd", folder] => keyd::serve(Path::new(folder)),
+    let done = match words.as_slice() {
+        ["relay", role, listen, target, folder] => {
+            relay::serve(role, listen, target, Path::new(folder)).map(|()| true)
+        }
+        ["serve", what, at] => load::serve(what, at).map(|()| true),
+        ["load", to] => load::obey(to).map(|()| true),
         words => measure(words),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            say(&format!("tls: {error}"));
+            ExitCode::from(2)
+        }
     }
 }
 
-fn measure(words: &[&str]) -> Outcome<()> {
+fn measure(words: &[&str]) -> Outcome<bool> {
     let rounds = std::env::var("TLS_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(5);
     let only = std::env::var("TLS_ONLY").unwrap_or_default();
-    let wanted = |name: &str| match words {
-        [] | ["all"] => name != "busy",
-        words => words.contains(&name),
-    };
+    let wanted = |name: &str| words.is_empty() || words.contains(&name);
+    // Two descriptors each, in every process.
+    let room = load::raise_limit()? / 2;
     let folder = tempfile::tempdir()?;
     certificates::write(folder.path())?;
-    let backends = Backends::start()?;
-    let mut table = Table::default();
+    systems::write_policy(folder.path())?;
+    let far = Far::new("tls")?;
+    let idle = room.saturating_sub(BUSY + 100).min(IDLE);
+    let mut bench = Bench { folder: folder.path(), far: &far, table: Table::default(), calls: 0, idle };
     let names: Vec<&'static str> = SYSTEMS
         .iter()
         .copied()
@@ -81,97 +135,190 @@ fn measure(words: &[&str]) -> Outcome<()> {
         for at in 0..names.len() {
             let Some(name) = names.get((at + round) % names.len()).copied() else { continue };
             say(&format!("round {} of {rounds}: {name}", round + 1));
-            one(name, folder.path(), &backends, &wanted, &mut table)
-                .inspect_err(|_| systems::show_logs(name, folder.path()))?;
+            bench.one(name, &wanted).inspect_err(|_| systems::show_logs(name, folder.path()))?;
         }
     }
-    table.print(&names)
+    let on_record = !names.contains(&PORTCULLIS) || bench.is_on_record()?;
+    Ok(bench.table.print(&names)? & on_record)
 }
 
-fn one(
-    name: &'static str,
-    folder: &Path,
-    backends: &Backends,
-    wanted: &dyn Fn(&str) -> bool,
-    table: &mut Table,
-) -> Outcome<()> {
-    let mut note = |what: &'static str, value: f64| table.0.entry((what, name)).or_default().push(value);
-    if wanted("stream") {
-        let pair = Running::start(name, folder, backends, Server::Sink)?;
-        load::stream(&pair.entry, 64 << 20)?;
-        let before = pair.cpu()?;
-        let (bytes, seconds) = load::stream(&pair.entry, 1 << 30)?;
-        note("stream", bytes / seconds / 1e6);
-        note("stream cpu", (pair.cpu()? - before) / (bytes / f64::from(1 << 30)));
+struct Bench<'a> {
+    folder: &'a Path,
+    far: &'a Far,
+    table: Table,
+    /// What wrapped clients have opened.
+    calls: usize,
+    /// How many may be idle at once.
+    idle: usize,
+}
+
+impl Bench<'_> {
+    fn start(&self, name: &str, server: Server, control: bool) -> Outcome<Running> {
+        Running::start(name, self.folder, self.far, server, control)
     }
-    if wanted("connections") {
-        let pair = Running::start(name, folder, backends, Server::Echo)?;
-        load::connections(&pair.entry, 0.2)?;
-        let before = pair.cpu()?;
-        let (count, seconds) = load::connections(&pair.entry, 2.0)?;
-        note("connections", count / seconds);
-        note("connection cpu", (pair.cpu()? - before) / count * 1e6);
+
+    /// Ends a system, and counts what was opened through it.
+    fn end(&mut self, name: &str, mut running: Running) -> Outcome<()> {
+        let [opened] = running.client.ask("drop")?;
+        // What is over is told by the far end, too.
+        std::thread::sleep(Duration::from_millis(100));
+        if name == PORTCULLIS {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
+            let opened = opened as usize;
+            self.calls += opened;
+        }
+        Ok(())
     }
-    let related = match name {
-        "portcullis" => Some(systems::RELATED),
-        "keyd" => Some(systems::KEYD_RELATED),
-        _ => None,
-    };
-    if let Some(related) = related.filter(|_| wanted("related")) {
-        let pair = Running::start(related, folder, backends, Server::Echo)?;
-        load::connections(&pair.entry, 0.2)?;
-        let before = pair.cpu()?;
-        let (count, seconds) = load::connections(&pair.entry, 2.0)?;
-        note("related", count / seconds);
-        note("related cpu", (pair.cpu()? - before) / count * 1e6);
+
+    /// Has the client do something, and notes what processors did meanwhile, `per` of it.
+    fn timed<const N: usize>(
+        &mut self,
+        (measure, cpu, with_ends): (&'static str, &'static str, &'static str),
+        name: &'static str,
+        running: &mut Running,
+        what: &str,
+        result: impl FnOnce([f64; N]) -> (f64, f64),
+    ) -> Outcome<()> {
+        let before = running.cpu()?;
+        let said = running.client.ask(what)?;
+        let after = running.cpu()?;
+        let (value, per) = result(said);
+        self.table.note(measure, name, value);
+        self.table.note(cpu, name, (after.0 - before.0) / per);
+        self.table.note(with_ends, name, (after.1 - before.1) / per);
+        Ok(())
     }
-    if wanted("pingpong") {
-        let pair = Running::start(name, folder, backends, Server::Echo)?;
-        load::pingpong(&pair.entry, 500)?;
-        let before = pair.cpu()?;
-        note("pingpong", load::pingpong(&pair.entry, 20_000)?);
-        note("pingpong cpu", (pair.cpu()? - before) / 20_000.0 * 1e6);
+
+    fn one(&mut self, name: &'static str, wanted: &dyn Fn(&str) -> bool) -> Outcome<()> {
+        if wanted("stream") {
+            let mut pair = self.start(name, Server::Sink, false)?;
+            pair.client.ask::<1>(&format!("stream {}", 64 << 20))?;
+            let measures = ("stream", "stream cpu", "stream cpu with ends");
+            self.timed(measures, name, &mut pair, &format!("stream {}", 1 << 30), |[rate]| (rate, 1.0))?;
+            self.end(name, pair)?;
+        }
+        let per_micro = |[count, seconds]: [f64; 2]| (count / seconds, count / 1e6);
+        if wanted("connections") {
+            let mut pair = self.start(name, Server::Echo, false)?;
+            pair.client.ask::<2>("connections 0.3")?;
+            let measures = ("connections", "connection cpu", "connection cpu with ends");
+            self.timed(measures, name, &mut pair, "connections 2", per_micro)?;
+            self.end(name, pair)?;
+        }
+        if wanted("related") && !PEERS.contains(&name) {
+            let mut pair = self.start(name, Server::Echo, true)?;
+            pair.client.ask::<2>("connections 0.3")?;
+            let measures = ("control", "control cpu", "control cpu with ends");
+            self.timed(measures, name, &mut pair, "connections 2", per_micro)?;
+            self.end(name, pair)?;
+            let (system, server, opens) = match name {
+                RELAY => (RELAY_RELATED, Server::Echo, "connections"),
+                _ => (name, Server::Data, "related"),
+            };
+            let mut pair = self.start(system, server, true)?;
+            pair.client.ask::<2>(&format!("{opens} 0.3"))?;
+            let measures = ("related", "related cpu", "related cpu with ends");
+            self.timed(measures, name, &mut pair, &format!("{opens} 2"), per_micro)?;
+            self.end(name, pair)?;
+        }
+        if wanted("pingpong") {
+            let mut pair = self.start(name, Server::Echo, false)?;
+            pair.client.ask::<1>("pingpong 500")?;
+            let measures = ("pingpong", "pingpong cpu", "pingpong cpu with ends");
+            self.timed(measures, name, &mut pair, "pingpong 20000", |[median]| (median, 0.02))?;
+            self.end(name, pair)?;
+        }
+        if wanted("idle") {
+            let mut pair = self.start(name, Server::Echo, false)?;
+            pair.client.ask::<1>("idle 50")?;
+            let before = pair.memory()?;
+            pair.client.ask::<1>("idle 1000")?;
+            let after = pair.memory()?;
+            self.table.note("idle", name, (after.0 - before.0) / 1000.0);
+            if name == PORTCULLIS {
+                self.table.note("idle keyd", name, (after.1 - before.1) / 1000.0);
+            }
+            self.end(name, pair)?;
+        }
+        if wanted("busy") {
+            let mut pair = self.start(name, Server::Echo, false)?;
+            let [idle] = pair.client.ask(&format!("idle {}", self.idle))?;
+            self.table.note("busy, idle beside it", name, idle);
+            let before = pair.cpu()?;
+            let [slowest] = pair.client.ask(&format!("busy {BUSY}"))?;
+            self.table.note("busy slowest", name, slowest);
+            self.table.note("busy cpu", name, (pair.cpu()?.0 - before.0) * 1e3);
+            self.end(name, pair)?;
+        }
+        Ok(())
     }
-    if wanted("idle") {
-        let pair = Running::start(name, folder, backends, Server::Echo)?;
-        let _warm = load::idle(&pair.entry, 50)?;
-        let before = pair.memory()?;
-        let held = load::idle(&pair.entry, 1000)?;
-        note("idle", (pair.memory()? - before) / 1000.0);
-        drop(held);
+
+    /// Whether each call is on record at both ends, from its beginning to its end, and once.
+    fn is_on_record(&self) -> Outcome<bool> {
+        let (near, far) = (certificates::near(self.folder), certificates::far(self.folder));
+        let wanted = [
+            ("connects, protected", &near, ["\"op\":\"connect\"", "\"verdict\":\"protect\""]),
+            ("admitted", &near, ["\"op\":\"admit\"", "\"verdict\":\"permit\""]),
+            ("closed", &near, ["\"op\":\"close\"", "\"lane\":\"tls\""]),
+            ("accepts", &far, ["\"op\":\"accept\"", "\"verdict\":\"permit\""]),
+            ("closed there", &far, ["\"op\":\"close\"", "\"lane\":\"tls\""]),
+        ];
+        let until = Instant::now() + Duration::from_secs(5);
+        let count = || wanted.each_ref().map(|(_, state, needles)| records(state, needles));
+        let mut found = count();
+        while found.iter().any(|n| *n < self.calls) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(100));
+            found = count();
+        }
+        let mut out = io::stdout().lock();
+        for ((name, ..), found) in wanted.iter().zip(found) {
+            writeln!(out, "{} calls, {found} records: {name}: {}", self.calls, word(found == self.calls))?;
+        }
+        Ok(found.iter().all(|n| *n == self.calls))
     }
-    if wanted("busy") {
-        let pair = Running::start(name, folder, backends, Server::Echo)?;
-        // Two descriptors each, in every process.
-        let room = load::descriptors()? / 2;
-        let idle = load::idle(&pair.entry, room.saturating_sub(BUSY + 100).min(IDLE))?;
-        say(&format!("{name}: {} idle", idle.len()));
-        note("busy slowest", load::busy(&pair.entry, BUSY)?);
-        drop(idle);
-    }
-    Ok(())
+}
+
+const fn word(good: bool) -> &'static str {
+    if good { "good" } else { "NOT REACHED" }
 }
 
 impl Table {
-    fn median(&self, what: &'static str, name: &'static str) -> Option<f64> {
-        let mut values = self.0.get(&(what, name))?.clone();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+    fn note(&mut self, measure: &'static str, name: &'static str, value: f64) {
+        self.0.entry((measure, name)).or_default().push(value);
     }
 
-    fn print(&self, names: &[&'static str]) -> Outcome<()> {
+    fn median(&self, measure: &'static str, name: &'static str) -> Option<f64> {
+        self.0.get(&(measure, name)).cloned().map(median)
+    }
+
+    /// What a goal of one system is compared with.
+    fn against(&self, measure: &'static str, name: &'static str, what: &Against, most: bool) -> Option<f64> {
+        match what {
+            Against::Nginx => self.median(measure, NGINX),
+            // Others have no certificate of a process, and nothing related: a connection is a connection.
+            Against::BestPeer => {
+                let peers = PEERS.iter().filter_map(|peer| self.median("connections", peer));
+                peers.reduce(if most { f64::max } else { f64::min })
+            }
+            Against::Own(other) => self.median(other, name),
+            Against::Number => Some(1.0),
+        }
+    }
+
+    /// Whether all goals were reached.
+    fn print(&self, names: &[&'static str]) -> Outcome<bool> {
         let mut out = io::stdout().lock();
-        write!(out, "\n{:22}", "median")?;
+        write!(out, "\n{:32}", "median")?;
         for name in names {
             write!(out, "{name:>12}")?;
         }
-        writeln!(out, "   portcullis : nginx, : best, keyd : nginx, : best")?;
-        for (what, unit, more_is_better) in MEASURES {
-            let values: Vec<Option<f64>> = names.iter().map(|name| self.median(what, name)).collect();
+        writeln!(out)?;
+        for (measure, unit) in MEASURES {
+            let values: Vec<Option<f64>> = names.iter().map(|name| self.median(measure, name)).collect();
             if values.iter().all(Option::is_none) {
                 continue;
             }
-            write!(out, "{:22}", format!("{what}, {unit}"))?;
+            write!(out, "{:32}", format!("{measure}, {unit}"))?;
             for value in &values {
                 match value {
                     Some(value) if *value < 10.0 => write!(out, "{value:>12.2}")?,
@@ -179,31 +326,35 @@ impl Table {
                     None => write!(out, "{:>12}", "-")?,
                 }
             }
-            let others = names.iter().filter(|name| !OURS.contains(name));
-            let others = others.filter_map(|name| self.median(what, name));
-            let best = others.reduce(if more_is_better { f64::max } else { f64::min });
-            let pairs =
-                OURS.into_iter().flat_map(|one| [self.median(what, "nginx"), best].map(|it| (one, it)));
-            for (one, against) in pairs {
-                match (self.median(what, one), against) {
-                    (Some(ours), Some(against)) => write!(out, "   {:6.2}", ours / against)?,
-                    _ => write!(out, "        -")?,
-                }
-            }
             writeln!(out)?;
         }
-        for name in OURS {
-            let (related, new) = (self.median("related cpu", name), self.median("connection cpu", name));
-            if let Some((related, new)) = related.zip(new) {
-                writeln!(
-                    out,
-                    "{name}: a related connection costs {:.2} of a new association",
-                    related / new
-                )?;
+        let mut all = true;
+        for (measure, what, at_least, goal) in &GOALS {
+            for name in [PORTCULLIS, RELAY] {
+                let against = self.against(measure, name, what, *at_least);
+                let Some((ours, against)) = self.median(measure, name).zip(against) else { continue };
+                let ratio = ours / against;
+                let good = if *at_least { ratio >= *goal } else { ratio <= *goal };
+                let of = match what {
+                    Against::Nginx => " of nginx",
+                    Against::BestPeer => " of the best peer",
+                    Against::Own(other) => &format!(" of {other}"),
+                    Against::Number => "",
+                };
+                let bound = if *at_least { "least" } else { "most" };
+                writeln!(out, "{name}: {measure}, {ratio:.2}{of} (at {bound} {goal}): {}", word(good))?;
+                all &= good;
             }
         }
-        Ok(())
+        Ok(all)
     }
+}
+
+/// Tells the bench, from a process of its own.
+pub(crate) fn answer(text: &str) -> Outcome<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    Ok(out.flush()?)
 }
 
 pub(crate) fn say(text: &str) {

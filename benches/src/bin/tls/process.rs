@@ -1,6 +1,6 @@
 //! What a process and its children have used, from procfs.
 
-use std::{fs, io};
+use std::{ffi::OsStr, fs, io, os::unix::ffi::OsStrExt, path::Path};
 
 /// Clock ticks per second in procfs (USER_HZ, 100 on every architecture that Rust and Linux share but alpha).
 const TICKS: f64 = 100.0;
@@ -16,6 +16,21 @@ pub(crate) fn family(pid: u32) -> Vec<u32> {
             found.extend(children.split_whitespace().filter_map(|word| word.parse::<u32>().ok()));
         }
         at += 1;
+    }
+    found
+}
+
+/// What a supervisor keeps for a state folder, itself included, and whether each is a key daemon.
+pub(crate) fn of_state(state: &Path) -> Vec<(u32, bool)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        let (program, part) = (words.next(), words.next());
+        if program == Some(b"portcullis") && words.any(|word| Path::new(OsStr::from_bytes(word)) == state) {
+            let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            found.extend(pid.map(|pid: u32| (pid, part == Some(b"keyd"))));
+        }
     }
     found
 }

@@ -1,4 +1,4 @@
-//! One side of our pair, in a process of its own: the engine and the least of an owner.
+//! The relay engine by itself, one side of a pair in a process of its own: the engine and the least of an owner.
 
 use std::{
     collections::HashMap,

@@ -1,53 +1,104 @@
-//! The systems in the same role: a client side, and at the far end of a link a server side, each a process of its own.
+//! The systems in the same role: between a client here and a server at the far end of a link, each a process of its own.
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
-    path::Path,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use portcullis_benches::net::{Far, beside};
+
 use crate::{
     Outcome,
     certificates::{self, FAR, NAME},
-    keyd::Broker,
-    load::{self, Backends, Entry, Server},
+    load::{self, Program, Server},
     process, say,
 };
 
-pub(crate) const SYSTEMS: [&str; 5] = ["portcullis", "keyd", "nginx", "haproxy", "stunnel"];
+pub(crate) const SYSTEMS: [&str; 5] = [PORTCULLIS, "relay", "nginx", "haproxy", "stunnel"];
 
-/// The real key daemons, a certificate for each association and a broker's word included.
-const KEYD: &str = "keyd";
-/// The same, data connections of one control association.
-pub(crate) const KEYD_RELATED: &str = "keyd, related";
-/// Ours, as between the two ends of one session: each handshake resumes the one before.
-pub(crate) const RELATED: &str = "portcullis, related";
+/// All of it: a wrapped client and a wrapped server, brokers that judge and put on record, key daemons.
+pub(crate) const PORTCULLIS: &str = "portcullis";
+/// The relay engine by itself, as between the two ends of one session: each handshake resumes the one before.
+pub(crate) const RELAY_RELATED: &str = "relay, related";
 
-/// A pair that is up; dropping it ends it.
+/// Where wrapped servers are.
+const ORDINARY: u16 = 7100;
+/// The same, of a service with related connections.
+const CONTROL: u16 = 7200;
+/// Where other systems' server sides are, and the servers behind them.
+const MIDDLE: u16 = 7300;
+const BEHIND: u16 = 7400;
+/// Rules in force at both ends, beside those that decide.
+const RULES: usize = 1000;
+
+/// A system that is up, between its client and its server; dropping it ends all.
 pub(crate) struct Running {
+    /// The two sides, where they are ours to start.
     sides: Vec<Child>,
-    /// Where connections enter.
-    pub(crate) entry: Entry,
-    /// What they belong to.
-    control: Option<TcpStream>,
+    /// State folders, where a supervisor starts them.
+    states: Vec<PathBuf>,
+    pub(crate) client: Program,
+    server: Program,
+}
+
+/// Writes the policy that is in force at both ends.
+pub(crate) fn write_policy(folder: &Path) -> Outcome<()> {
+    let mut text = format!(
+        "service ordinary = tcp/{ORDINARY};\nservice control = tcp/{CONTROL}, related;\n\
+         inside = x509{{name=\"*.example.com\"}};\nprogram = process{{exe=\"/**/tls\"}};\n\
+         allow ordinary(inside & program, inside & program);\nallow control(inside & program, inside & program);\n"
+    );
+    for n in 0..RULES {
+        let (high, low) = (n / 256, n % 256);
+        text.push_str(&format!("allow https(*, IPv4{{172.{}.{low}.0/24}});\n", 16 + high));
+    }
+    Ok(fs::write(folder.join("bench.pol"), text)?)
 }
 
 impl Running {
-    /// Starts both sides of `name` in front of a server.
-    pub(crate) fn start(name: &str, folder: &Path, backends: &Backends, server: Server) -> Outcome<Self> {
-        if name == KEYD || name == KEYD_RELATED {
-            return Self::start_keyd(folder, backends, server, name == KEYD_RELATED);
+    /// Starts `name` between a client and a server. `control`: of a service with related connections.
+    pub(crate) fn start(
+        name: &str,
+        folder: &Path,
+        far: &Far,
+        server: Server,
+        control: bool,
+    ) -> Outcome<Self> {
+        let me = std::env::current_exe()?;
+        let serve = |command: &mut Command, at: SocketAddr| {
+            command.arg("serve").arg(server.to_string()).arg(at.to_string());
+        };
+        if name == PORTCULLIS {
+            let to = SocketAddr::from((FAR, if control { CONTROL } else { ORDINARY }));
+            let states = [certificates::far(folder), certificates::near(folder)];
+            let [mut serves, mut opens] = states.each_ref().map(|state| wrapped(state, folder, &me));
+            serve(&mut serves, to);
+            let mut server = Program::start(far.carry(&serves))?;
+            server.hear()?;
+            opens.arg("load").arg(to.to_string());
+            let client = Program::start(opens)?;
+            let mut running = Self { sides: Vec::new(), states: states.into(), client, server };
+            // It runs, so its broker serves.
+            running.client.ask::<1>("hello")?;
+            return Ok(running);
         }
-        let backend = backends.serve(server, Ipv4Addr::LOCALHOST)?.local_addr()?;
-        let (entry, middle) = (free(Ipv4Addr::LOCALHOST)?, backends.at_far(|| free(FAR))?);
-        let mut running = Self { sides: Vec::new(), entry: Entry::Plain(entry), control: None };
-        for (role, listen, target) in [("server", middle, backend), ("client", entry, middle)] {
+        let (middle, behind) = ((FAR, MIDDLE).into(), SocketAddr::from((Ipv4Addr::LOCALHOST, BEHIND)));
+        let mut serves = far.command(&me);
+        serve(&mut serves, behind);
+        let mut server = Program::start(serves)?;
+        server.hear()?;
+        let entry = load::free(Ipv4Addr::LOCALHOST)?;
+        let mut opens = Command::new(&me);
+        opens.arg("load").arg(entry.to_string());
+        let client = Program::start(opens)?;
+        let mut running = Self { sides: Vec::new(), states: Vec::new(), client, server };
+        for (role, listen, target) in [("server", middle, behind), ("client", entry, middle)] {
             let mut command = command(name, role, listen, target, folder)?;
             if role == "server" {
-                command = backends.far.carry(&command);
+                command = far.carry(&command);
             }
             let log = fs::File::create(folder.join(format!("{name}-{role}.log")))?;
             command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -57,56 +108,54 @@ impl Running {
         Ok(running)
     }
 
-    /// The daemons themselves: the program at each end has no more to do with them than a wrapped one has.
-    fn start_keyd(folder: &Path, backends: &Backends, server: Server, related: bool) -> Outcome<Self> {
-        let me = std::env::current_exe()?;
-        let listener = backends.serve(server, FAR)?;
-        let entry = Entry::Plain(listener.local_addr()?);
-        let mut running = Self { sides: Vec::new(), entry, control: None };
-        let (far, protects) = Broker::start(backends.far.command(&me), folder)?;
-        running.sides.push(far);
-        protects.protect(&listener, None)?;
-        let (near, opens) = Broker::start(Command::new(&me), &certificates::near(folder))?;
-        running.sides.push(near);
-        running.entry = Entry::Keyd(opens.clone(), listener.local_addr()?, None);
-        if related {
-            let mut control = load::open(&running.entry)?;
-            control.write_all(b"x")?;
-            control.read_exact(&mut [0])?;
-            let data = backends.serve(server, FAR)?;
-            protects.protect(&data, Some(protects.admitted()))?;
-            running.entry = Entry::Keyd(opens.clone(), data.local_addr()?, Some(opens.admitted()));
-            running.control = Some(control);
-        }
-        Ok(running)
+    /// The processes of both sides, and whether they are key daemons.
+    fn family(&self) -> Vec<(u32, bool)> {
+        let started = self.sides.iter().flat_map(|side| process::family(side.id())).map(|pid| (pid, false));
+        started.chain(self.states.iter().flat_map(|state| process::of_state(state))).collect()
     }
 
-    fn family(&self) -> Vec<u32> {
-        self.sides.iter().flat_map(|side| process::family(side.id())).collect()
+    /// Seconds of processor time: of both sides, and with client and server.
+    pub(crate) fn cpu(&self) -> Outcome<(f64, f64)> {
+        let mut sides = 0.0;
+        for (pid, _) in self.family() {
+            sides += process::cpu(pid)?;
+        }
+        Ok((sides, sides + process::cpu(self.client.pid())? + process::cpu(self.server.pid())?))
     }
 
-    /// Seconds of processor time, both sides.
-    pub(crate) fn cpu(&self) -> Outcome<f64> {
-        let mut total = 0.0;
-        for pid in self.family() {
-            total += process::cpu(pid)?;
+    /// KiB of anonymous memory: of both sides, and of their key daemons.
+    pub(crate) fn memory(&self) -> Outcome<(f64, f64)> {
+        let (mut all, mut keyd) = (0.0, 0.0);
+        for (pid, is_keyd) in self.family() {
+            let here = process::memory(pid)?;
+            all += here;
+            keyd += if is_keyd { here } else { 0.0 };
         }
-        Ok(total)
+        Ok((all, keyd))
     }
 
-    /// KiB of anonymous memory, both sides.
-    pub(crate) fn memory(&self) -> Outcome<f64> {
-        let mut total = 0.0;
-        for pid in self.family() {
-            total += process::memory(pid)?;
+    /// Processes that a supervisor keeps end with the last wrapped program.
+    fn wait_for_supervisors(&self) {
+        let until = Instant::now() + Duration::from_secs(5);
+        while self.states.iter().any(|state| !process::of_state(state).is_empty()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
         }
-        Ok(total)
     }
+}
+
+/// `portcullis run` of this program.
+fn wrapped(state: &Path, folder: &Path, me: &Path) -> Command {
+    let mut command = Command::new(beside("portcullis"));
+    command.arg("run").arg("--state").arg(state).arg("--policy").arg(folder.join("bench.pol"));
+    command.arg("--").arg(me);
+    command
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        drop(self.control.take());
+        self.client.end();
+        self.server.end();
+        self.wait_for_supervisors();
         for side in &mut self.sides {
             // nginx's master ends its workers on SIGTERM.
             let pid = nix::unistd::Pid::from_raw(side.id().cast_signed());
@@ -129,11 +178,6 @@ pub(crate) fn show_logs(name: &str, folder: &Path) {
             say(&format!("{name} {role}: {line}"));
         }
     }
-}
-
-/// An address that nobody listens on.
-fn free(at: Ipv4Addr) -> Outcome<SocketAddr> {
-    Ok(TcpListener::bind((at, 0))?.local_addr()?)
 }
 
 fn wait_for(address: SocketAddr) -> Outcome<()> {
@@ -176,7 +220,7 @@ fn command(name: &str, role: &str, listen: SocketAddr, to: SocketAddr, folder: &
             let text = format!(
                 "load_module /usr/lib/nginx/modules/ngx_stream_module.so; daemon off; pid {own}/pid;
                  worker_processes 2; error_log stderr warn; user root;
-                 events {{ worker_connections 16384; }}
+                 worker_rlimit_nofile 65536; events {{ worker_connections 32768; }}
                  stream {{ server {{ {tls} proxy_pass {to}; tcp_nodelay on; proxy_timeout 1h; }} }}"
             );
             fs::write(&file, text)?;
@@ -199,8 +243,10 @@ fn command(name: &str, role: &str, listen: SocketAddr, to: SocketAddr, folder: &
                     String::new(),
                 )
             };
+            // It wants two descriptors for each, and some for itself.
+            let most = load::raise_limit()? / 2 - 20;
             let text = format!(
-                "global\n nbthread 2\n maxconn 9000\n tune.ssl.cachesize 0\n\
+                "global\n nbthread 2\n maxconn {most}\n tune.ssl.cachesize 0\n\
                  defaults\n mode tcp\n timeout connect 10s\n timeout client 1h\n timeout server 1h\n\
                  frontend f\n bind {listen} backlog 4096 {bind}\n default_backend b\n\
                  backend b\n server s {to} {server}\n"
@@ -226,7 +272,7 @@ fn command(name: &str, role: &str, listen: SocketAddr, to: SocketAddr, folder: &
             command.arg(&file);
         }
         _ => {
-            let role = if name == RELATED { format!("related {role}") } else { role.to_owned() };
+            let role = if name == RELAY_RELATED { format!("related {role}") } else { role.to_owned() };
             command = Command::new(std::env::current_exe()?);
             command.arg("relay").arg(role).arg(listen.to_string()).arg(to.to_string()).arg(folder);
         }

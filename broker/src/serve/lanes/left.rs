@@ -2,7 +2,7 @@
 
 use portcullis_types::{Assurance, Lane, Protocol, Verdict};
 
-use super::news::{End, facts};
+use super::records::{End, facts};
 use crate::{
     audit::{Left, Line, More},
     serve::{Broker, word},
