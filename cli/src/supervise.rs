@@ -169,6 +169,10 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
         None => lock(&place).map_err(failed("lock the state folder, which another supervisor serves"))?,
     };
+    if args.socket_fd.is_some() {
+        // The run that happens to come first may be a niced one, and what is started here serves all that follow.
+        sys::be_as_nice_as_others();
+    }
     // One for each tree, one for each door, and what brokers leave here.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

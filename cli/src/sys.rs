@@ -157,6 +157,16 @@ pub fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
+/// Gives up whatever nice(2) value was inherited, if that is more than none and the kernel lets us.
+pub fn be_as_nice_as_others() {
+    // SAFETY: no pointers. An error of getpriority(2) reads as -1, which is left alone.
+    unsafe {
+        if libc::getpriority(libc::PRIO_PROCESS, 0) > 0 {
+            let _as_it_was = libc::setpriority(libc::PRIO_PROCESS, 0, 0);
+        }
+    }
+}
+
 /// Marks descriptor `fd`, known by its number only, as not for the next image.
 ///
 /// # Errors

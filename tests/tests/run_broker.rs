@@ -99,6 +99,21 @@ fn runs_that_follow_one_another_closely_all_work() {
 }
 
 #[test]
+fn a_niced_run_is_niced_itself_and_what_serves_others_is_not() {
+    let host = host();
+    let run = host.run(&["sh", "-c", "nice; exec sleep 1000"]);
+    let words: Vec<_> = std::iter::once(run.get_program()).chain(run.get_args()).collect();
+    let it = Running::start(host.plain(&[&["nice".as_ref(), "-n7".as_ref()], &words[..]].concat()));
+    assert_ne!(it.line(""), "0");
+    let daemons = host.daemons();
+    assert_eq!(daemons.len(), 3, "{daemons:?}");
+    for (pid, part) in daemons {
+        let listed = Finished::of(&mut host.plain(&["ps", "-o", "ni=", "-p", &pid.to_string()])).success();
+        assert_eq!(listed.trim(), "0", "{part}");
+    }
+}
+
+#[test]
 fn another_mode_or_policy_is_an_error() {
     let host = host();
     let _first = sleeper(&host);
