@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use crate::{Host, Running};
 
-/// Writes every frame behind its length (32 bits, network byte order).
+/// Writes every frame behind its length (32 bits, network byte order); none of another link before it is bound.
 const CAPTURE: &str = "import socket, struct, sys\n\
-    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))\n\
-    s.bind(('eth0', 0))\n\
+    s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)\n\
+    s.bind(('eth0', 3))\n\
     out = open(sys.argv[1], 'wb', buffering=0)\n\
     print('listening', flush=True)\n\
     while True:\n    \
