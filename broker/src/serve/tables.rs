@@ -154,9 +154,13 @@ impl Broker {
         }
         self.cgroups_looked_at = now;
         let noted = |p: &Process| p.memory.as_ref().is_some_and(|memory| memory.noted);
-        let gone =
-            |key: &ProcessKey| self.processes.get(key).is_some_and(noted) && !self.kernel_records(*key);
-        let gone: Vec<_> = self.processes.keys().copied().filter(gone).collect();
+        // One that has ended, and its cgroup with it, has left nothing.
+        let is_elsewhere =
+            |p: &Process| p.at.cgroup().is_ok_and(|at| at.is_none_or(|at| !at.ends_with(" (deleted)")));
+        let has_left =
+            |key: &ProcessKey, p: &Process| noted(p) && !self.kernel_records(*key) && is_elsewhere(p);
+        let gone: Vec<_> =
+            self.processes.iter().filter(|(key, p)| has_left(key, p)).map(|(key, _)| *key).collect();
         gone.into_iter().for_each(|key| self.distrust(key));
     }
 
