@@ -323,11 +323,10 @@ fn left_behind(host: &Host) -> Vec<String> {
         found.push(format!("processes: {:?}", host.daemons()));
     }
     let meta = fs::metadata(host.state()).unwrap();
-    let inode = format!("{:x}-", meta.ino());
-    let device = format!("{:x}-", meta.dev());
-    let of_ours = |name: &str| {
-        name.trim_start_matches("portcullis-").strip_prefix(&device).is_some_and(|n| n.starts_with(&inode))
-    };
+    // As runtime folders and cgroups are named; another folder may have had this inode before.
+    let born = meta.created().unwrap().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
+    let name = format!("{:x}-{:x}-{born:x}", meta.dev(), meta.ino());
+    let of_ours = |found: &str| found.trim_start_matches("portcullis-") == name;
     for base in ["/run/portcullis", "/sys/fs/cgroup/unified", "/sys/fs/cgroup"] {
         for entry in fs::read_dir(base).into_iter().flatten().flatten() {
             if of_ours(&entry.file_name().to_string_lossy()) {
