@@ -22,7 +22,7 @@ pub fn format(name: &str, text: &str) -> Result<String, Diagnostics> {
         errors.push(crate::diagnostic::Diagnostic::error(message, crate::source::Span::default()));
         return Err(errors.with_sources(&[Source::new(name, "")]));
     }
-    parser::parse(0, text, &mut errors);
+    parser::parse(0, text, &mut { parser::MOST_WORDS }, &mut errors);
     if errors.iter().any(|d| d.severity == Severity::Error) {
         return Err(errors.with_sources(&[Source::new(name, text)]));
     }

@@ -67,7 +67,7 @@ pub enum LoadError {
 
 /// A policy before it is judged by its own tests.
 pub(crate) fn load_untested(path: &Path) -> Result<Loaded, LoadError> {
-    let mut loader = Loader { room: LARGEST, ..Loader::default() };
+    let mut loader = Loader { room: LARGEST, words: parser::MOST_WORDS, ..Loader::default() };
     let text = loader.read(path)?;
     loader.add(path, text, 0);
     finish(loader, now()).map_err(LoadError::Policy)
@@ -83,7 +83,7 @@ fn now() -> Option<u64> {
 /// # Errors
 /// All but [`LoadError::Policy`].
 pub fn read(path: &Path) -> Result<String, LoadError> {
-    Loader { room: LARGEST, ..Loader::default() }.read(path)
+    Loader { room: LARGEST, words: parser::MOST_WORDS, ..Loader::default() }.read(path)
 }
 
 /// Reads a policy from what is no file, such as standard input.
@@ -117,7 +117,7 @@ pub(crate) fn load(path: &Path) -> Result<Loaded, LoadError> {
 
 /// Checks a text that includes nothing, as at the time `now`.
 pub(crate) fn parse_untested(name: &str, text: &str, now: Option<u64>) -> Result<Loaded, Diagnostics> {
-    let mut loader = Loader { room: LARGEST, is_text: true, ..Loader::default() };
+    let mut loader = Loader { room: LARGEST, words: parser::MOST_WORDS, is_text: true, ..Loader::default() };
     if text.len() > LARGEST {
         loader.sources.push(Source::new(name, ""));
         let message = format!("this policy is larger than {LARGEST} bytes");
@@ -171,7 +171,9 @@ struct Loader {
     /// Device and inode of the files being read, for cycles, and of all that were.
     open: Vec<(u64, u64)>,
     done: Vec<(u64, u64)>,
+    /// Bytes and words that are left.
     room: usize,
+    words: usize,
     /// A text that is not in a file includes nothing.
     is_text: bool,
     identity: Option<(u64, u64)>,
@@ -209,7 +211,7 @@ impl Loader {
         let identity = self.identity.take();
         self.open.extend(identity);
         self.done.extend(identity);
-        let items = parser::parse(file, &text, &mut self.errors);
+        let items = parser::parse(file, &text, &mut self.words, &mut self.errors);
         drop(text);
         for item in items {
             if let Item::Include(name) = &item {

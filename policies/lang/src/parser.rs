@@ -24,9 +24,20 @@ const FORMS: &str =
     "a statement is `name = …;`, `allow …;`, `deny …;`, `service …;`, `include …;` or `test …`";
 const OPTIONS: [&str; 7] = ["using", "expires", "audit", "with", "related", "as", "because"];
 
-/// Parses one file.
-pub(crate) fn parse(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Item> {
-    let tokens = tokens::tokens(file, text, errors);
+/// Words of a policy, all its files together: twice what 100,000 rules take. A word can take a hundred bytes
+/// of memory, so the size of files alone bounds too little.
+pub(crate) const MOST_WORDS: usize = 4 << 20;
+
+/// Parses one file; `words` is how many are left to it, and to those after it.
+pub(crate) fn parse(file: u32, text: &str, words: &mut usize, errors: &mut Diagnostics) -> Vec<Item> {
+    let tokens = tokens::first_tokens(file, text, *words, errors);
+    if tokens.len() > *words {
+        let message = format!("a policy has at most {MOST_WORDS} words");
+        let span = tokens.last().map(|t| Span { end: t.span.start, ..t.span }).unwrap_or_default();
+        errors.push(Diagnostic::error(message, span).label("what follows is not read"));
+        return Vec::new();
+    }
+    *words -= tokens.len();
     let mut parser = Parser::new(text, tokens, errors);
     let mut items = Vec::new();
     while parser.peek().kind != Kind::End {

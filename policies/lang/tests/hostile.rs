@@ -52,6 +52,31 @@ fn a_long_line_full_of_errors_is_told_in_bounded_time() {
 }
 
 #[test]
+fn a_policy_of_very_many_words_is_read_no_further() {
+    for text in ["a=", "allow ssh(a,b);", "allow 1(*,*);", "a=IPv4{1,"] {
+        let last = text.rsplit('=').next().unwrap();
+        let message =
+            refused(&format!("{text}{}", format!("{last}b&").repeat((31 << 20) / (last.len() + 2))));
+        assert!(message.contains("at most 4194304 words"), "{message}");
+    }
+    // Of all files together.
+    let folder = tempfile::tempdir().unwrap();
+    let part: String = "allow ssh(*, *);\n".repeat(200_000);
+    let mut main = String::new();
+    for n in 0..4 {
+        fs::write(folder.path().join(format!("{n}.pol")), &part).unwrap();
+        main += &format!("include \"{n}.pol\";\n");
+    }
+    fs::write(folder.path().join("main.pol"), main).unwrap();
+    assert!(unreadable(&folder.path().join("main.pol")).contains("at most 4194304 words"));
+    // The memory that any of this has taken at once (proc_pid_status(5)), of tests that run side by side.
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kilobytes: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kilobytes < 1 << 20, "{kilobytes} kB");
+}
+
+#[test]
 fn deep_nesting_is_an_error() {
     assert!(refused(&format!("a = {}*{};", "(".repeat(100_000), ")".repeat(100_000))).contains("deep"));
     assert!(refused(&format!("a = {}*;", "!".repeat(100_000))).contains("in a row"));
