@@ -9,7 +9,7 @@
 //! | `host` | this host's name: the one in its certificates, if it has any |
 //! | `pid` `start` `exe` `sha256` `uid` `user` `unit` | the process, see [`crate::process::Context`] |
 //! | `session` | the control association of a related channel |
-//! | `op` | a `portcullis_types::Op`, or `close`, `cut`, `policy`, `broker`, `lost`, `protocol`, `probe` (of getaddrinfo(3), no flow) |
+//! | `op` | a `portcullis_types::Op`, or `admit` (whose far side has proved itself), `outcome`, `close`, `cut`, `signal`, `socket` (what a held call is about), `policy`, `members`, `broker`, `lost`, `protocol`, `probe` (of getaddrinfo(3), no flow) |
 //! | `proto` `local` `remote` | `tcp`, `address:port` |
 //! | `peer` | the far process, if it is on this host |
 //! | `assurance` | what proves the far side |

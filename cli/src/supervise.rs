@@ -389,11 +389,10 @@ impl Supervisor {
 
     fn tend_outset(&mut self) {
         for tag in self.parts.handover.take_judged() {
-            if let Ok(pid) = i32::try_from(tag) {
-                self.outset.release(Pid::from_raw(pid));
-            }
+            self.outset.release(tag);
         }
-        for _ in 0..self.outset.tend() {
+        for tag in self.outset.tend() {
+            self.parts.handover.forget_begun(tag);
             parts::log("a program was ended: nobody judged in time the connections that it begins with");
         }
     }
@@ -448,8 +447,7 @@ impl Supervisor {
                 _ => self.parts.bury(),
             }
         }
-        for (pid, process) in self.outset.look() {
-            let tag = u64::from(pid.as_raw().cast_unsigned());
+        for (tag, process) in self.outset.look() {
             let _it_is_ended_in_time = self.parts.handover.add_begun(tag, process);
         }
     }

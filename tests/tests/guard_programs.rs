@@ -6,7 +6,7 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     os::{
-        fd::AsRawFd,
+        fd::{AsRawFd, OwnedFd},
         unix::fs::{PermissionsExt, chown},
     },
     path::Path,
@@ -231,16 +231,43 @@ fn a_connection_that_a_program_begins_with_is_judged_before_its_first_instructio
 
 #[test]
 fn what_waits_in_a_refused_connection_is_not_read() {
-    let host = Host::here();
-    host.policy("allow tcp/9(*, *);");
+    for (policy, verdict, read) in [("allow tcp/9(*, *);", "refuse", ""), (ALLOW_ALL, "permit", "a secret")] {
+        let host = Host::here();
+        host.policy(policy);
+        let (mut command, _far) = with_a_secret(&host, "/bin/busybox");
+        assert_eq!(Finished::of(&mut command).success(), read, "{verdict}");
+        host.record(verdict, |r| r["op"] == "accept" && r["verdict"] == verdict);
+    }
+}
+
+/// Busybox's cat(1) with a connection in which something waits to be read, and who made that connection.
+fn with_a_secret(host: &Host, program: &str) -> (Command, (TcpListener, TcpStream)) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    (&far).write_all(b"a secret").unwrap();
+    let mut far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    far.write_all(b"a secret").unwrap();
+    far.shutdown(std::net::Shutdown::Write).unwrap();
     let (near, _) = listener.accept().unwrap();
-    let mut command = host.run(&["/bin/busybox", "cat"]);
-    command.stdin(std::os::fd::OwnedFd::from(near));
-    assert_eq!(Finished::of(&mut command).success(), "");
-    host.record("the refused connection", |r| r["op"] == "accept" && r["verdict"] == "refuse");
+    let mut command = host.run(&[program, "cat"]);
+    command.stdin(OwnedFd::from(near));
+    (command, (listener, far))
+}
+
+#[test]
+fn a_program_that_cannot_be_looked_into_does_not_begin_with_a_connection() {
+    let host = Host::here().as_user(NOBODY);
+    host.policy(ALLOW_ALL);
+    let program = host.path("busybox");
+    std::fs::copy("/bin/busybox", &program).unwrap();
+    let ran = |mode| {
+        std::fs::set_permissions(&program, PermissionsExt::from_mode(mode)).unwrap();
+        let (mut command, _far) = with_a_secret(&host, program.to_str().unwrap());
+        Finished::of(&mut command)
+    };
+    assert_eq!(ran(0o755).success(), "a secret", "the control");
+    // Whose file cannot be read is nobody's to look into but root's.
+    let unread = ran(0o711);
+    assert_eq!((unread.stdout.as_str(), unread.code() == 0), ("", false), "{unread}");
+    host.record("why", |r| r["reason"].to_string().contains("begins with cannot be looked at"));
 }
 
 #[test]
@@ -249,12 +276,7 @@ fn a_program_begins_with_nothing_that_nobody_has_judged() {
     host.policy("allow tcp/9(*, *);");
     let keeps = host.start(&["sh", "-c", "echo up; read x"]);
     keeps.line("up");
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    (&far).write_all(b"a secret").unwrap();
-    let (near, _) = listener.accept().unwrap();
-    let mut command = host.run(&["/bin/busybox", "cat"]);
-    command.stdin(std::os::fd::OwnedFd::from(near));
+    let (mut command, _far) = with_a_secret(&host, "/bin/busybox");
     // Stopped before the program begins, and replaced sooner or later.
     kill(Pid::from_raw(host.broker()), Signal::SIGSTOP).unwrap();
     let ran = Finished::of(&mut command);

@@ -1,13 +1,20 @@
 //! Connections that a program is started with: judged before its first instruction, while the supervisor holds it.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+};
 
-use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
+use nix::{
+    libc,
+    sys::socket::{Shutdown, getsockopt, shutdown, sockopt},
+};
 use portcullis_types::{Op, Protocol};
 use portcullis_wire::{OpCode, Reply, Request};
 
 use super::{Broker, judge::Call};
 use crate::{
+    audit::More,
     guard::{link::Handed, target},
     process::ProcessKey,
     sys::{message::Writer, pidfd_getfd, proc::ProcDir, proxy, socket::Facts},
@@ -17,38 +24,48 @@ use crate::{
 const NOWHERE: [u8; 16] = [0; 16];
 
 impl Broker {
-    /// Judges what a program holds that has just begun, and tells the supervisor to let it go on.
+    /// Judges what a program holds that has just begun, and tells the supervisor to let it go on. One that nobody may
+    /// look into (its file cannot be read, say) is not let go on, and ended when its time is up.
     pub(super) fn judge_outset(&mut self, tag: u64, process: &OwnedFd) {
-        if let Some(pid) = target::behind_pidfd(std::process::id().cast_signed(), process.as_raw_fd()) {
-            self.judge_held_by(pid, process);
+        if let Some(pid) = target::behind_pidfd(std::process::id().cast_signed(), process.as_raw_fd())
+            && let Err(error) = self.judge_held_by(pid, process)
+            && target::process_of(pid).is_some()
+        {
+            let why = format!("the connections that a program begins with cannot be looked at: {error}");
+            return self.note("broker", &why, &[("by_pid", More::Number(u64::from(pid.unsigned_abs())))]);
         }
         if let Some(to) = &mut self.handed {
             to.send(Handed::Judged(tag));
         }
     }
 
-    fn judge_held_by(&mut self, pid: i32, process: &OwnedFd) {
-        let Some((pid, uid, gid)) = target::process_of(pid) else { return };
-        let held = ProcDir::open(pid).and_then(|at| at.sockets()).unwrap_or_default();
-        let sockets = held.into_iter().filter_map(|(number, _)| {
-            let socket = pidfd_getfd(process.as_fd(), number).ok()?;
-            let facts = Facts::of(socket.as_fd()).ok()?;
+    fn judge_held_by(&mut self, pid: i32, process: &OwnedFd) -> io::Result<()> {
+        let Some((pid, uid, gid)) = target::process_of(pid) else { return Ok(()) };
+        let mut sockets = Vec::new();
+        for (number, _) in ProcDir::open(pid)?.sockets()? {
+            let socket = match pidfd_getfd(process.as_fd(), number) {
+                Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue, // closed meanwhile
+                socket => socket?,
+            };
+            let facts = Facts::of(socket.as_fd())?;
             let flows = [Protocol::TCP, Protocol::UDP].contains(&facts.protocol);
-            (flows && facts.remote.is_some()).then_some((number, socket, facts))
-        });
-        let sockets: Vec<_> = sockets.collect();
+            if flows && facts.remote.is_some() {
+                sockets.push((number, socket, facts));
+            }
+        }
         if sockets.is_empty() {
-            return;
+            return Ok(());
         }
         self.begin_asking(pid);
         let key =
             process.try_clone().ok().and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)));
         for (number, socket, facts) in sockets {
-            let Ok(copy) = socket.try_clone() else { continue };
+            let copy = socket.try_clone()?;
             if !key.is_some_and(|key| self.may_have(key, number, socket, facts)) {
                 dissolve(&copy);
             }
         }
+        Ok(())
     }
 
     fn may_have(&mut self, key: ProcessKey, number: i32, socket: OwnedFd, facts: Facts) -> bool {

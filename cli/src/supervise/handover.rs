@@ -30,7 +30,7 @@ pub struct Handover {
     /// By a listener's tag.
     filters: HashMap<u64, OwnedFd>,
     watch: Vec<OwnedFd>,
-    /// Programs that are stopped until a broker has judged their connections, by process id.
+    /// Programs that are stopped until a broker has judged their connections, by tag.
     begun: HashMap<u64, OwnedFd>,
     judged: Vec<u64>,
 }
@@ -131,6 +131,11 @@ impl Handover {
         self.begun.insert(tag, process);
         self.tell(Handed::Begun(tag, copy));
         Ok(())
+    }
+
+    /// One has ended, whom nobody has judged in time.
+    pub fn forget_begun(&mut self, tag: u64) {
+        self.begun.remove(&tag);
     }
 
     /// Those that may go on.

@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One of them.
 struct Program {
+    /// Of it alone: another process may have its number before the broker has answered.
+    tag: u64,
     process: OwnedFd,
     /// Since when it is stopped at its image's beginning.
     stopped: Option<Instant>,
@@ -33,7 +35,11 @@ struct Program {
 
 /// See the module.
 #[derive(Default)]
-pub struct Outset(HashMap<Pid, Program>);
+pub struct Outset {
+    programs: HashMap<Pid, Program>,
+    /// The last tag given.
+    last: u64,
+}
 
 impl Outset {
     /// Sees to it that a process stops when it has become its program.
@@ -43,53 +49,57 @@ impl Outset {
     pub fn expect(&mut self, pid: Pid, process: OwnedFd) -> nix::Result<()> {
         // Should this process end, so does that one, rather than going on unjudged.
         ptrace::seize(pid, Options::PTRACE_O_TRACEEXEC | Options::PTRACE_O_EXITKILL)?;
-        self.0.insert(pid, Program { process, stopped: None });
+        self.last += 1;
+        self.programs.insert(pid, Program { tag: self.last, process, stopped: None });
         Ok(())
     }
 
-    /// A child has changed its state: the programs that have stopped now.
-    pub fn look(&mut self) -> Vec<(Pid, OwnedFd)> {
+    /// A child has changed its state: the programs that have stopped now, each with its tag.
+    pub fn look(&mut self) -> Vec<(u64, OwnedFd)> {
         let mut begun = Vec::new();
-        self.0.retain(|pid, program| match waitpid(*pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC)) => {
-                program.stopped = Some(Instant::now());
-                begun.extend(program.process.try_clone().map(|process| (*pid, process)));
-                true
+        self.programs.retain(|pid, program| {
+            match waitpid(*pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
+                Ok(WaitStatus::PtraceEvent(_, _, libc::PTRACE_EVENT_EXEC)) => {
+                    program.stopped = Some(Instant::now());
+                    begun.extend(program.process.try_clone().map(|process| (program.tag, process)));
+                    true
+                }
+                Ok(WaitStatus::Stopped(_, signal)) => ptrace::cont(*pid, signal).is_ok(),
+                Ok(WaitStatus::PtraceEvent(..)) => ptrace::cont(*pid, None).is_ok(),
+                Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => true,
+                _ => false, // it has ended
             }
-            Ok(WaitStatus::Stopped(_, signal)) => ptrace::cont(*pid, signal).is_ok(),
-            Ok(WaitStatus::PtraceEvent(..)) => ptrace::cont(*pid, None).is_ok(),
-            Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) => true,
-            _ => false, // it has ended
         });
         begun
     }
 
     /// Lets one go on, whose connections have been judged.
-    pub fn release(&mut self, pid: Pid) {
-        if let Some(program) = self.0.get_mut(&pid) {
+    pub fn release(&mut self, tag: u64) {
+        if let Some((pid, program)) = self.programs.iter_mut().find(|(_, program)| program.tag == tag) {
             program.stopped = None;
+            let pid = *pid;
             // One that is being killed stays: its parent hears of its end when `look` has.
             if ptrace::detach(pid, None).is_ok() {
-                self.0.remove(&pid);
+                self.programs.remove(&pid);
             }
         }
     }
 
     /// How long it is until one has waited long enough.
     pub fn wake_in(&self) -> Option<Duration> {
-        let since = self.0.values().filter_map(|p| p.stopped).min()?;
+        let since = self.programs.values().filter_map(|p| p.stopped).min()?;
         Some(PATIENCE.saturating_sub(since.elapsed()))
     }
 
-    /// Ends those that nobody has judged in time; how many.
-    pub fn tend(&mut self) -> usize {
+    /// Ends those that nobody has judged in time; their tags.
+    pub fn tend(&mut self) -> Vec<u64> {
         let late = |p: &Program| p.stopped.is_some_and(|since| since.elapsed() >= PATIENCE);
-        let mut ended = 0;
-        for (pid, program) in self.0.iter_mut().filter(|(_, program)| late(program)) {
+        let mut ended = Vec::new();
+        for (pid, program) in self.programs.iter_mut().filter(|(_, program)| late(program)) {
             // Still traced, so it is still this process.
             let _has_ended = kill(*pid, Signal::SIGKILL);
             program.stopped = None;
-            ended += 1;
+            ended.push(program.tag);
         }
         ended
     }

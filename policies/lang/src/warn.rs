@@ -166,7 +166,7 @@ fn hidden(rules: &[Rule], out: &mut Diagnostics) {
             room = room.saturating_sub(denies.len());
             denies.iter().filter(|deny| deny.service.covers(&rule.service)).copied().collect()
         });
-        if room < denies.len() {
+        if room == 0 || room < denies.len() {
             return;
         }
         room -= denies.len();
