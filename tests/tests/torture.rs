@@ -139,11 +139,14 @@ impl<'a> Kept<'a> {
     }
 
     /// Kills it with its children. Sessions of vsftpd are not of its group, and one whose data connection was refused
-    /// under its accept(2) waits there for the next.
+    /// under its accept(2) waits there for the next. They are known by their words, in which a folder of this test
+    /// stands; words without one could be those of another test.
     fn stop(&mut self) {
         let _gone = killpg(Pid::from_raw(self.running.pid()), Signal::SIGKILL);
         let line: Vec<u8> = self.words.iter().flat_map(|word| [word.as_bytes(), &[0]].concat()).collect();
-        for process in fs::read_dir("/proc").unwrap().flatten() {
+        let folder = self.host.path("").display().to_string();
+        let is_known = self.words.iter().any(|word| word.contains(&folder));
+        for process in fs::read_dir("/proc").unwrap().flatten().filter(|_| is_known) {
             let pid = process.file_name().to_str().and_then(|name| name.parse().ok());
             if let Some(pid) =
                 pid.filter(|_| fs::read(process.path().join("cmdline")).is_ok_and(|its| its == line))
