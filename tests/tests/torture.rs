@@ -164,8 +164,14 @@ impl<'a> Kept<'a> {
 
     /// Whether it says anything more: it does not hang.
     fn says_more(&mut self) -> bool {
-        let _before = self.running.said();
-        until(|| (!self.running.said().is_empty()).then_some(())).is_some()
+        let mut heard = || {
+            let said = self.running.said();
+            let any = !said.is_empty();
+            self.take(said);
+            any.then_some(())
+        };
+        heard();
+        until(heard).is_some()
     }
 
     fn restart(&mut self) {
