@@ -264,7 +264,25 @@ impl Broker {
             let token = finding.opened.as_ref().and_then(|it| it.places.inner_remote.socket_addr());
             self.grant_call(call, token, Flags(reply.flags).has(Flags::CACHED));
         } else {
-            reply.errno = errno(call.op);
+            let next = call.op == Op::Accept && self.may_others_come(context, call);
+            reply.errno = if next { libc::EAGAIN } else { errno(call.op) };
+        }
+    }
+
+    /// Whether a program whose peer was refused may wait for another one. Not at a data port when the session is over, or
+    /// when it was the session's peer: nobody else will come, and who was told of that one by poll(2) would wait for ever.
+    fn may_others_come(&mut self, context: &Context, call: &Call) -> bool {
+        let Some((local, remote)) = call.local.zip(call.remote) else { return true };
+        if !self.listeners.values().any(|l| l.data && l.local.port() == local.port()) {
+            return true;
+        }
+        let listening = self.scope_for(context, call.protocol, local);
+        match listening.scope {
+            Scope::Nobody => false,
+            scope if scope.is_of_sessions() => {
+                !listening.sessions.iter().any(|control| control.remote.ip() == remote.ip())
+            }
+            _ => true,
         }
     }
 

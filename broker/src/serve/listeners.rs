@@ -78,6 +78,8 @@ pub(super) struct Listener {
     /// A filter is under it that cannot be exchanged any more (its handle is lost).
     stuck: bool,
     generation: u64,
+    /// A data port: it was opened for the peers of sessions alone.
+    pub(super) data: bool,
 }
 
 impl Listener {
@@ -265,6 +267,7 @@ impl Broker {
             number,
             inode: facts.inode,
             local,
+            data: scope.is_of_sessions(),
             scope,
             context,
             stuck: earlier.as_ref().is_some_and(|l| l.stuck),
@@ -299,6 +302,8 @@ impl Broker {
             number,
             inode: found.inode,
             local: found.local,
+            // Of a listener that was permitted, and that nobody may reach any more, the session is over.
+            data: listening.scope.is_of_sessions() || listening.scope == Scope::Nobody,
             scope: listening.scope,
             context: Rc::clone(context),
             front: None,

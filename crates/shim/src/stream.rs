@@ -276,7 +276,8 @@ pub enum Accept {
     Flags(c_int),
 }
 
-/// accept(2) and accept4(2). A refused peer is reset, and the next one is waited for.
+/// accept(2) and accept4(2). A refused peer is reset, and the next one is waited for, unless the broker says that there
+/// will be none (`ECONNABORTED`).
 ///
 /// # Safety
 /// As for accept(2).
@@ -310,7 +311,8 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
             return result;
         }
         let mut peer = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
-        if shield(|| judge_accept(listener, result, &mut peer)).is_ok() {
+        let judged = shield(|| judge_accept(listener, result, &mut peer));
+        if judged.is_ok() {
             if !addr.is_null() {
                 // SAFETY: by this function's contract; `len` is not null, as was seen above.
                 unsafe { peer.give(addr, len) };
@@ -318,6 +320,9 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
             return result;
         }
         reset(result);
+        if judged == Err(Errno(libc::ECONNABORTED)) {
+            return fail(Errno(libc::ECONNABORTED));
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use nix::sys::{
     epoll::EpollFlags,
     socket::{setsockopt, sockopt::Linger},
 };
-use portcullis_guard::book::Line;
+use portcullis_guard::{book::Line, listener::Answer};
 use portcullis_types::{Op, Protocol};
 use portcullis_wire::Addr;
 
@@ -113,8 +113,9 @@ impl Broker {
                 Some(kept) => (kept.socket, kept.name),
                 None => match proxy::accept(listener.as_fd(), wanted.flags) {
                     Ok((socket, name)) => match self.judge_arrival(held, socket) {
-                        Some((socket, instead)) => (socket, instead.map_or(name, |at| calls::bytes_of(&at))),
-                        None => continue,
+                        Ok((socket, instead)) => (socket, instead.map_or(name, |at| calls::bytes_of(&at))),
+                        Err(Answer::Fail(libc::ECONNABORTED)) => return Some(fail(libc::ECONNABORTED)), // nobody else will come
+                        Err(_) => continue,
                     },
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return None,
                     Err(error) => return Some(fail(error.raw_os_error().unwrap_or(libc::ECONNABORTED))),
@@ -138,8 +139,9 @@ impl Broker {
     }
 
     /// Judges who has arrived, and tells the true name of one that came by a token; a stranger is reset.
-    fn judge_arrival(&mut self, held: &Held, socket: OwnedFd) -> Option<(OwnedFd, Option<Addr>)> {
-        let facts = Facts::of(socket.as_fd()).ok()?;
+    fn judge_arrival(&mut self, held: &Held, socket: OwnedFd) -> Result<(OwnedFd, Option<Addr>), Answer> {
+        let next = Answer::Fail(libc::EAGAIN);
+        let Ok(facts) = Facts::of(socket.as_fd()) else { return Err(next) };
         let mut call = Call {
             op: Op::Accept,
             protocol: facts.protocol,
@@ -152,13 +154,12 @@ impl Broker {
         };
         self.see_through(&mut call);
         let judged = self.judge_held(held, &call);
-        let (socket, _) = call.socket?;
-        let Ok(permit) = judged else {
+        let (socket, _) = call.socket.ok_or(next)?;
+        let permit = judged.inspect_err(|_| {
             let reset = libc::linger { l_onoff: 1, l_linger: 0 };
             let _gone = setsockopt(&socket, Linger, &reset);
-            return None;
-        };
-        Some((socket, permit.instead))
+        })?;
+        Ok((socket, permit.instead))
     }
 
     /// Somebody has arrived at a listener.
