@@ -137,11 +137,17 @@ pub fn sweep(parent: &Path) {
         made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > NEW))
     };
     let Ok(all) = fs::read_dir(parent) else { return };
-    let ours = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes());
+    let ours = |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(is_name_of_ours);
     for left in all.flatten().filter(|entry| ours(entry) && is_old(entry)) {
         // The kernel keeps one that is not empty.
         let _in_use = fs::remove_dir(left.path());
     }
+}
+
+/// Whether [`cgroup_name`] gives such names. Others may call theirs after us.
+fn is_name_of_ours(name: &str) -> bool {
+    let is_hex = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_hexdigit());
+    name.strip_prefix(PREFIX).is_some_and(|rest| rest.split('-').count() == 3 && rest.split('-').all(is_hex))
 }
 
 /// How the names of our cgroups begin.
@@ -215,6 +221,16 @@ mod tests {
 32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
 ";
+
+    #[test]
+    fn a_cgroup_that_somebody_has_called_after_us_is_not_ours() {
+        assert!(is_name_of_ours(&cgroup_name(Path::new("/"))));
+        for name in
+            ["portcullis-", "portcullis-web", "portcullis-a-b", "portcullis-site.slice", "portcullis-a-b-web"]
+        {
+            assert!(!is_name_of_ours(name), "{name}");
+        }
+    }
 
     #[test]
     fn the_hierarchy_is_found_wherever_it_is_mounted() {

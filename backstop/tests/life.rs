@@ -203,8 +203,8 @@ fn cgroups_that_a_killed_supervisor_has_left_are_swept_up() {
         std::fs::File::open(&path).unwrap().set_modified(at).unwrap();
         path
     };
-    let (left, new, others) = (made("portcullis-left", 100), made("portcullis-new", 0), made("others", 100));
-    let used = made("portcullis-used", 100);
+    let (left, new) = (made("portcullis-a-1-1", 100), made("portcullis-a-2-1", 0));
+    let (used, others) = (made("portcullis-a-3-1", 100), made("portcullis-web", 100));
     let child = Child::start(&Cgroup::open(&used).unwrap(), || 0);
     sweep(cage.cgroup.path());
     assert_eq!([&left, &new, &others, &used].map(|path| path.exists()), [false, true, true, true]);

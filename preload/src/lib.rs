@@ -16,6 +16,7 @@ mod fds;
 mod hook;
 mod identity;
 mod net;
+mod signals;
 
 use std::ffi::c_void;
 

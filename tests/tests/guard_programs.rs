@@ -229,6 +229,34 @@ fn a_connection_that_a_program_begins_with_is_judged_before_its_first_instructio
     }
 }
 
+/// Opens connections to a port, and becomes a program that has all of them.
+const MANY: &str = "
+import os, socket, sys
+far = [socket.create_connection(('127.0.0.1', int(sys.argv[1]))) for _ in range(14)]
+for one in far: one.set_inheritable(True)
+os.environ['NUMBERS'] = ' '.join(str(one.fileno()) for one in far)
+os.execv(sys.argv[2], sys.argv[2:])
+";
+
+#[test]
+fn all_connections_that_a_program_begins_with_are_judged_where_there_is_little_room_for_them() {
+    for (policy, arrive) in [("allow tcp/9(*, *);", 0), (ALLOW_ALL, 14)] {
+        let host = Host::here();
+        host.policy(policy);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port().to_string();
+        let run =
+            host.run(&["/bin/busybox", "sh", "-c", "for n in $NUMBERS; do echo x >&$n; done 2>/dev/null"]);
+        // What holds it has this limit too: not room for all at once.
+        let limited = "ulimit -n 36; exec \"$@\"";
+        let mut command = host.plain(&["sh", "-c", limited, "sh", "/usr/bin/python3", "-c", MANY, &port]);
+        let ran = Finished::of(command.arg(run.get_program()).args(run.get_args()));
+        let came = (0..14).map(|_| listener.accept().unwrap().0);
+        let arrived = came.filter(|mut one| matches!(one.read(&mut [0]), Ok(1))).count();
+        assert_eq!(arrived, arrive, "{policy}: {ran}");
+    }
+}
+
 #[test]
 fn what_waits_in_a_refused_connection_is_not_read() {
     for (policy, verdict, read) in [("allow tcp/9(*, *);", "refuse", ""), (ALLOW_ALL, "permit", "a secret")] {

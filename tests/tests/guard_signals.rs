@@ -1,22 +1,38 @@
 //! A wrapped program neither ends nor stops what holds it, whoever it is; to all others it may send what it could.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
-use std::process::{Child, Command, Stdio};
+use std::{
+    os::unix::process::CommandExt,
+    process::{Child, Command, Stdio},
+};
 
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Host, Running, eventually};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built, eventually};
 
 /// For each line `HOW PID SIGNAL` on its standard input, sends that, and says what came of it.
 const SENDER: &str = r#"
-import ctypes, os, signal, sys
+import ctypes, fcntl, os, resource, signal, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
 def call(number, *args):
     if libc.syscall(number, *args) < 0: raise OSError(ctypes.get_errno(), '')
 info = ctypes.create_string_buffer(128)
+def owned(pid, n):
+    one, other = socket.socketpair()
+    fcntl.fcntl(one, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(one, 10, n) # F_SETSIG
+    fcntl.fcntl(one, fcntl.F_SETFL, os.O_ASYNC)
+    other.send(b'x')
+def limit(pid, n): # SIGKILL, at the hard limit
+    resource.prlimit(pid, resource.RLIMIT_CPU, (1, 1))
 ways = {
+    'owned': owned,
+    'limit': limit,
+    'group by pidfd': lambda pid, n: call(424, os.pidfd_open(os.getpgid(pid)), n, None, 4),
+    'join': lambda pid, n: os.setpgid(0, pid),
+    'own group': lambda pid, n: os.kill(0, n),
     'kill': lambda pid, n: os.kill(pid, n),
     'group': lambda pid, n: os.kill(-os.getpgid(pid), n),
     'all': lambda pid, n: os.kill(-1, n),
@@ -28,7 +44,7 @@ ways = {
 }
 print('ready', flush=True)
 for line in sys.stdin:
-    how, pid, n = line.split()
+    how, pid, n = line.rsplit(maxsplit=2)
     try: ways[how](int(pid), int(n)); print('told', how, 0, flush=True)
     except OSError as e: print('told', how, e.errno, flush=True)
 "#;
@@ -48,10 +64,15 @@ impl Sender {
     }
 }
 
-/// A process that is not wrapped, in a group of its own.
-fn bystander(host: &Host) -> Child {
-    use std::os::unix::process::CommandExt;
-    host.plain(&["sleep", "60"]).stdout(Stdio::null()).process_group(0).spawn().unwrap()
+/// A process that is not wrapped, in a group of its own, and its number.
+fn bystander(host: &Host) -> (Child, i32) {
+    let child = host.plain(&["sleep", "60"]).stdout(Stdio::null()).process_group(0).spawn().unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    // Its user and its group are its own once it runs.
+    eventually("it runs", || {
+        (std::fs::read_link(format!("/proc/{pid}/exe")).ok()?.ends_with("sleep")).then_some(())
+    });
+    (child, pid)
 }
 
 const WAYS: [&str; 7] = ["kill", "group", "tkill", "tgkill", "queue", "pidfd", "folder"];
@@ -59,15 +80,19 @@ const ENDING: [Signal; 4] = [Signal::SIGKILL, Signal::SIGSTOP, Signal::SIGTERM, 
 
 fn all_others_can_be_ended(host: &Host, sender: &mut Sender) {
     for how in WAYS {
-        let mut other = bystander(host);
-        let pid = i32::try_from(other.id()).unwrap();
-        // Its group is its own once it runs.
-        eventually("it runs", || {
-            (std::fs::read_link(format!("/proc/{pid}/exe")).ok()?.ends_with("sleep")).then_some(())
-        });
+        let (mut other, pid) = bystander(host);
         assert_eq!(sender.send(how, pid, Signal::SIGKILL), 0, "{how}");
         assert!(!other.wait().unwrap().success());
     }
+    let (mut other, pid) = bystander(host);
+    assert_eq!(sender.send("limit", pid, Signal::SIGKILL), 0);
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    assert!(
+        limits.lines().any(|l| l.split_whitespace().eq(["Max", "cpu", "time", "1", "1", "seconds"])),
+        "{limits}"
+    );
+    other.kill().unwrap();
+    other.wait().unwrap();
 }
 
 fn ours_cannot(host: &Host, sender: &mut Sender) {
@@ -80,7 +105,12 @@ fn ours_cannot(host: &Host, sender: &mut Sender) {
                 assert_eq!(sender.send(how, *pid, signal), refused, "{how} {signal} to {name}");
             }
         }
+        assert_eq!(sender.send("limit", *pid, Signal::SIGKILL), refused, "{name}");
+        for signal in ENDING {
+            assert_eq!(sender.send("owned", *pid, signal), refused, "{signal} to {name}");
+        }
         // Those that the guard does not ask about are not heard.
+        assert_eq!(sender.send("owned", *pid, Signal::SIGUSR1), 0, "{name}");
         for signal in [Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGSEGV, Signal::SIGABRT, Signal::SIGTSTP] {
             assert_eq!(sender.send("kill", *pid, signal), 0, "{signal} to {name}");
         }
@@ -146,4 +176,49 @@ fn who_has_no_power_over_what_holds_it_may_send_to_all() {
     assert_eq!(sender.send("all", 1, Signal::SIGKILL), 0);
     assert!(!other.wait().unwrap().success());
     assert_eq!(host.daemons(), before);
+}
+
+#[test]
+fn a_supervisor_that_was_started_beside_a_program_does_not_end_with_its_group() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let (program, state, policy) = (built::portcullis(), host.state(), host.path("policy.pol"));
+    let words = [
+        "supervise".as_ref(),
+        "--state".as_ref(),
+        state.as_os_str(),
+        "--policy".as_ref(),
+        policy.as_os_str(),
+    ];
+    let supervise = host.plain(&[&[program.as_os_str()], &words[..]].concat());
+    let supervisor = Running::start(supervise);
+    eventually("the broker serves", || {
+        host.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
+    });
+    let mut sender = Sender::start(host.run(&["/usr/bin/python3", "-c", SENDER]));
+    // As a script has them, without job control.
+    assert_eq!(sender.send("join", supervisor.pid(), Signal::SIGKILL), 0);
+    let before = host.daemons();
+    assert_eq!(before.len(), 3, "{before:?}");
+    for how in ["own group", "group by pidfd", "group"] {
+        assert_eq!(sender.send(how, supervisor.pid(), Signal::SIGKILL), nix::libc::EPERM, "{how}");
+    }
+    assert_eq!(host.daemons(), before);
+}
+
+/// Sends itself what the guard asks about, while a timer's handler runs all the time.
+const INTERRUPTED: &str = "
+import os, signal
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+for _ in range(2000): os.kill(os.getpid(), signal.SIGTERM)
+signal.setitimer(signal.ITIMER_REAL, 0)
+";
+
+#[test]
+fn a_handler_that_runs_meanwhile_keeps_no_signal_from_being_sent() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    Finished::of(&mut host.run(&["/usr/bin/python3", "-c", INTERRUPTED])).success();
 }

@@ -322,3 +322,49 @@ fn renewed_keys_and_a_new_ver_are_taken_up_while_everything_runs() {
     client.record("that they are not", |r| r["reason"].to_string().contains("are not taken"));
     assert_eq!(fetch(client, PAGE).stdout, "plain words");
 }
+
+/// Says what arrives over each connection.
+const ARRIVALS: &str = "
+import socket
+listener = socket.create_server(('10.77.0.2', 8080))
+print('listens', flush=True)
+while True:
+    try: print('heard', listener.accept()[0].makefile('rb').read(), flush=True)
+    except OSError as error: print('heard', error.errno, flush=True)
+";
+
+/// Connects, and becomes a program that has the connection for its standard output.
+const BEGIN: &str = "
+import os, socket, sys
+far = socket.create_connection(('10.77.0.2', 8080))
+os.dup2(far.fileno(), 1)
+os.execv(sys.argv[1], sys.argv[1:])
+";
+
+#[test]
+fn a_connection_that_a_program_begins_with_does_not_go_on_in_plain_where_it_must_be_protected() {
+    for (policy, arrives) in [(POLICY, false), ("allow tcp/8080(*, *) using plain;\n", true)] {
+        let net = Net::client_server_stranger(policy);
+        let [client, server, _] = net.hosts();
+        let _trust = Trust::of(&[client, server]);
+        let hears = Running::start(server.plain(&["/usr/bin/python3", "-c", ARRIVALS]));
+        hears.line("listens");
+        // Without the shim, and with it.
+        for program in [&["/bin/busybox", "echo", "plain words"][..], &["/bin/echo", "plain words"]] {
+            let run = client.run(program);
+            let mut begin = client.plain(&["/usr/bin/python3", "-c", BEGIN]);
+            // It is in the namespace already.
+            begin.args(run.get_args().skip_while(|word| *word != "--").skip(1));
+            let ran = Finished::of(&mut begin);
+            let heard = hears.line("heard");
+            assert_eq!(
+                heard.contains("plain words"),
+                arrives,
+                "{program:?} {policy}: {ran}\n{}",
+                all(client)
+            );
+        }
+        let verdict = if arrives { "permit" } else { "refuse" };
+        client.record(verdict, |r| r["op"] == "connect" && r["verdict"] == verdict && r["via"] == "guard");
+    }
+}

@@ -47,6 +47,8 @@ pub enum Asked {
     TakeDescriptor { pidfd: i32, number: i32 },
     /// A signal that ends or stops.
     Signal(To),
+    /// prlimit(2).
+    Limit { pid: i32 },
     /// landlock_create_ruleset(2).
     Landlock { attributes: Span, flags: u64 },
     /// A call that the filter's table does not have.
@@ -64,7 +66,14 @@ pub enum To {
     All,
     /// Whom a descriptor stands for.
     Pidfd(i32),
+    /// The process group whose leader a descriptor stands for.
+    PidfdsGroup(i32),
+    /// Who owns a descriptor when something happens to it (fcntl(2), `F_SETSIG`).
+    Owner,
 }
+
+/// `PIDFD_SIGNAL_PROCESS_GROUP` (linux/pidfd.h).
+const PROCESS_GROUP: u64 = 1 << 2;
 
 /// Reads a notification.
 #[must_use]
@@ -105,7 +114,10 @@ pub fn asked(call: &Notification) -> Asked {
         }),
         libc::SYS_tkill | libc::SYS_rt_sigqueueinfo => Asked::Signal(To::Process(int(a))),
         libc::SYS_tgkill | libc::SYS_rt_tgsigqueueinfo => Asked::Signal(To::Process(int(b))),
-        libc::SYS_pidfd_send_signal => Asked::Signal(To::Pidfd(int(a))),
+        libc::SYS_pidfd_send_signal if d & PROCESS_GROUP == 0 => Asked::Signal(To::Pidfd(int(a))),
+        libc::SYS_pidfd_send_signal => Asked::Signal(To::PidfdsGroup(int(a))),
+        libc::SYS_fcntl => Asked::Signal(To::Owner),
+        libc::SYS_prlimit64 => Asked::Limit { pid: int(a) },
         libc::SYS_landlock_create_ruleset => {
             Asked::Landlock { attributes: Span { at: a, length: b }, flags: c }
         }
@@ -304,13 +316,14 @@ mod tests {
 
     #[test]
     fn whom_a_signal_is_for() {
-        let sent = |nr, a: i64, b: i64| match asked(&notification(
+        let flagged = |nr, a: i64, b: i64, d| match asked(&notification(
             nr,
-            [a.cast_unsigned(), b.cast_unsigned(), 0, 0, 0, 0],
+            [a.cast_unsigned(), b.cast_unsigned(), 0, d, 0, 0],
         )) {
             Asked::Signal(to) => to,
             other => panic!("{other:?}"),
         };
+        let sent = |nr, a, b| flagged(nr, a, b, 0);
         assert_eq!(sent(libc::SYS_kill, 7, 9), To::Process(7));
         assert_eq!(sent(libc::SYS_kill, 0, 9), To::Group(None));
         assert_eq!(sent(libc::SYS_kill, -1, 9), To::All);
@@ -318,6 +331,7 @@ mod tests {
         assert_eq!(sent(libc::SYS_kill, -7, 9), To::Group(Some(7)));
         assert_eq!(sent(libc::SYS_tgkill, 7, 8), To::Process(8));
         assert_eq!(sent(libc::SYS_pidfd_send_signal, 3, 9), To::Pidfd(3));
+        assert_eq!(flagged(libc::SYS_pidfd_send_signal, 3, 9, 4), To::PidfdsGroup(3));
     }
 
     #[test]

@@ -248,6 +248,7 @@ impl Broker {
                 return self.take_for(tree, call, pid, pidfd, number);
             }
             Asked::Signal(to) => return self.judge_signal(tree, call, Writer { pid, uid, gid }, to),
+            Asked::Limit { pid: of } => return self.judge_limit(tree, call, Writer { pid, uid, gid }, of),
             Asked::Landlock { attributes, flags } => return reach::landlock(tid, attributes, flags),
             Asked::Unknown => return REFUSED,
             _ => {}

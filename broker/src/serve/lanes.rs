@@ -335,6 +335,9 @@ impl Broker {
             }
             self.end_association(earlier);
         }
+        if facts.remote.is_some() {
+            return refuse(finding, "its socket is connected already, in plain or to what is over");
+        }
         let session = finding.session.as_ref().and_then(|control| control.association);
         let Some(process) = self.named(context, judgement.related, session) else {
             return refuse(finding, "this host has no keys");

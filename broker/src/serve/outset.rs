@@ -39,27 +39,24 @@ impl Broker {
         }
     }
 
+    /// One by one, so that they need not all find room here.
     fn judge_held_by(&mut self, pid: i32, process: &OwnedFd) -> io::Result<()> {
         let Some((pid, uid, gid)) = target::process_of(pid) else { return Ok(()) };
-        let mut sockets = Vec::new();
-        for (number, _) in ProcDir::open(pid)?.sockets()? {
+        let mut known = None;
+        for (number, _) in ProcDir::open(pid)?.all_sockets()? {
             let socket = match pidfd_getfd(process.as_fd(), number) {
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue, // closed meanwhile
                 socket => socket?,
             };
             let facts = Facts::of(socket.as_fd())?;
-            let flows = [Protocol::TCP, Protocol::UDP].contains(&facts.protocol);
-            if flows && facts.remote.is_some() {
-                sockets.push((number, socket, facts));
+            if facts.remote.is_none() {
+                continue;
             }
-        }
-        if sockets.is_empty() {
-            return Ok(());
-        }
-        self.begin_asking(pid);
-        let key =
-            process.try_clone().ok().and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)));
-        for (number, socket, facts) in sockets {
+            let key = *known.get_or_insert_with(|| {
+                self.begin_asking(pid);
+                let pidfd = process.try_clone().ok();
+                pidfd.and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)))
+            });
             let copy = socket.try_clone()?;
             if !key.is_some_and(|key| self.may_have(key, number, socket, facts)) {
                 dissolve(&copy);

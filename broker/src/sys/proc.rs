@@ -224,16 +224,28 @@ impl ProcDir {
         self.read("cmdline", most)
     }
 
-    /// Its sockets: descriptor and inode.
+    /// The sockets among as many descriptors as one looks at in passing: descriptor and inode.
     ///
     /// # Errors
     /// Gone, or not to be looked at without more rights.
     pub fn sockets(&self) -> io::Result<Vec<(i32, u64)>> {
+        self.sockets_among(MOST_DESCRIPTORS)
+    }
+
+    /// All its sockets, however many.
+    ///
+    /// # Errors
+    /// As [`Self::sockets`].
+    pub fn all_sockets(&self) -> io::Result<Vec<(i32, u64)>> {
+        self.sockets_among(usize::MAX)
+    }
+
+    fn sockets_among(&self, most: usize) -> io::Result<Vec<(i32, u64)>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut folder = Dir::openat(&self.0, "fd", flags, Mode::empty())?;
         let at = openat(&self.0, "fd", flags, Mode::empty())?;
         let mut found = Vec::new();
-        for entry in folder.iter().flatten().take(MOST_DESCRIPTORS) {
+        for entry in folder.iter().flatten().take(most) {
             let name = entry.file_name();
             let Some(number) = name.to_str().ok().and_then(|n| n.parse().ok()) else { continue };
             if let Ok(link) = readlinkat(at.as_fd(), name)

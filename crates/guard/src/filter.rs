@@ -21,6 +21,10 @@ pub enum Rule {
     Ask,
     /// Ask if this argument is one of [`ENDING`].
     AskIfEnding(u32),
+    /// fcntl(2): ask if it makes one of [`ENDING`] the signal of a descriptor's owner, whoever that is by then.
+    AskIfOwnersEnding,
+    /// prlimit(2): ask if it sets a limit of a process that is named.
+    AskIfLimiting,
     /// Ask, but only where nobody is trusted: calls are then made by proxy, and a program's own Landlock
     /// rules for the network would not hold whoever makes them.
     AskIfNobody,
@@ -55,11 +59,16 @@ pub const TABLE: &[(c_long, Rule)] = &[
     (libc::SYS_rt_sigqueueinfo, Rule::AskIfEnding(1)),
     (libc::SYS_rt_tgsigqueueinfo, Rule::AskIfEnding(2)),
     (libc::SYS_pidfd_send_signal, Rule::AskIfEnding(1)),
+    (libc::SYS_fcntl, Rule::AskIfOwnersEnding),
+    (libc::SYS_prlimit64, Rule::AskIfLimiting),
     (libc::SYS_landlock_create_ruleset, Rule::AskIfNobody),
 ];
 
 /// Signals that end or stop the supervisor, the broker and the key daemon, which block those that they can.
 pub const ENDING: [i32; 4] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGTERM, libc::SIGINT];
+
+/// linux/fcntl.h
+const F_SETSIG: u32 = 10;
 
 const ENOSYS: u16 = 38;
 const EPERM: u16 = 1;
@@ -75,7 +84,7 @@ const REFUSED_I386: &[u32] = &[
     26, 347, 348, 438, // ptrace process_vm_* pidfd_getfd
 ];
 
-/// Calls of the 32-bit table that send signals (the same file), as the 64-bit ones with the same arguments.
+/// Calls of the 32-bit table that end others (the same file), as the 64-bit ones with the same arguments.
 const SIGNALS_I386: &[(u32, c_long)] = &[
     (37, libc::SYS_kill),
     (238, libc::SYS_tkill),
@@ -83,6 +92,9 @@ const SIGNALS_I386: &[(u32, c_long)] = &[
     (178, libc::SYS_rt_sigqueueinfo),
     (335, libc::SYS_rt_tgsigqueueinfo),
     (424, libc::SYS_pidfd_send_signal),
+    (55, libc::SYS_fcntl),
+    (221, libc::SYS_fcntl), // fcntl64
+    (340, libc::SYS_prlimit64),
 ];
 
 /// The 64-bit number of a call that the filter asks about.
@@ -178,6 +190,12 @@ fn gate(trust: Trust, out: &mut Vec<Line>) {
     }
 }
 
+fn ask_if_ending(argument: u32, out: &mut Vec<Line>) {
+    out.push(load(arg_low(argument)));
+    out.extend(ENDING.map(|signal| equal(signal.cast_unsigned(), To::Ask, To::Next)));
+    out.push(always(To::Allow));
+}
+
 fn always(to: To) -> Line {
     any_bit(0, to, to)
 }
@@ -214,10 +232,19 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
             out.push(always(To::Ask));
         }
         Rule::Ask => out.push(always(To::Ask)),
-        Rule::AskIfEnding(argument) => {
-            out.push(load(arg_low(argument)));
-            out.extend(ENDING.map(|signal| equal(signal.cast_unsigned(), To::Ask, To::Next)));
-            out.push(always(To::Allow));
+        Rule::AskIfEnding(argument) => ask_if_ending(argument, &mut out),
+        Rule::AskIfOwnersEnding => {
+            out.push(load(arg_low(1)));
+            out.push(equal(F_SETSIG, To::Next, To::Allow));
+            ask_if_ending(2, &mut out);
+        }
+        Rule::AskIfLimiting => {
+            out.push(load(arg_low(0)));
+            out.push(equal(0, To::Allow, To::Next)); // the caller's own
+            out.push(load(arg_low(2)));
+            out.push(equal(0, To::Next, To::Ask));
+            out.push(load(arg_high(2)));
+            out.push(equal(0, To::Allow, To::Ask)); // it only asks
         }
         Rule::AskIfNobody if trust == Trust::Nobody => out.push(always(To::Ask)),
         Rule::AskIfNobody => out.push(always(To::Allow)),
@@ -440,6 +467,21 @@ mod tests {
             run(&assemble(Trust::Page(PAGE)), &call(AUDIT_ARCH_I386, 37, 0, args))
         };
         assert_eq!((old(libc::SIGKILL), old(libc::SIGHUP)), (RET_NOTIFY, RET_ALLOW));
+    }
+
+    #[test]
+    fn what_ends_others_without_a_signal_call_is_asked_about() {
+        let word = |n: i32| u64::from(n.cast_unsigned());
+        let kernels = [(AUDIT_ARCH_X86_64, 72, 302), (AUDIT_ARCH_I386, 55, 340), (AUDIT_ARCH_I386, 221, 340)];
+        for (arch, fcntl, prlimit) in kernels {
+            let ask = |nr, args| run(&assemble(Trust::Page(PAGE)), &call(arch, nr, PAGE, args));
+            let set = |command, signal| ask(fcntl, [3, word(command), word(signal), 0, 0, 0]);
+            assert_eq!(set(10, libc::SIGKILL), RET_NOTIFY);
+            assert_eq!([set(10, libc::SIGUSR1), set(10, 0), set(libc::F_SETFD, 9)], [RET_ALLOW; 3]);
+            let limit = |pid, new| ask(prlimit, [pid, 0, new, 0, 0, 0]);
+            assert_eq!([limit(7, 0x1000), limit(7, 0x7fff << 32)], [RET_NOTIFY; 2]);
+            assert_eq!([limit(0, 0x1000), limit(7, 0)], [RET_ALLOW; 2]);
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Signals that would end or stop those who hold a tree: the supervisor, this broker and the key daemon.
+//! Signals and limits that would end or stop those who hold a tree: the supervisor, this broker and the key daemon.
 
 use std::{
     fs,
@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use nix::unistd::getpgrp;
+use nix::unistd::{Pid, getpgid, getpgrp};
 use portcullis_guard::listener::Notification;
 
 use super::{CONTINUE, Outcome, fail};
@@ -31,7 +31,9 @@ impl Broker {
     /// What is sent to anybody else is the kernel's business.
     pub(super) fn judge_signal(&mut self, tree: u64, call: &Notification, sender: Writer, to: To) -> Outcome {
         let reaches = match to {
-            To::Group(None) => false, // nobody of a tree is in our session
+            To::Group(None) => shares_group(sender.pid),
+            // Whose it will be is not known yet.
+            To::Owner => true,
             _ if !shares_namespace(call.pid.cast_signed()) => false, // it has other numbers for processes, and none for us
             To::Process(pid) => is_ours(pid),
             To::Group(Some(group)) => group == getpgrp().as_raw(),
@@ -41,15 +43,34 @@ impl Broker {
                 Err(libc::EBADF) => false,
                 Err(_) => true,
             },
+            // A negative number means the sender itself. A leader that has ended has no number any more, its group has.
+            To::PidfdsGroup(..0) => shares_group(sender.pid),
+            To::PidfdsGroup(number) => match behind(sender.pid, number) {
+                Ok(pid) => pid.is_none_or(|pid| pid == getpgrp().as_raw()),
+                Err(errno) => errno != libc::EBADF,
+            },
         };
         if !reaches && self.still_held(tree, call.id) {
             return CONTINUE;
         }
+        self.refuse_to_end(sender, "a signal that would end or stop what holds this program")
+    }
+
+    /// A limit of another process: of processor time, for one, at which the kernel kills it.
+    pub(super) fn judge_limit(&mut self, tree: u64, call: &Notification, sender: Writer, of: i32) -> Outcome {
+        let reaches = shares_namespace(call.pid.cast_signed()) && is_ours(of);
+        if !reaches && self.still_held(tree, call.id) {
+            return CONTINUE;
+        }
+        self.refuse_to_end(sender, "a limit for what holds this program")
+    }
+
+    fn refuse_to_end(&mut self, sender: Writer, reason: &str) -> Outcome {
         let process = self.identify(sender, None).and_then(|key| self.context_of(key));
         self.log.push(&Line {
             process: process.as_deref(),
             verdict: Some("refuse"),
-            reason: Some("a signal that would end or stop what holds this program"),
+            reason: Some(reason),
             generation: Some(self.generation_in_force()),
             ..Line::bare(realtime(), "signal", "guard")
         });
@@ -64,6 +85,11 @@ fn is_ours(pid: i32) -> bool {
     let Some((pid, ..)) = target::process_of(pid) else { return false };
     let parent = || ProcDir::open(pid).and_then(|at| at.birth()).map(|birth| birth.parent);
     pid == supervisor || parent().is_ok_and(|parent| parent == supervisor)
+}
+
+/// Whether a process is in our process group: then the supervisor was started beside it, by hand.
+fn shares_group(pid: i32) -> bool {
+    getpgid(Some(Pid::from_raw(pid))) == Ok(getpgrp())
 }
 
 /// Whether a thread's numbers for processes are ours. Those of another namespace have none for us, as none is above
