@@ -7,7 +7,7 @@ use std::{
 
 use nix::{
     libc,
-    sys::socket::{Shutdown, getsockopt, shutdown, sockopt},
+    sys::socket::{MsgFlags, Shutdown, getsockopt, recv, shutdown, sockopt},
 };
 use portcullis_types::{Op, Protocol};
 use portcullis_wire::{OpCode, Reply, Request};
@@ -17,7 +17,13 @@ use crate::{
     audit::More,
     guard::{link::Handed, target},
     process::ProcessKey,
-    sys::{message::Writer, pidfd_getfd, proc::ProcDir, proxy, socket::Facts},
+    sys::{
+        message::Writer,
+        pidfd_getfd,
+        proc::ProcDir,
+        proxy,
+        socket::{Facts, attach_filter},
+    },
 };
 
 /// `struct sockaddr` of no family: connect(2) to it dissolves a connection.
@@ -57,9 +63,12 @@ impl Broker {
                 let pidfd = process.try_clone().ok();
                 pidfd.and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)))
             });
-            let copy = socket.try_clone()?;
+            let (copy, is_datagram) = (socket.try_clone()?, facts.is_datagram());
             if !key.is_some_and(|key| self.may_have(key, number, socket, facts)) {
                 dissolve(&copy);
+                if is_datagram {
+                    deafen(&copy)?;
+                }
             }
         }
         Ok(())
@@ -94,6 +103,14 @@ fn dissolve(socket: &OwnedFd) {
     let _not_connected_any_more = shutdown(socket.as_raw_fd(), Shutdown::Both);
 }
 
+/// A socket for datagrams is bound as before: has it hear nothing any more, nor what waits in its queue.
+fn deafen(socket: &OwnedFd) -> io::Result<()> {
+    let nothing = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 }; // BPF_RET
+    attach_filter(socket.as_fd(), &[nothing])?;
+    while recv(socket.as_raw_fd(), &mut [], MsgFlags::MSG_DONTWAIT).is_ok() {}
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -121,5 +138,18 @@ mod tests {
         near.connect(far.local_addr().unwrap()).unwrap();
         dissolve(&near.try_clone().unwrap().into());
         assert!(near.send(b"x").is_err());
+    }
+
+    #[test]
+    fn a_datagram_socket_that_was_refused_hears_neither_what_waits_nor_what_comes() {
+        let [near, far] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let send = || far.send_to(b"x", near.local_addr().unwrap()).unwrap();
+        near.set_nonblocking(true).unwrap();
+        send();
+        assert_eq!(near.recv(&mut [0; 9]).unwrap(), 1, "the control");
+        send();
+        deafen(&near.try_clone().unwrap().into()).unwrap();
+        send();
+        assert!(near.recv(&mut [0; 9]).is_err());
     }
 }
