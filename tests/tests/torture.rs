@@ -138,9 +138,8 @@ impl<'a> Kept<'a> {
         }
     }
 
-    /// Kills it with its children. Sessions of vsftpd are not of its group, and one whose data connection was refused
-    /// under its accept(2) waits there for the next. They are known by their words, in which a folder of this test
-    /// stands; words without one could be those of another test.
+    /// Kills it with its children. Sessions of vsftpd are not of its group; they are known by their words, in which a
+    /// folder of this test stands; words without one could be those of another test.
     fn stop(&mut self) {
         let _gone = killpg(Pid::from_raw(self.running.pid()), Signal::SIGKILL);
         let line: Vec<u8> = self.words.iter().flat_map(|word| [word.as_bytes(), &[0]].concat()).collect();
