@@ -271,6 +271,7 @@ impl Broker {
 
     /// Whether a program whose peer was refused may wait for another one. Not at a data port when the session is over, or
     /// when it was the session's peer: nobody else will come, and who was told of that one by poll(2) would wait for ever.
+    /// On this host an address is everybody's.
     fn may_others_come(&mut self, context: &Context, call: &Call) -> bool {
         let Some((local, remote)) = call.local.zip(call.remote) else { return true };
         if !self.listeners.values().any(|l| l.data && l.local.port() == local.port()) {
@@ -280,7 +281,8 @@ impl Broker {
         match listening.scope {
             Scope::Nobody => false,
             scope if scope.is_of_sessions() => {
-                !listening.sessions.iter().any(|control| control.remote.ip() == remote.ip())
+                self.own.has(remote.ip())
+                    || !listening.sessions.iter().any(|control| control.remote.ip() == remote.ip())
             }
             _ => true,
         }
