@@ -19,11 +19,12 @@
 //! | `lane` | how it travels |
 //! | `association` | names the flow: a later `close` has the same |
 //! | `generation` | of the policy that decided |
-//! | `via` | what brought it here: `shim`, `table` (a cached verdict), `filter`, `broker`, `guard`, `backstop` |
+//! | `via` | what brought it here: `shim`, `table` (a cached verdict), `filter`, `broker`, `guard`, `backstop`, `keyd` |
 //!
 //! Then, where they apply: `rule_at` (`file:line`), `rule_name`, `cmdline`, `parents`, `allow` (the
 //! smallest rule that would permit it), `claim` (why a record that a process wrote is not believed),
-//! `bytes_in` `bytes_out` `duration` (of a closed flow), `delay_ms`, `lost`.
+//! `bytes_in` `bytes_out` `duration` (of a closed flow), `peer_cert` `cipher` `kex` (of lane tls), `of` (the record that
+//! this one belongs to), `shared` (the process is in several sessions), `delay_ms`, `lost`.
 
 mod left;
 mod log;

@@ -78,17 +78,17 @@ pub struct Common {
     state: StateArg,
 }
 
-/// What a host's certificates say; on renewal, what is not given stays.
+/// What a host's certificates say; what is not given stays as it was.
 #[derive(clap::Args)]
 pub struct With {
-    /// An address of the host (may be repeated)
-    #[arg(long, value_name = "IP")]
+    /// An address of the host (may be repeated) [default: as before]
+    #[arg(long, value_name = "IP", requires = "name")]
     address: Vec<IpAddr>,
-    /// Version of the enrolment, which policies compare [default: the day, as 20260131]
-    #[arg(long, value_name = "N")]
+    /// Version of the enrolment, which policies compare [default: as before; at first the day, as 20260131]
+    #[arg(long, value_name = "N", requires = "name")]
     ver: Option<u64>,
-    /// A group that the host is in (may be repeated)
-    #[arg(long, value_name = "G")]
+    /// A group that the host is in (may be repeated) [default: as before]
+    #[arg(long, value_name = "G", requires = "name")]
     group: Vec<String>,
 }
 

@@ -30,11 +30,16 @@ use crate::output::Out;
 
 /// A distributed per-process firewall: the policy says who may talk to whom; every program is held to it.
 #[derive(Parser)]
-#[command(name = "portcullis", version, max_term_width = 100)]
+#[command(name = "portcullis", version, max_term_width = 100, after_help = STATUS)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+/// The exit status of every command.
+const STATUS: &str = "\
+Exit status: 0 done or permitted, 1 refused or something was found, 2 could not.
+Of run: the program's, or 125 if run itself failed, 126 if the program cannot be started, 127 if it is not there.";
 
 #[derive(Subcommand)]
 enum Command {
@@ -148,10 +153,20 @@ pub extern "C" fn main(_argc: std::ffi::c_int, _argv: *const *const std::ffi::c_
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{CommandFactory, Parser};
 
     #[test]
     fn the_command_line_is_consistent() {
         super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_a_certificate_is_to_say_needs_a_host() {
+        let parsed = |words: &str| super::Cli::try_parse_from(words.split(' ')).is_ok();
+        assert!(parsed("portcullis ca renew --out DIR"));
+        assert!(parsed("portcullis ca renew a.example.com --ver 3 --group web --address 10.0.0.1 --out DIR"));
+        for said in ["--ver 3", "--group web", "--address 10.0.0.1"] {
+            assert!(!parsed(&format!("portcullis ca renew {said} --out DIR")), "{said}");
+        }
     }
 }

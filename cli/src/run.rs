@@ -40,7 +40,7 @@ pub struct Args {
     /// Whether what the policy refuses is refused, or only recorded [default: enforce]
     #[arg(long, value_enum)]
     mode: Option<Mode>,
-    /// A label for `ps`; it proves nothing
+    /// A label for `ps`; it proves nothing, and programs that write over their environment (nginx, redis) lose it
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
@@ -111,7 +111,11 @@ pub enum RunError {
         source: io::Error,
     },
     /// No shim library beside the command, nor installed.
-    #[error("no shim: `{}` is neither beside the command nor in {}", supervise::SHIM, supervise::INSTALLED)]
+    #[error(
+        "no shim: `{}` is neither beside the command nor in `{}` from there",
+        supervise::SHIM,
+        supervise::INSTALLED
+    )]
     NoShim,
     /// No folder whose files can be mapped as code.
     #[error("no place for the shim: `{}` is mounted noexec, and so are its alternatives", .0.display())]

@@ -64,7 +64,7 @@ fn ask(args: &Args, request: &Request) -> Result<Option<Answer>, AskError> {
 
 fn table(rows: &[Row], out: &mut Out) {
     let head = format!(
-        "{:>7}  {:<10} {:<10} {:<20} {:>9} {:>7}  COMMAND",
+        "{:>7}  {:<10} {:<10} {:<26} {:>9} {:>7}  COMMAND",
         "PID", "NAME", "USER", "HELD BY", "PERMITTED", "REFUSED"
     );
     out.line(out.ink(Ink::Strong, &head));
@@ -73,7 +73,7 @@ fn table(rows: &[Row], out: &mut Out) {
         let refused = format!("{:>7}", row.refused);
         let refused = if row.refused > 0 { out.ink(Ink::Bad, &refused) } else { refused };
         out.line(format!(
-            "{:>7}  {:<10} {:<10} {:<20} {:>9} {refused}  {}",
+            "{:>7}  {:<10} {:<10} {:<26} {:>9} {refused}  {}",
             row.pid,
             name.as_deref().map_or_else(|| "-".into(), escape),
             escape(&row.user),

@@ -144,6 +144,8 @@ fn what(record: &Record) -> Option<String> {
         "accept" => format!("What: {remote} wanted to connect to it at {local} over {proto}."),
         "receive" => format!("What: {remote} sent to it at {local} over {proto}."),
         "socket" => format!("What: it wanted a {proto} socket."),
+        "cut" => format!("What: a flow that lived was cut, between {local} and {remote} over {proto}."),
+        "signal" => "What: it wanted to end or stop a part of Portcullis by a signal.".into(),
         other => format!("What: {}.", escape(other)),
     })
 }
@@ -164,7 +166,9 @@ fn certificate(record: &Record) -> Option<String> {
 
 fn other(record: &Record) -> Option<String> {
     match record.verdict() {
-        "would-refuse" => Some("It went on all the same, because of `--mode audit`.".into()),
+        "would-refuse" => {
+            Some("It went on all the same, as `audit` asks: `--mode audit`, or the word in the rule.".into())
+        }
         "permit" | "protect" => Some("It was permitted.".into()),
         _ => None,
     }

@@ -240,7 +240,7 @@ fn a_member_is_never_plain_even_on_a_mixed_port() {
     let mut plain = TcpStream::connect(far(2121)).unwrap();
     plain.write_all(b"USER anonymous\r\n").unwrap();
     let (errno, why, _) = over(&mut world.far);
-    assert!(errno != 0 && why.contains("corrupt message"), "{why}");
+    assert!(errno != 0 && why.contains("does not speak TLS"), "{why}");
     fd_blocking(&fd);
     let (_, client, _) = world.client(far(2121));
     world.admitted();

@@ -98,7 +98,7 @@ fn the_far_sides_failure_is_the_programs_errno() {
     let (_, client, _) = world.client(far(2121));
     assert_eq!(result(&client), libc::ECONNREFUSED);
     let (_, why, _) = over(&mut world.near);
-    assert!(why.contains("corrupt message"), "{why}");
+    assert!(why.contains("does not speak TLS"), "{why}");
 }
 
 fn over_pending(daemon: &mut Daemon) -> bool {

@@ -111,7 +111,7 @@ fn why_explains_the_last_refusal() {
     What: [2001:db8::1]:5 wanted to connect to it at 10.0.0.1:21 over tcp.
     Rule: deny *(*, *), at p.pol:9.
     A deny rule refuses it.
-    It went on all the same, because of `--mode audit`.
+    It went on all the same, as `audit` asks: `--mode audit`, or the word in the rule.
     ");
 }
 
@@ -163,7 +163,7 @@ fn status_and_ps_say_that_nothing_runs() {
     ");
     assert_snapshot!(said(&host, &["ps"]), @r"
     exit 0
-        PID  NAME       USER       HELD BY              PERMITTED REFUSED  COMMAND
+        PID  NAME       USER       HELD BY                    PERMITTED REFUSED  COMMAND
     ");
     assert_snapshot!(said(&host, &["ps", "--format", "json"]), @r"
     exit 0

@@ -1,12 +1,12 @@
 //! One broker for each state folder: started by the first run, shared by all, gone with the last process.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+use std::{ffi::OsStr, fs, os::unix::fs::PermissionsExt, path::PathBuf};
 
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, eventually};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built, eventually};
 
 const NOBODY: u32 = 65534;
 
@@ -321,4 +321,28 @@ fn what_a_killed_supervisor_left_of_a_folder_that_is_gone_is_swept() {
     drop(it);
     assert_eq!(Finished::of(&mut other.run(&["true"])).code(), 0);
     eventually("it is swept", || (!runtime.exists()).then_some(()));
+}
+
+#[test]
+fn an_installed_command_finds_its_shim_below_any_prefix() {
+    let host = host();
+    for (program, place) in [
+        ("portcullis", "bin/portcullis"),
+        ("libportcullis_preload.so", "lib/portcullis/libportcullis_preload.so"),
+    ] {
+        let to = host.write(place, []);
+        fs::copy(built::program(program), to).unwrap();
+    }
+    let (command, policy) = (host.path("bin/portcullis"), host.path("policy.pol"));
+    let run = || {
+        let words = [command.as_os_str(), "run".as_ref(), "--policy".as_ref(), policy.as_os_str()];
+        let words: Vec<&OsStr> = words.into_iter().chain(["--".as_ref(), "true".as_ref()]).collect();
+        Finished::of(host.plain(&words).env("PORTCULLIS_STATE", host.state()))
+    };
+    run().success();
+    nothing_is_left(&host);
+    fs::remove_file(host.path("lib/portcullis/libportcullis_preload.so")).unwrap();
+    let without = run();
+    assert_eq!(without.code(), 125, "{without}");
+    assert!(without.stderr.contains("is neither beside the command nor in `../lib/portcullis`"), "{without}");
 }

@@ -53,6 +53,10 @@ fn only_nginx_workers_reach_redis() {
     });
     assert_eq!((&worker["verdict"], &worker["user"]), (&"permit".into(), &"www-data".into()));
     assert_eq!(worker["assurance"], "kernel");
+    // An executable is a file, whatever link it was started by.
+    let file = std::fs::canonicalize("/usr/bin/redis-server").unwrap();
+    let listening = host.record("redis", |r| r["op"] == "listen" && r["local"] == "127.0.0.1:6379");
+    assert_eq!(listening["exe"].as_str(), file.to_str());
 
     // Directly, not: neither wrapped, nor not, nor as the right user with the wrong program.
     let direct = Finished::of(&mut host.run(&["redis-cli", "-p", "6379", "ping"]));

@@ -9,10 +9,12 @@ use serde::Serialize;
 use super::{FINDINGS, FormatArg, RuleData, cite};
 use crate::{COULD_NOT, output::Out};
 
-/// Who can reach smtp on h1? `--to 'x509{name="h1.example.com"}' --service smtp`.
-/// What may this process reach? `--from 'process{exe="/usr/bin/curl"}'`.
-/// Which rules mention 10.1.2.3? `--mentions 10.1.2.3`.
+const EXAMPLES: &str = r#"Who can reach smtp on h1?      --to 'x509{name="h1.example.com"}' --service smtp
+What may this process reach?   --from 'process{exe="/usr/bin/curl"}'
+Which rules mention 10.1.2.3?  --mentions 10.1.2.3"#;
+
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub struct Arguments {
     /// Policy file; `-` is standard input
     file: PathBuf,

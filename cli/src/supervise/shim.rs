@@ -18,8 +18,8 @@ use crate::{
 
 /// File name of the shim.
 pub const NAME: &str = "libportcullis_preload.so";
-/// Folder of an installed shim.
-pub const INSTALLED: &str = "/usr/lib/portcullis";
+/// Folder of an installed shim, from the folder of the command: `/usr/lib/portcullis` from `/usr/bin`.
+pub const INSTALLED: &str = "../lib/portcullis";
 
 /// Finds the shim, and copies it unless everybody can load it where it is.
 ///
@@ -62,8 +62,8 @@ fn find() -> Option<PathBuf> {
     let exe = std::env::current_exe().ok()?;
     let dir = exe.parent()?;
     // Cargo leaves a library that was built as a dependency in `deps`; unit tests run from there.
-    let places = [dir.join(NAME), dir.join("deps").join(NAME), dir.join("..").join(NAME)];
-    places.into_iter().chain([Path::new(INSTALLED).join(NAME)]).find_map(|p| fs::canonicalize(p).ok())
+    let folders = [".", "deps", "..", INSTALLED];
+    folders.into_iter().find_map(|folder| fs::canonicalize(dir.join(folder).join(NAME)).ok())
 }
 
 /// Whether programs of every user can load the file, and nobody but root and us can change it.

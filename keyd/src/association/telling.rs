@@ -98,7 +98,7 @@ impl Associations {
 
     /// Why an association did not come about. The verifier's own words are better than what rustls makes of them.
     pub(super) fn words(&self, id: u64, failure: &Failure) -> String {
-        use rustls::{AlertDescription, CertificateError, Error, PeerIncompatible as Cannot};
+        use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible as Cannot};
         match (failure, self.all.get(&id).and_then(Association::verdict)) {
             (Failure::Tls(Error::InvalidCertificate(CertificateError::Other(own))), _) => own.0.to_string(),
             (Failure::Tls(Error::InvalidCertificate(_)), Some(Err(refusal))) => refusal.to_string(),
@@ -114,6 +114,9 @@ impl Associations {
                 ),
                 _,
             ) => "the peer does not speak TLS 1.3".to_owned(),
+            (Failure::Tls(Error::InvalidMessage(InvalidMessage::InvalidContentType)), _) => {
+                "the peer does not speak TLS".to_owned()
+            }
             _ => failure.to_string(),
         }
     }
