@@ -204,4 +204,17 @@ mod tests {
             ]
         );
     }
+
+    #[test]
+    fn what_is_no_call_is_explained_too() {
+        let said = |text: &str| what(&Record::parse(text).unwrap()).unwrap();
+        assert_eq!(
+            said(
+                r#"{"seq":1,"op":"cut","proto":"tcp","local":"10.0.0.1:21","remote":"10.0.0.2:5","verdict":"refuse"}"#
+            ),
+            "What: a flow that lived was cut, between 10.0.0.1:21 and 10.0.0.2:5 over tcp."
+        );
+        let signal = said(r#"{"seq":1,"op":"signal","pid":7,"verdict":"refuse"}"#);
+        assert_eq!(signal, "What: it wanted to end or stop a part of Portcullis by a signal.");
+    }
 }

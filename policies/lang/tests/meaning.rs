@@ -261,3 +261,16 @@ fn a_listener_is_open_to_whom_rules_name() {
     assert_eq!((v4.len(), proven_v6.len()), (0, 0));
     assert_eq!(proven_v4, ["10.0.0.0/9".parse().unwrap()]);
 }
+
+#[test]
+fn a_process_is_called_by_the_first_set_that_asks_for_something_of_it() {
+    let policy = policy(
+        "here = IPv4{192.0.2.1};\n\
+         web = front;\n\
+         front = x509{name=\"*.example.com\"} & process{exe=\"/usr/sbin/nginx\"};\n\
+         a = process{exe=\"/usr/sbin/*\"};\n",
+    );
+    assert_eq!(policy.name_of(&process("/usr/sbin/nginx")), Some("web"));
+    assert_eq!(policy.name_of(&process("/usr/sbin/vsftpd")), Some("a"));
+    assert_eq!(policy.name_of(&process("/usr/bin/curl")), None);
+}
