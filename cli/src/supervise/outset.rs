@@ -111,7 +111,7 @@ impl Outset {
 #[allow(clippy::unwrap_used, reason = "test code")]
 mod tests {
     use std::{
-        io::Write,
+        io::{Read, Write},
         process::{Child, Command, Stdio},
     };
 
@@ -120,8 +120,14 @@ mod tests {
 
     /// A process that becomes another program when it is told to.
     fn waiting() -> (Child, Pid) {
-        let child =
-            Command::new("sh").args(["-c", "read x; exec true"]).stdin(Stdio::piped()).spawn().unwrap();
+        let mut child = Command::new("sh")
+            .args(["-c", "echo; read x; exec true"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // `spawn` returns in the middle of the shell's own execve(2), which is not the one that is meant.
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
         (child, pid)
     }
