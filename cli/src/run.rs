@@ -261,7 +261,9 @@ fn try_to_reach(
             .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
         match lock.try_lock() {
             Ok(()) => {
-                start(place, &lock, args)?;
+                start(place, &lock, args).inspect_err(|_| {
+                    let _not_empty = fs::remove_dir(&place.runtime);
+                })?;
                 *ahead = move_ahead(place);
             }
             // Another run is starting one, or one is ending.

@@ -160,10 +160,6 @@ fn supervise(args: Args) -> Result<(), RunError> {
         Some(runtime) => Place { state: args.state.clone(), runtime: runtime.clone() },
         None => Place::make(Some(&args.state))?,
     };
-    let shim = match &args.shim {
-        Some(shim) => shim.clone(),
-        None => place_shim(&place)?,
-    };
     // Let go when this process ends, however that happens.
     let _lock = match args.lock_fd {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the lock"))?,
@@ -178,6 +174,10 @@ fn supervise(args: Args) -> Result<(), RunError> {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
     place.make_runtime()?;
+    let shim = match &args.shim {
+        Some(shim) => shim.clone(),
+        None => place_shim(&place)?,
+    };
     let socket = match args.socket_fd {
         Some(fd) => sys::adopt(fd).map_err(failed("take over the socket"))?,
         None => own_socket(&place)?,

@@ -44,7 +44,9 @@ pub fn place(place: &Place) -> Result<PathBuf, RunError> {
 /// Removes the copies of one state folder.
 pub fn remove(place: &Place) {
     for dir in [place.runtime.clone(), beside(place)] {
-        let _absent = fs::remove_file(dir.join(NAME));
+        for file in [dir.join(NAME), fresh(&dir.join(NAME))] {
+            let _absent = fs::remove_file(file);
+        }
     }
     let _absent = fs::remove_dir(beside(place));
 }
@@ -84,9 +86,14 @@ fn may_hold_code(path: &Path) -> bool {
     statvfs(path).is_ok_and(|fs| !fs.flags().contains(FsFlags::ST_NOEXEC))
 }
 
+/// The copy until it is whole.
+fn fresh(to: &Path) -> PathBuf {
+    to.with_extension("new")
+}
+
 /// Copies by way of a new file, as programs may have the old one mapped.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
-    let fresh = to.with_extension("new");
+    let fresh = fresh(to);
     match fs::remove_file(&fresh) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
