@@ -74,7 +74,7 @@ pub enum News {
         /// Its addresses, as far as they are known.
         places: Places,
         /// Whom the certificate names: a JSON object with `id names addresses process ver groups exe
-        /// sha256 user unit serial issuer_serial fingerprint key until cipher kex`. `None` for one that speaks plain,
+        /// sha256 user unit serial issuer_serial fingerprint key until end cipher kex`. `None` for one that speaks plain,
         /// as it may at a mixed listener.
         peer: Option<String>,
     },

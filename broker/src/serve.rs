@@ -268,7 +268,6 @@ impl Broker {
             self.look_at_backstop();
             self.tend_noted();
             self.tend_expiry();
-            self.tend_certificates();
             if self.keyd.as_ref().is_some_and(Keyd::has_news) {
                 self.take_keyd();
             }
@@ -334,7 +333,6 @@ impl Broker {
     /// How long nothing has to be done unasked.
     fn patience(&self) -> EpollTimeout {
         let expiry = self.in_force.as_ref().and_then(|_| self.next_expiry());
-        let expiry = [expiry, self.next_certificate_end()].into_iter().flatten().min();
         let quiet = self.busy.is_empty()
             && !self.log.is_behind()
             && self.endings_looked_at.is_none()

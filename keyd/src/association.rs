@@ -312,7 +312,7 @@ impl Associations {
                 }
                 Source::Expiry => {
                     for id in self.expiry.due(now()) {
-                        self.stop(id, libc::ECONNABORTED, "the peer's certificate has expired");
+                        self.stop(id, libc::EKEYEXPIRED, "the peer's certificate has expired");
                     }
                 }
                 Source::Joining(id) => self.join(id, diag),

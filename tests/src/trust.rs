@@ -47,6 +47,20 @@ impl Trust {
         self.ca(&words);
     }
 
+    /// Has what a host signs with, and so all that it certifies, end at a time (seconds since the Unix epoch), which may
+    /// be past.
+    pub fn ends(&self, host: &Host, until: u64) {
+        let root = self.folder.path().join("ca/root").display().to_string();
+        let at = |seconds: u64| {
+            let mut date = std::process::Command::new("date");
+            let said = Finished::of(date.args(["-u", "-d", &format!("@{seconds}"), "+%Y%m%d%H%M%SZ"]));
+            said.success().trim().to_owned()
+        };
+        let [from, until] = [until - 3600, until].map(at);
+        sign_again(&host.state(), "issuer", &root, [&from, &until], "again");
+        script(&host.state(), "mv again.crt issuer.crt");
+    }
+
     /// Certificates in a folder of their own, for a stock program.
     pub fn certificate(&self, name: &str, addresses: &[IpAddr], folder: &Path) {
         let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
@@ -79,19 +93,24 @@ fn script(folder: &Path, lines: &str) {
     Finished::of(shell.args(["-e", "-c", lines]).current_dir(folder)).success();
 }
 
-/// Puts `expired.crt` and `expired.key` beside a host's own: the same in all, but of last year.
-pub fn expired(folder: &Path) {
-    script(
-        folder,
+/// Has `NAME.crt` in a folder signed once more, by `BY.crt` and `BY.key`: the same in all, but valid between two times
+/// as openssl-ca(1) writes them. It is `TO.crt`, without a chain.
+fn sign_again(folder: &Path, name: &str, by: &str, [from, until]: [&str; 2], to: &str) {
+    let lines = format!(
         "printf '[ca]\ndefault_ca=d\n[d]\ndatabase=index.txt\nnew_certs_dir=.\nrand_serial=yes\npolicy=p\n\
          default_md=sha256\ncopy_extensions=copyall\n[p]\ncommonName=supplied\n' > ca.cnf\n\
          : > index.txt\n\
-         openssl x509 -x509toreq -copy_extensions copyall -in host.crt -signkey host.key -out expired.csr\n\
-         openssl ca -batch -notext -config ca.cnf -in expired.csr -cert issuer.crt -keyfile issuer.key \
-         -startdate 20250101000000Z -enddate 20250201000000Z -out expired.leaf\n\
-         cat expired.leaf issuer.crt > expired.crt\n\
-         cp host.key expired.key",
+         openssl x509 -x509toreq -copy_extensions copyall -in {name}.crt -signkey {name}.key -out again.csr\n\
+         openssl ca -batch -notext -config ca.cnf -in again.csr -cert {by}.crt -keyfile {by}.key \
+         -startdate {from} -enddate {until} -out {to}.crt"
     );
+    script(folder, &lines);
+}
+
+/// Puts `expired.crt` and `expired.key` beside a host's own: the same in all, but of last year.
+pub fn expired(folder: &Path) {
+    sign_again(folder, "host", "issuer", ["20250101000000Z", "20250201000000Z"], "leaf");
+    script(folder, "cat leaf.crt issuer.crt > expired.crt\ncp host.key expired.key");
 }
 
 /// Puts `foreign.crt` and `foreign.key` there, which `CN=mallory` has signed herself.

@@ -118,6 +118,8 @@ struct Kept<'a> {
     /// How often each word began a line.
     said: BTreeMap<String, usize>,
     odd: Vec<String>,
+    /// What `run` itself had to say.
+    of_run: Vec<String>,
     /// The last that it said.
     last: Option<String>,
 }
@@ -126,7 +128,7 @@ impl<'a> Kept<'a> {
     fn start(host: &'a Host, words: Vec<String>, serves: bool) -> Self {
         let running = host.start(&words);
         let (heard, said) = (Instant::now(), BTreeMap::new());
-        Self { host, words, serves, running, heard, said, odd: Vec::new(), last: None }
+        Self { host, words, serves, running, heard, said, odd: Vec::new(), of_run: Vec::new(), last: None }
     }
 
     /// Hears what it says, and starts it again if it has ended.
@@ -186,6 +188,9 @@ impl<'a> Kept<'a> {
             self.last = Some(line.clone());
             if word == "odd" || line.contains("Traceback") {
                 self.odd.push(line);
+            }
+            if word == "portcullis:" {
+                self.of_run.extend(self.last.clone());
             }
             *self.said.entry(word).or_default() += 1;
         }
@@ -296,13 +301,14 @@ fn torture(kills: u32, seed: u64) -> (Vec<String>, String) {
     }
     programs.iter_mut().for_each(Kept::stop);
     faults.extend(programs.iter().flat_map(|kept| kept.odd.clone()));
+    let of_runs = programs.each_ref().map(|kept| kept.of_run.join("\n")).join("\n");
     let [_, _, fetches, asks] = programs.map(|kept| kept.said);
     for host in [client, server] {
         // A run that was killed as it began has left no more than the next one takes away.
         Finished::of(&mut host.run(&["true"])).success();
         faults.extend(left_behind(host));
     }
-    let mut told = format!("killed: {killed:?}\nfetches: {fetches:?}\nconnections: {asks:?}");
+    let mut told = format!("killed: {killed:?}\nfetches: {fetches:?}\nconnections: {asks:?}\n{of_runs}");
     for host in [client, server] {
         let log = Log::of(host);
         told += &format!("\n{}: {} records", host.name, log.records);

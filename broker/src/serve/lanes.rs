@@ -12,7 +12,7 @@ mod records;
 pub(super) use members::FILE as MEMBERS;
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     rc::{Rc, Weak},
@@ -74,6 +74,8 @@ pub(super) struct Told {
     pub(super) key: String,
     /// Last second of validity.
     pub(super) until: i64,
+    /// Last second in which it is believed: clocks differ.
+    pub(super) end: i64,
     pub(super) cipher: String,
     pub(super) kex: String,
 }
@@ -191,8 +193,6 @@ pub(super) struct Lanes {
     by_cookie: HashMap<u64, u64>,
     /// From the token by which a program sees its peer.
     by_inner: HashMap<SocketAddr, u64>,
-    /// When certificates of peers end, in seconds since the epoch.
-    until: BTreeSet<(i64, u64)>,
     /// Listeners behind each front.
     pub(super) fronts: HashMap<u32, Vec<u64>>,
     pub(super) members: members::List,
@@ -247,9 +247,6 @@ impl Lanes {
         }
         if let Some(inner) = one.inner {
             self.by_inner.remove(&inner);
-        }
-        if let Some(peer) = &one.peer {
-            self.until.remove(&(peer.told.until, id));
         }
         Some(one)
     }

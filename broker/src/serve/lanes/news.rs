@@ -18,10 +18,9 @@ use crate::{
     keyd::News,
     process::Context,
     serve::{
-        Broker,
+        Broker, elapsed,
         flows::Flow,
         judge::{Call, Finding},
-        now_seconds,
         sessions::Control,
     },
     sys::realtime,
@@ -55,6 +54,9 @@ impl Broker {
                     None => left.of_cookie(carried.cookie),
                     Some(_) => left.between(places.local.socket_addr(), places.remote.socket_addr()),
                 };
+                if errno == libc::EKEYEXPIRED {
+                    self.record_expiry(id, &end.why);
+                }
                 match self.lanes.forget(id) {
                     Some(one) => self.over(&one, &end),
                     None if let Some(left) = left(&mut self.lanes.left) => self.end_left(&left, Some(&end)),
@@ -98,7 +100,7 @@ impl Broker {
             cookie: Some(found.cookie),
             inner: None,
             token: None,
-            peer: peer.clone(),
+            peer,
             plain,
             rule: None,
             session: None,
@@ -111,7 +113,6 @@ impl Broker {
         };
         let (call, (lane, assurance)) = (call_of(id, &one), one.lane());
         self.lanes.insert(id, one);
-        self.lanes.until.extend(peer.map(|peer| (peer.told.until, id)));
         self.remember(id, places);
         let finding = self.consider(&context, &call);
         if !finding.judgement.permitted && self.mode == Mode::Enforce {
@@ -159,9 +160,9 @@ impl Broker {
     /// The far side of a flow that a program opens has proved itself.
     fn shown_out(&mut self, id: u64, peer: Option<Rc<Peer>>) {
         let Some(one) = self.lanes.all.get_mut(&id) else { return self.end_association(id) };
-        one.peer.clone_from(&peer);
+        one.peer = peer;
         let (context, for_session) = (Rc::clone(&one.context), one.session.is_some());
-        self.decide_on(id, &context, peer.as_deref(), for_session);
+        self.decide_on(id, &context, for_session);
     }
 
     /// Somebody has proved himself at a front, or speaks plain, as he may there.
@@ -181,7 +182,7 @@ impl Broker {
             cookie: None,
             inner: None,
             token: None,
-            peer: peer.clone(),
+            peer,
             plain,
             rule: None,
             session: None,
@@ -193,11 +194,11 @@ impl Broker {
             cut: false,
         };
         self.lanes.insert(id, one);
-        self.decide_on(id, &context, peer.as_deref(), for_session);
+        self.decide_on(id, &context, for_session);
     }
 
     /// Judges a flow by what its far end has shown, and admits or refuses it.
-    fn decide_on(&mut self, id: u64, context: &Rc<Context>, peer: Option<&Peer>, for_session: bool) {
+    fn decide_on(&mut self, id: u64, context: &Rc<Context>, for_session: bool) {
         let Some(one) = self.lanes.get(id) else { return };
         let (call, known) = (call_of(id, one), one.is_known());
         let mut finding = if known {
@@ -223,9 +224,6 @@ impl Broker {
             self.lanes.all.entry(id).and_modify(|one| one.cut = true);
             self.end_association(id);
             return;
-        }
-        if let Some(peer) = peer {
-            self.lanes.until.insert((peer.told.until, id));
         }
         let Some(keyd) = &mut self.keyd else { return };
         match keyd.admit(id) {
@@ -335,20 +333,11 @@ impl Broker {
         }
     }
 
-    /// When the next certificate of a peer ends.
-    pub(in crate::serve) fn next_certificate_end(&self) -> Option<Duration> {
-        let (until, _) = self.lanes.until.first()?;
-        let until = u64::try_from(*until).unwrap_or(0).saturating_add(1);
-        Some(Duration::from_secs(until.saturating_sub(now_seconds())))
-    }
-
-    /// Cuts flows whose peer's certificate has ended.
-    pub(in crate::serve) fn tend_certificates(&mut self) {
-        let now = i64::try_from(now_seconds()).unwrap_or(i64::MAX);
-        while let Some((until, id)) = self.lanes.until.first().copied().filter(|(until, _)| *until < now) {
-            self.lanes.until.remove(&(until, id));
-            self.cut_lane(id, "the peer's certificate has expired", Instant::now());
-        }
+    /// The key daemon has cut a flow whose peer's certificate has ended: that is on record, and how late it was.
+    fn record_expiry(&mut self, id: u64, why: &str) {
+        let end = self.lanes.peer(id).map_or(0, |peer| peer.told.end);
+        let past = u64::try_from(end.saturating_add(1)).unwrap_or(0).saturating_mul(1_000_000_000);
+        self.record_cut_lane(id, why, realtime().saturating_sub(past));
     }
 
     fn cut_lane(&mut self, id: u64, why: &str, began: Instant) {
@@ -356,7 +345,7 @@ impl Broker {
         let Some(one) = self.lanes.all.get_mut(&id) else { return };
         one.cut = true;
         let cookie = one.cookie;
-        self.record_cut_lane(id, why, began);
+        self.record_cut_lane(id, why, elapsed(began));
         if let Some(cookie) = cookie {
             self.session_ended(cookie);
         }

@@ -1,6 +1,6 @@
 //! What becomes of protected flows, on record.
 
-use std::{rc::Rc, time::Instant};
+use std::rc::Rc;
 
 use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
 use portcullis_wire::keyd::Places;
@@ -8,7 +8,7 @@ use portcullis_wire::keyd::Places;
 use super::{Association, Peer};
 use crate::{
     audit::{Line, More, of},
-    serve::{Broker, elapsed, judge::Finding, now_seconds, word},
+    serve::{Broker, judge::Finding, now_seconds, word},
     sys::realtime,
 };
 
@@ -200,11 +200,11 @@ impl Broker {
         }
     }
 
-    /// Puts on record that a flow was cut, and how long after its cause.
-    pub(super) fn record_cut_lane(&mut self, id: u64, why: &str, began: Instant) {
+    /// Puts on record that a flow was cut, and how many nanoseconds after its cause.
+    pub(super) fn record_cut_lane(&mut self, id: u64, why: &str, delay: u64) {
         let Some(one) = self.lanes.get(id) else { return };
         let certificate = one.peer.as_ref().map(|peer| peer.certificate());
-        let mut more = vec![("delay_ms", More::Milliseconds(elapsed(began)))];
+        let mut more = vec![("delay_ms", More::Milliseconds(delay))];
         more.extend(of(one.seq));
         more.extend(certificate.as_deref().map(|shown| ("peer_cert", More::Text(shown))));
         let seq = self.log.push(&Line {
