@@ -98,7 +98,7 @@ pub enum News {
         /// A JSON object: `peer` as in `Shown`, `process` as it was given, `since` in seconds since the Unix epoch.
         what: String,
     },
-    /// It carries data.
+    /// It carries data, which was not so yet when it was admitted.
     Associated {
         /// Number of the association.
         id: u64,
@@ -492,13 +492,15 @@ impl Keyd {
         self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
     }
 
-    /// Lets an association that was shown go on. Returns its addresses.
+    /// Lets an association that was shown go on. Returns its addresses, and whether it carries data now: then there is no
+    /// [`News::Associated`].
     ///
     /// # Errors
     /// `ENOENT` if it is over.
-    pub fn admit(&mut self, id: u64) -> io::Result<Places> {
-        let Answer { rest, .. } = self.asked(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[])?;
-        Ok(Places::read_from_bytes(&rest).unwrap_or_default())
+    pub fn admit(&mut self, id: u64) -> io::Result<(Places, bool)> {
+        let Answer { head, rest, .. } =
+            self.asked(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[])?;
+        Ok((Places::read_from_bytes(&rest).unwrap_or_default(), head.count == 1))
     }
 
     /// Ends an association, shown or running.

@@ -26,7 +26,6 @@ use std::{
 
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags},
     sys::socket::{getsockopt, sockopt},
 };
 use portcullis_relay::{Ending, Engine, Event, Failure, How, Id, Limits};
@@ -255,13 +254,11 @@ impl Associations {
         })
     }
 
-    /// What to poll, besides: everything in here is looked at by [`Self::turn`].
-    pub fn watch<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+    /// What to poll, besides; [`Self::turn`] looks at what is readable. The second: peers that arrive, for whom there
+    /// may be no room.
+    pub fn watch(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
         let [all, fronts] = self.waits.as_fds();
-        fds.push(PollFd::new(all, PollFlags::POLLIN));
-        if self.arriving < MOST_PENDING {
-            fds.push(PollFd::new(fronts, PollFlags::POLLIN));
-        }
+        (all, (self.arriving < MOST_PENDING).then_some(fronts))
     }
 
     /// Associations that are not running yet.
@@ -296,9 +293,9 @@ impl Associations {
         self.waits.first().into_iter().chain(soon).min()
     }
 
-    /// Does what has become possible.
-    pub fn turn(&mut self, diag: &mut Diag) {
-        for source in self.waits.ready() {
+    /// Does what has become possible; `ready` says of which of [`Self::watch`].
+    pub fn turn(&mut self, diag: &mut Diag, (ready, arrived): (bool, bool)) {
+        for source in if ready { self.waits.ready() } else { Vec::new() } {
             match source {
                 Source::Syns => self.tokens.held().into_iter().for_each(|syn| self.take_syn(syn, diag)),
                 Source::Engine => {
@@ -319,7 +316,7 @@ impl Associations {
                 Source::Front(_) => {}
             }
         }
-        if self.arriving < MOST_PENDING {
+        if arrived && self.arriving < MOST_PENDING {
             for source in self.waits.fronts() {
                 if let Source::Front(front) = source {
                     self.accept(front, diag);
@@ -400,8 +397,8 @@ impl Associations {
         self.all.get(&id).map(|one| one.places)
     }
 
-    /// The broker's word: it may go on.
-    pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<()> {
+    /// The broker's word: it may go on. Whether it runs already, of which there is no report then.
+    pub fn admit(&mut self, id: u64, diag: &mut Diag) -> io::Result<bool> {
         let one = self.all.get_mut(&id).ok_or(Errno::ENOENT)?;
         if !one.shown {
             return Err(Errno::EINVAL.into()); // nobody
@@ -414,7 +411,8 @@ impl Associations {
             None => self.open_held(id, diag),
             Some(front) => self.deliver(id, front, diag),
         }
-        Ok(())
+        let is_told = |(head, _): &mut Report| head.tag == id && head.kind == Kind::Associated as u16;
+        Ok(self.reports.pop_if(is_told).is_some())
     }
 
     /// The broker's word: it ends.

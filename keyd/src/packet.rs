@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use libc::sock_filter;
 
+use crate::asm::{Assembly, If, JumpError, Label, R, Width};
+
 /// Tokens of IPv4 are in 127.64.0.0/10.
 pub const NET: u32 = 0x7f40_0000;
 /// Its mask.
@@ -75,38 +77,77 @@ pub fn syns_six() -> [sock_filter; 15] {
     ]
 }
 
-/// For the program's own socket: of what comes from its token, only the key daemon may begin a connection (its packets
-/// carry `mark`, which takes CAP_NET_ADMIN). All else passes, an RST too. The TCP header is at 0.
-pub fn only_ours(token: SocketAddr, mark: u32) -> Vec<sock_filter> {
-    const IP: u32 = 0xfff0_0000; // linux/filter.h, SKF_NET_OFF
-    const MARK: u32 = 0xffff_f000 + 20; // SKF_AD_OFF + SKF_AD_MARK
-    let (source, words) = match token.ip() {
-        IpAddr::V4(ip) => (12, ip.octets().to_vec()),
-        IpAddr::V6(ip) => (8, ip.octets().to_vec()),
+/// For programs' own sockets: of what comes from a token, only the key daemon may begin a connection (its packets carry
+/// `mark`, which takes CAP_NET_ADMIN). All else passes, an RST too. One program serves them all, since each socket hears
+/// nobody but the token that it went to. The TCP header is at 0.
+pub fn only_ours(mark: u32) -> Result<Vec<[u8; 8]>, JumpError> {
+    use Width::{B, D, H, W};
+    // Helpers (linux/bpf.h, bpf_func_id).
+    const LOAD: i32 = 26;
+    const LOAD_RELATIVE: i32 = 68;
+    const FROM_IP_HEADER: i32 = 1; // BPF_HDR_START_NET
+    // struct __sk_buff
+    const MARK: i16 = 8;
+    const PROTOCOL: i16 = 16;
+    const IPV4: i32 = 0x0800_u16.to_be() as i32;
+    const SYN: i32 = 0x02;
+    // The stack, downward from r10.
+    const SOURCE: i16 = -16;
+    const FLAGS: i16 = -24;
+    const PORT: i16 = -32;
+    let [r0, r1, r2, r3, r4, r5, r6, fp] = [0, 1, 2, 3, 4, 5, 6, 10].map(R);
+    let mut asm = Assembly::default();
+    let [v6, drop, pass]: [Label; 3] = std::array::from_fn(|_| asm.label());
+    let load = |asm: &mut Assembly, helper, offset, to: i16, length| {
+        asm.copy(r1, r6);
+        asm.set(r2, offset);
+        asm.copy(r3, fp);
+        asm.add(r3, to.into());
+        asm.set(r4, length);
+        asm.set(r5, FROM_IP_HEADER);
+        asm.call(helper);
+        asm.jump_if(If::Unequal, r0, 0, drop);
     };
-    let (words, _) = words.as_chunks::<4>();
-    let mut checks = vec![
-        (op(0x30, 0, 0, 13), op(0x45, 0, 1, 0x02)), // ldb [13]: flags; jset SYN
-        (op(0x28, 0, 0, 0), op(0x15, 0, 1, token.port().into())), // ldh [0]: port; jeq
-    ];
-    checks.extend((source..).step_by(4).zip(words).map(|(at, word)| {
-        (op(0x20, 0, 0, IP + at), op(0x15, 0, 1, u32::from_be_bytes(*word))) // ld source; jeq
-    }));
-    checks.push((op(0x20, 0, 0, MARK), op(0x15, 1, 0, mark))); // jeq
-    let mut code = Vec::new();
-    // What is not so goes to the end.
-    let mut left = u8::try_from(2 * checks.len()).unwrap_or(u8::MAX);
-    for (load, mut jump) in checks {
-        left -= 2;
-        if jump.jt == 0 {
-            jump.jf = left + 1
-        } else {
-            jump.jt = left + 1
-        }
-        code.extend([load, jump]);
-    }
-    code.extend([op(0x06, 0, 0, 0), op(0x06, 0, 0, u32::MAX)]); // drop; pass
-    code
+
+    asm.copy(r6, r1);
+    asm.load(W, r1, r6, MARK);
+    asm.set64(r2, mark.into());
+    asm.sub(r1, r2);
+    asm.jump_if(If::Equal, r1, 0, pass);
+    load(&mut asm, LOAD, 13, FLAGS, 1);
+    asm.load(B, r1, fp, FLAGS);
+    asm.and(r1, SYN);
+    asm.jump_if(If::Equal, r1, 0, pass);
+    load(&mut asm, LOAD, 0, PORT, 2);
+    asm.load(W, r1, r6, PROTOCOL);
+    asm.jump_if(If::Unequal, r1, IPV4, v6);
+    load(&mut asm, LOAD_RELATIVE, 12, SOURCE, 4);
+    asm.load(W, r1, fp, SOURCE);
+    asm.and(r1, MASK.to_be().cast_signed());
+    asm.jump_if(If::Unequal, r1, NET.to_be().cast_signed(), pass);
+    asm.load(H, r1, fp, PORT);
+    asm.jump_if(If::Equal, r1, FAR_PORT.to_be().into(), drop);
+    asm.jump(pass);
+
+    asm.here(v6);
+    load(&mut asm, LOAD_RELATIVE, 8, SOURCE, 16);
+    asm.load(D, r1, fp, SOURCE);
+    asm.jump_if(If::Unequal, r1, 0, pass);
+    asm.load(D, r1, fp, SOURCE + 8);
+    asm.set64(r2, 1_u64.to_be());
+    asm.sub(r1, r2);
+    asm.jump_if(If::Unequal, r1, 0, pass);
+    asm.load(H, r1, fp, PORT);
+    asm.host_order16(r1);
+    asm.set(r2, FIRST_SIX.into());
+    asm.jump_if_above(r2, r1, pass);
+    asm.here(drop);
+    asm.set(r0, 0);
+    asm.exit();
+    asm.here(pass);
+    asm.set(r0, -1);
+    asm.exit();
+    asm.finish()
 }
 
 /// Classic BPF over sock_diag(7)'s news of a socket's end (`struct nlmsghdr`, then `struct inet_diag_msg`): listeners,

@@ -140,25 +140,23 @@ fn serve(mut server: Server) -> Result<(), KeydError> {
             let left = at.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        let (asked, reported) = {
+        let ready = {
             let Some(asks) = server.broker.as_ref().or(server.brokers.as_ref()) else { return Ok(()) };
-            let mut fds = vec![PollFd::new(asks.as_fd(), PollFlags::POLLIN)];
             // Without a broker, what filters report waits where it is.
             let watch = server.watch.as_ref().filter(|_| server.broker.is_some());
-            let watched = watch.map(|watch| PollFd::new(watch.as_fd(), PollFlags::POLLIN));
-            let has_watch = watched.is_some();
-            fds.extend(watched);
-            if let Some(associations) = &server.associations {
-                associations.watch(&mut fds);
-            }
+            let (all, arriving) = server.associations.as_ref().map(Associations::watch).unzip();
+            let mut fds = Vec::with_capacity(4);
+            let at = [Some(asks.as_fd()), watch.map(AsFd::as_fd), all, arriving.flatten()].map(|fd| {
+                fds.extend(fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+                fd.map(|_| fds.len() - 1)
+            });
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(e) => return Err(KeydError::Broker(e.into())),
             }
-            let ready = |at: usize| fds.get(at).and_then(PollFd::any).unwrap_or(false);
-            (ready(0), has_watch && ready(1))
+            at.map(|at| at.and_then(|at| fds.get(at)).and_then(PollFd::any).unwrap_or(false))
         };
-        let stays = match server.work(asked, reported, &mut look_for_missed) {
+        let stays = match server.work(ready, &mut look_for_missed) {
             Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => false,
             done => done?,
         };
@@ -172,14 +170,13 @@ impl Server {
     /// Does what has become possible. `false`: the broker has closed the connection.
     fn work(
         &mut self,
-        asked: bool,
-        reported: bool,
+        [asked, reported, associations, arrived]: [bool; 4],
         look_for_missed: &mut Option<Instant>,
     ) -> Result<bool, KeydError> {
         if asked && !(if self.broker.is_some() { self.answer_one()? } else { self.welcome()? }) {
             return Ok(false);
         }
-        self.turn()?;
+        self.turn((associations, arrived))?;
         let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
         if (reported || due) && self.report()? {
             *look_for_missed = Some(Instant::now() + MISSED_AFTER);
@@ -398,7 +395,8 @@ impl Server {
                 let speech = Speech::try_from(head.count).map_err(|_| misfit)?;
                 all.speak(head.tag, speech).map(plain)
             }
-            (Kind::Admit, None) => all.admit(head.tag, diag).map(|()| Answer {
+            (Kind::Admit, None) => all.admit(head.tag, diag).map(|runs| Answer {
+                count: runs.into(),
                 body: all.places(head.tag).map(|it| it.as_bytes().to_vec()).unwrap_or_default(),
                 ..Answer::default()
             }),
@@ -411,11 +409,11 @@ impl Server {
     }
 
     /// Does what associations call for, and tells the broker of them.
-    fn turn(&mut self) -> Result<(), KeydError> {
+    fn turn(&mut self, ready: (bool, bool)) -> Result<(), KeydError> {
         let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
             return Ok(());
         };
-        all.turn(diag);
+        all.turn(diag, ready);
         self.tell_all()
     }
 

@@ -147,12 +147,17 @@ pub fn dual_stack(socket: BorrowedFd<'_>) -> io::Result<()> {
     set_any(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, &0_i32)
 }
 
+/// Attaches a loaded filter, replacing one that is not locked.
+pub fn attach(socket: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SO_ATTACH_BPF, filter.as_raw_fd())
+}
+
 /// Attaches a loaded filter, replacing one that is not locked, and locks it.
 pub fn attach_and_lock(socket: BorrowedFd<'_>, filter: BorrowedFd<'_>) -> Result<(), FilterError> {
     if get::<i32>(socket, libc::SO_LOCK_FILTER)? != 0 {
         return Err(FilterError::Locked);
     }
-    set(socket, libc::SO_ATTACH_BPF, filter.as_raw_fd()).map_err(|e| match e.raw_os_error() {
+    attach(socket, filter).map_err(|e| match e.raw_os_error() {
         Some(libc::EPERM) => FilterError::Locked,
         _ => FilterError::Kernel(e),
     })?;

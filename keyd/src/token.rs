@@ -74,6 +74,8 @@ pub struct Tokens {
     raw: Raw,
     /// A filter that lets nothing through.
     nothing: OwnedFd,
+    /// One for programs' sockets ([`packet::only_ours`]).
+    only_ours: OwnedFd,
     /// Listens on [`FAR_PORT`] of all tokens of IPv4 and answers nobody.
     _hold: OwnedFd,
     /// On every packet of ours to a program's listener.
@@ -111,8 +113,9 @@ impl Tokens {
     pub fn new(raw: Raw, mark: u32) -> io::Result<Self> {
         // `r0 = 0; exit`
         let nothing = load_filter(&[[0xb7, 0, 0, 0, 0, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])?;
+        let only_ours = load_filter(&packet::only_ours(mark).map_err(io::Error::other)?)?;
         let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &nothing)?;
-        Ok(Self { raw, nothing, _hold: hold, mark })
+        Ok(Self { raw, nothing, only_ours, _hold: hold, mark })
     }
 
     /// A token of IPv4 that stands for nothing yet; random, so that none is used again soon (TIME_WAIT).
@@ -149,8 +152,8 @@ impl Tokens {
 
     /// Has a program's socket take nobody but this key daemon for what its token stands for, also when this one has been
     /// killed and somebody else answers there.
-    pub fn guard(&self, program: BorrowedFd<'_>, token: &Token) -> io::Result<()> {
-        sock::attach_classic(program, &mut packet::only_ours(token.at, self.mark))
+    pub fn guard(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        sock::attach(program, self.only_ours.as_fd())
     }
 
     /// SYNs that arrived; readable when one of [`Self::as_fds`] is.
@@ -224,7 +227,6 @@ impl Tokens {
 }
 
 fn begin(near: &OwnedFd, to: SocketAddr) -> io::Result<()> {
-    setsockopt(near, sockopt::TcpNoDelay, &true)?;
     match connect(near.as_raw_fd(), &SockaddrStorage::from(to)) {
         Ok(()) | Err(Errno::EINPROGRESS) => Ok(()),
         Err(e) => Err(e.into()),

@@ -16,8 +16,8 @@ use std::{
 use common::{
     Daemon,
     world::{
-        FAR, NEAR, PROCESS, World, admit, blocking, far, later, over, over_of, placed, raw, result, serve_as,
-        shown,
+        FAR, NEAR, PROCESS, World, admit, admit_one, blocking, far, over, over_of, placed, raw, result,
+        serve_as, shown,
     },
 };
 use nix::{
@@ -89,8 +89,7 @@ struct Control {
 fn control(world: &mut World, listener: &TcpListener) -> Control {
     let (near, client) = opening(&mut world.near, far(2121), RELATED).unwrap();
     let (far, far_told) = shown(&mut world.far);
-    assert_eq!(world.far.ask(Kind::Admit, far, 0, &[], &[]).unwrap().head.errno, 0);
-    assert_eq!(later(&mut world.far, far).0, Kind::Associated);
+    admit_one(&mut world.far, far);
     let (near_told, _) = admit(&mut world.near);
     assert_eq!(result(&client), 0);
     let (mut served, _) = listener.accept().unwrap();
@@ -259,7 +258,7 @@ fn an_association_ends_with_its_peers_certificate() {
     let (mut lasting_served, _) = listener.accept().unwrap();
     let mut brief = stock(now - 57);
     let (id, _) = shown(&mut world.far);
-    assert_eq!(world.far.ask(Kind::Admit, id, 0, &[], &[]).unwrap().head.errno, 0);
+    admit_one(&mut world.far, id);
     let (mut served, _) = listener.accept().unwrap();
     served.write_all(b"x").unwrap();
     brief.read_exact(&mut [0]).unwrap();

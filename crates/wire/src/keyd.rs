@@ -58,7 +58,8 @@ pub enum Kind {
     /// Give up a front (`tag`): the port is its own listener's. The end of the sockets does the same.
     Release = 8,
     /// Let an association (`tag`) that was `Shown` go on. Answer: [`Places`] follows, with the token by which the
-    /// program will see its peer, unless that must wait for room in its backlog.
+    /// program will see its peer, unless that must wait for room in its backlog. `count` is 1 if it carries data now; else
+    /// `Associated` follows.
     Admit = 9,
     /// End an association (`tag`), shown or not; the program sees `count`, an errno.
     Refuse = 10,
@@ -81,7 +82,7 @@ pub enum Kind {
     /// `count` is 1 if the peer opened it, and then `flags` holds the low 32 bits of the front's number. A peer that
     /// may speak plain, and does, has proved nothing: then the object is empty.
     Shown = 65,
-    /// Report: an admitted association (`tag`) carries data; [`Places`] follows.
+    /// Report: an association (`tag`) that could not when it was admitted carries data; [`Places`] follows.
     Associated = 66,
     /// Report: an association (`tag`) is over, or came to nothing: `errno` is then not 0. `count` and `flags` are
     /// as in `Shown`. [`Over`] and [`Places`] follow, and a text that says how; if the peer's certificate was not

@@ -265,7 +265,6 @@ impl Associations {
         // A member that arrives in plain is refused, whatever the policy says of its address.
         let is_member = remote.ip().is_some_and(|ip| self.host.members().owner(ip).is_some());
         let asks = one.mixed && !is_member;
-        setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
         let places = Places { local, remote, inner_local: local, inner_remote: Addr::NONE };
         let (flow, process) = (self.engine.name(), one.process.clone());
         let direction = Direction::Inbound { front, arrived: Some(wire) };

@@ -61,7 +61,7 @@ impl Associations {
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
         let token = self.tokens.far(six, |at| self.by_token.contains_key(at))?;
-        self.tokens.guard(program, &token)?;
+        self.tokens.guard(program)?;
         let patience = if ask.patience == 0 {
             CONNECTING + PATIENCE
         } else {
@@ -72,8 +72,10 @@ impl Associations {
         let local = local.unwrap_or_default();
         let places = Places { local, remote: ask.remote, inner_local: Addr::NONE, inner_remote };
         let direction = Direction::Outbound { token, cookie: sock::cookie(program)?, syn: None };
-        // A token is not reached through an interface.
-        sock::bind_interface(program, 0)?;
+        if sock::bound_interface(program)? != 0 {
+            // A token is not reached through an interface.
+            sock::bind_interface(program, 0)?;
+        }
         // Names are the verifier's business, and none is sent.
         let name = ServerName::IpAddress(remote.ip().into());
         let flow = self.engine.handshake(wire, Role::Client { side, name });
@@ -131,9 +133,11 @@ fn far_socket(program: BorrowedFd<'_>, remote: SocketAddr, local: &Addr) -> io::
     let family = if remote.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let wire = socket(family, SockType::Stream, flags, SockProtocol::Tcp)?;
-    setsockopt(&wire, sockopt::TcpNoDelay, &true)?;
     sock::take_after(wire.as_fd(), program);
-    sock::bind_interface(wire.as_fd(), sock::bound_interface(program)?)?;
+    let interface = sock::bound_interface(program)?;
+    if interface != 0 {
+        sock::bind_interface(wire.as_fd(), interface)?;
+    }
     if let Some(local) = local.socket_addr().filter(|it| !it.ip().is_unspecified() || it.port() != 0) {
         // The program holds this port too: both must say that they share it.
         setsockopt(&program, sockopt::ReuseAddr, &true)?;

@@ -165,10 +165,19 @@ impl World {
 
 pub fn admit(daemon: &mut Daemon) -> (String, Places) {
     let (id, told) = shown(daemon);
-    assert_eq!(daemon.ask(Kind::Admit, id, 0, &[], &[]).unwrap().head.errno, 0);
+    (told, admit_one(daemon, id))
+}
+
+/// Admits an association, and waits until it carries data.
+pub fn admit_one(daemon: &mut Daemon, id: u64) -> Places {
+    let answer = daemon.ask(Kind::Admit, id, 0, &[], &[]).unwrap();
+    assert_eq!(answer.head.errno, 0);
+    if answer.head.count == 1 {
+        return Places::read_from_bytes(&answer.rest).unwrap();
+    }
     let (kind, head, rest) = later(daemon, id);
     assert_eq!((kind, head.tag), (Kind::Associated, id), "{}", String::from_utf8_lossy(&rest));
-    (told, Places::read_from_bytes(&rest).unwrap())
+    Places::read_from_bytes(&rest).unwrap()
 }
 
 /// The next report that is not of the end of another association.

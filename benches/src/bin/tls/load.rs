@@ -321,11 +321,20 @@ impl Client {
 
     /// Holds `count` connections more, which have carried one byte and then nothing.
     fn idle(&mut self, count: usize) -> Outcome<String> {
-        for _ in 0..count {
+        let share = |at: usize| count * (at + 1) / OPENERS - count * at / OPENERS;
+        let open = |_| {
             let mut stream = self.open(self.to)?;
             stream.write_all(b"x")?;
             stream.read_exact(&mut [0])?;
-            self.held.push(stream);
+            Ok(stream)
+        };
+        let held: Vec<io::Result<Vec<TcpStream>>> = thread::scope(|scope| {
+            let openers: Vec<_> =
+                (0..OPENERS).map(|at| scope.spawn(move || (0..share(at)).map(open).collect())).collect();
+            openers.into_iter().filter_map(|opener| opener.join().ok()).collect()
+        });
+        for held in held {
+            self.held.extend(held?);
         }
         thread::sleep(Duration::from_millis(300));
         Ok(format!("{}", self.held.len()))

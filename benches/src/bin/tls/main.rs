@@ -6,7 +6,7 @@
 //! alone, in the role of the others.
 //!
 //! `tls [stream|connections|related|pingpong|idle|busy]...`, all by default. `TLS_ROUNDS` sets how often each is measured
-//! (5), `TLS_ONLY` names the systems, as `portcullis,nginx`. `cpu` is what a system's own processes use, `cpu with ends`
+//! (5, as far as there is time: [`BUDGET`]; `busy` once), `TLS_ONLY` names the systems, as `portcullis,nginx`. `cpu` is what a system's own processes use, `cpu with ends`
 //! that and client and server, the shim in them included. `control` is a new association of a service with related
 //! connections, for which both ends make a certificate of its own; `related` is a data connection of one. `idle` is
 //! anonymous memory of both sides, brokers and supervisors included; `idle keyd` of key daemons alone.
@@ -38,6 +38,8 @@ pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Connections that are busy at once, beside those that are idle, in `busy`.
 const BUSY: usize = 1000;
 const IDLE: usize = 10_000;
+/// No round begins that would end later, as long as the longest before it took.
+const BUDGET: Duration = Duration::from_secs(270);
 
 const RELAY: &str = "relay";
 const NGINX: &str = "nginx";
@@ -130,13 +132,21 @@ fn measure(words: &[&str]) -> Outcome<bool> {
         .copied()
         .filter(|name| only.is_empty() || only.split(',').any(|one| one == *name))
         .collect();
+    let (began, mut longest) = (Instant::now(), Duration::ZERO);
     for round in 0..rounds {
+        let begins = Instant::now();
+        if round > 0 && began.elapsed() + longest > BUDGET {
+            say(&format!("no time for more than {round} rounds"));
+            break;
+        }
         // Each round begins with another system, so that none is always first.
         for at in 0..names.len() {
             let Some(name) = names.get((at + round) % names.len()).copied() else { continue };
             say(&format!("round {} of {rounds}: {name}", round + 1));
+            let wanted = |what: &str| wanted(what) && (what != "busy" || round == 0);
             bench.one(name, &wanted).inspect_err(|_| systems::show_logs(name, folder.path()))?;
         }
+        longest = longest.max(begins.elapsed());
     }
     let on_record = !names.contains(&PORTCULLIS) || bench.is_on_record()?;
     Ok(bench.table.print(&names)? & on_record)
@@ -197,12 +207,25 @@ impl Bench<'_> {
             self.timed(measures, name, &mut pair, &format!("stream {}", 1 << 30), |[rate]| (rate, 1.0))?;
             self.end(name, pair)?;
         }
-        let per_micro = |[count, seconds]: [f64; 2]| (count / seconds, count / 1e6);
-        if wanted("connections") {
+        if wanted("idle") || wanted("busy") {
+            // Memory is counted before anything else has used some.
             let mut pair = self.start(name, Server::Echo, false)?;
-            pair.client.ask::<2>("connections 0.3")?;
-            let measures = ("connections", "connection cpu", "connection cpu with ends");
-            self.timed(measures, name, &mut pair, "connections 2", per_micro)?;
+            self.idle(name, &mut pair, wanted)?;
+            self.end(name, pair)?;
+        }
+        let per_micro = |[count, seconds]: [f64; 2]| (count / seconds, count / 1e6);
+        if wanted("connections") || wanted("pingpong") {
+            let mut pair = self.start(name, Server::Echo, false)?;
+            if wanted("connections") {
+                pair.client.ask::<2>("connections 0.3")?;
+                let measures = ("connections", "connection cpu", "connection cpu with ends");
+                self.timed(measures, name, &mut pair, "connections 2", per_micro)?;
+            }
+            if wanted("pingpong") {
+                pair.client.ask::<1>("pingpong 500")?;
+                let measures = ("pingpong", "pingpong cpu", "pingpong cpu with ends");
+                self.timed(measures, name, &mut pair, "pingpong 10000", |[median]| (median, 0.01))?;
+            }
             self.end(name, pair)?;
         }
         if wanted("related") && !PEERS.contains(&name) {
@@ -221,34 +244,30 @@ impl Bench<'_> {
             self.timed(measures, name, &mut pair, &format!("{opens} 2"), per_micro)?;
             self.end(name, pair)?;
         }
-        if wanted("pingpong") {
-            let mut pair = self.start(name, Server::Echo, false)?;
-            pair.client.ask::<1>("pingpong 500")?;
-            let measures = ("pingpong", "pingpong cpu", "pingpong cpu with ends");
-            self.timed(measures, name, &mut pair, "pingpong 20000", |[median]| (median, 0.02))?;
-            self.end(name, pair)?;
-        }
+        Ok(())
+    }
+
+    /// What connections cost that do nothing, and whether they keep others waiting.
+    fn idle(&mut self, name: &'static str, pair: &mut Running, wanted: &dyn Fn(&str) -> bool) -> Outcome<()> {
+        const FEW: usize = 50;
+        const SOME: usize = 1000;
+        pair.client.ask::<1>(&format!("idle {FEW}"))?;
         if wanted("idle") {
-            let mut pair = self.start(name, Server::Echo, false)?;
-            pair.client.ask::<1>("idle 50")?;
             let before = pair.memory()?;
-            pair.client.ask::<1>("idle 1000")?;
+            pair.client.ask::<1>(&format!("idle {SOME}"))?;
             let after = pair.memory()?;
             self.table.note("idle", name, (after.0 - before.0) / 1000.0);
             if name == PORTCULLIS {
                 self.table.note("idle keyd", name, (after.1 - before.1) / 1000.0);
             }
-            self.end(name, pair)?;
         }
         if wanted("busy") {
-            let mut pair = self.start(name, Server::Echo, false)?;
-            let [idle] = pair.client.ask(&format!("idle {}", self.idle))?;
+            let [idle] = pair.client.ask(&format!("idle {}", self.idle.saturating_sub(FEW + SOME)))?;
             self.table.note("busy, idle beside it", name, idle);
             let before = pair.cpu()?;
             let [slowest] = pair.client.ask(&format!("busy {BUSY}"))?;
             self.table.note("busy slowest", name, slowest);
             self.table.note("busy cpu", name, (pair.cpu()?.0 - before.0) * 1e3);
-            self.end(name, pair)?;
         }
         Ok(())
     }

@@ -227,11 +227,11 @@ impl Broker {
         }
         let Some(keyd) = &mut self.keyd else { return };
         match keyd.admit(id) {
-            Ok(places) => {
+            Ok((places, runs)) => {
                 if call.op == Op::Connect {
                     self.record_shown(id, &finding, "permit");
                 }
-                self.remember(id, &places);
+                if runs { self.associated(id, &places) } else { self.remember(id, &places) }
             }
             Err(_) => {
                 // It is over meanwhile; that is on its way.
