@@ -7,7 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::OnceLock,
     time::{Duration, UNIX_EPOCH},
 };
@@ -53,6 +53,19 @@ impl Cgroup {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Its number, and how deep it is in the hierarchy as this process sees it; the root's children are at 1.
+    ///
+    /// # Errors
+    /// [`BackstopError::NoHierarchy`], [`BackstopError::Cgroup`].
+    pub fn place(&self) -> Result<(u64, u32), BackstopError> {
+        let (root, point) = visible().ok_or(BackstopError::NoHierarchy)?;
+        let below = self.path.strip_prefix(&point).map_err(|_| BackstopError::NoHierarchy)?;
+        let names = |path: &Path| path.components().filter(|c| matches!(c, Component::Normal(_))).count();
+        let level = u32::try_from(names(Path::new(&root)) + names(below)).unwrap_or(u32::MAX);
+        let number = self.folder.metadata().map_err(failed("look at", &self.path))?.ino();
+        Ok((number, level))
     }
 
     /// Moves a process with all its threads in.
@@ -144,8 +157,27 @@ pub fn sweep(parent: &Path) {
     }
 }
 
+/// Whether there is a cgroup of this name anywhere.
+#[must_use]
+pub fn is_anywhere(name: &str) -> bool {
+    let Some((_, point)) = visible() else { return false };
+    let mut waiting = vec![point];
+    while let Some(folder) = waiting.pop() {
+        for child in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if child.file_name() == name {
+                return true;
+            }
+            if child.file_type().is_ok_and(|kind| kind.is_dir()) {
+                waiting.push(child.path());
+            }
+        }
+    }
+    false
+}
+
 /// Whether [`cgroup_name`] gives such names. Others may call theirs after us.
-fn is_name_of_ours(name: &str) -> bool {
+#[must_use]
+pub fn is_name_of_ours(name: &str) -> bool {
     let is_hex = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_hexdigit());
     name.strip_prefix(PREFIX).is_some_and(|rest| rest.split('-').count() == 3 && rest.split('-').all(is_hex))
 }

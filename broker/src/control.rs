@@ -109,6 +109,9 @@ pub struct Hold {
     pub since: String,
     /// Why it does not.
     pub why: Option<String>,
+    /// Of a backstop that holds: `bpf` or `nftables`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub form: Option<String>,
 }
 
 /// One of the four, over all processes.
@@ -120,6 +123,9 @@ pub struct Covered {
     pub processes: usize,
     /// Those that it does not hold.
     pub missing: Vec<Uncovered>,
+    /// Of the backstop, if it holds any: `bpf` or `nftables`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub form: Option<String>,
 }
 
 /// Processes that something does not hold, for one reason.

@@ -18,7 +18,8 @@ use nix::{
     },
 };
 use portcullis_wire::keyd::{
-    CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Places, Speech, Stranger,
+    CutBy, FRAME, Flow, Head, INLINE_NETS, Kind, MOST_NETS, Net, Open, Over, Pass, Places, Speech, Stopped,
+    Stranger,
 };
 use serde::Deserialize;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -39,6 +40,7 @@ pub struct Keyd {
     socket: OwnedFd,
     seq: u32,
     reports: VecDeque<Stranger>,
+    stopped: Vec<Stopped>,
     news: Vec<News>,
     abilities: u32,
     who: Option<Who>,
@@ -212,6 +214,7 @@ impl Keyd {
             socket,
             seq: 0,
             reports: VecDeque::new(),
+            stopped: Vec::new(),
             news: Vec::new(),
             abilities: 0,
             who: None,
@@ -279,6 +282,28 @@ impl Keyd {
     fn cut_flow(&mut self, flow: &Flow, descriptors: &[BorrowedFd<'_>]) -> io::Result<CutBy> {
         let (head, _) = self.ask(Head::new(Kind::Cut, 0), flow.as_bytes(), descriptors)?;
         CutBy::try_from(head.count).map_err(|_| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Has the backstop's nftables form filled, the table of this name. `false`: what it refuses cannot be told.
+    ///
+    /// # Errors
+    /// `ENOENT`: there is no such table.
+    pub fn table(&mut self, name: &str) -> io::Result<bool> {
+        let (head, _) = self.ask(Head::new(Kind::Table, 0), name.as_bytes(), &[])?;
+        Ok(head.count != 0)
+    }
+
+    /// Lets pass, or no more.
+    ///
+    /// # Errors
+    /// What the kernel says; `ENFILE` for too many.
+    pub fn pass(&mut self, pass: &Pass) -> io::Result<()> {
+        self.ask(Head::new(Kind::Pass, 0), pass.as_bytes(), &[]).map(drop)
+    }
+
+    /// What the nftables form refused, as far as [`Self::reports`] has found it.
+    pub fn take_stopped(&mut self) -> Vec<Stopped> {
+        std::mem::take(&mut self.stopped)
     }
 
     /// Takes all reports that have arrived; never waits. Call when [`AsFd`] is readable.
@@ -418,6 +443,13 @@ impl Keyd {
         };
         match kind {
             Kind::Stranger => {}
+            Kind::Stopped => {
+                let stopped = Stopped::read_from_bytes(rest).map_err(|_| io::ErrorKind::InvalidData)?;
+                if self.stopped.len() < MOST_REPORTS {
+                    self.stopped.push(stopped);
+                }
+                return Ok(Some(None));
+            }
             Kind::Shown | Kind::Arrived | Kind::Live | Kind::Associated | Kind::Over => {
                 self.news.push(News::read(kind, &head, rest).ok_or(io::ErrorKind::InvalidData)?);
                 return Ok(Some(None));

@@ -81,6 +81,8 @@ pub struct Config {
     pub ready: Option<OwnedFd>,
     /// No program has been served in this folder that could still be there.
     pub fresh: bool,
+    /// What is done without although this kernel has it.
+    pub without: portcullis_types::Without,
 }
 
 /// Serves until told to end (SIGTERM, or `shutdown` over the control socket).

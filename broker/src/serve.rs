@@ -9,6 +9,7 @@ mod channels;
 mod coverage;
 mod datagrams;
 mod far;
+mod fence;
 mod flows;
 mod follow;
 mod guard;
@@ -44,7 +45,7 @@ use nix::{
 };
 use portcullis_backstop::{Event, Holder};
 use portcullis_policy::Policy;
-use portcullis_types::{RuleId, Verdict};
+use portcullis_types::{RuleId, Verdict, Without};
 use portcullis_wire::shared::StatePage;
 
 use crate::{
@@ -234,6 +235,14 @@ pub(crate) struct Broker {
     kernel: Option<backstop::Kernel>,
     /// Why there is no backstop.
     unbacked: Option<String>,
+    /// What is done without although this kernel has it.
+    without: Without,
+    /// Messages of programs came without their pidfd.
+    nameless: bool,
+    /// Who is held by the guard is woken in turn, not at once.
+    slow_to_wake: bool,
+    /// The backstop's nftables form, if that is what there is.
+    fence: Option<fence::Fence>,
     coverages: coverage::Coverages,
     /// Processes that asked through the shim.
     shimmed: HashSet<ProcessKey>,

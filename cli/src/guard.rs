@@ -13,6 +13,7 @@ use portcullis_guard::{
     landlock,
     listener::{self, Privileges},
 };
+use portcullis_types::{Lack, Without};
 use portcullis_wire::gate;
 
 use crate::link::Hold;
@@ -32,7 +33,7 @@ pub enum Guard {
 ///
 /// # Errors
 /// As seccomp(2).
-pub fn install(hold: Hold) -> io::Result<Guard> {
+pub fn install(hold: Hold, without: Without) -> io::Result<Guard> {
     let code = u16::try_from(libc::BPF_RET | libc::BPF_K).map_err(io::Error::other)?;
     let open = [libc::sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
     let filter = match hold {
@@ -42,7 +43,7 @@ pub fn install(hold: Hold) -> io::Result<Guard> {
         Hold::Nothing => open.to_vec(),
     };
     // First, since the guard asks about Landlock too.
-    if hold == Hold::Proxy {
+    if hold == Hold::Proxy && !without.has(Lack::Landlock) {
         lock_connect()?;
     }
     let mut outcome = listener::install(&filter, Privileges::Kept);

@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf};
 
 use nix::sys::signal::{SigSet, Signal};
+use portcullis_types::Without;
 
 use crate::{COULD_NOT, Mode, output::Out, sys};
 
@@ -29,6 +30,8 @@ pub struct BrokerArgs {
     life_fd: i32,
     #[arg(long)]
     fresh: bool,
+    #[arg(long, default_value_t)]
+    without: Without,
 }
 
 /// What the supervisor hands to a key daemon.
@@ -72,6 +75,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
             handed: args.handed_fd.map(sys::adopt).transpose()?,
             ready: Some(sys::adopt(args.ready_fd)?),
             fresh: args.fresh,
+            without: args.without,
         })
     });
     match config.map(portcullis_broker::run) {

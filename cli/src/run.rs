@@ -19,6 +19,7 @@ use nix::{
 };
 use portcullis_backstop::{Cgroup, cgroup_name};
 use portcullis_policy::{LoadError, Policy};
+use portcullis_types::{Lack, UnknownLack, Without};
 use portcullis_wire::frame::{ENV_BROKER, ENV_DOOR, LOWEST_FD};
 
 use crate::{
@@ -120,6 +121,9 @@ pub enum RunError {
     /// No folder whose files can be mapped as code.
     #[error("no place for the shim: `{}` is mounted noexec, and so are its alternatives", .0.display())]
     NoExec(PathBuf),
+    /// `PORTCULLIS_WITHOUT` is no list of what can be done without.
+    #[error("PORTCULLIS_WITHOUT: {0}")]
+    Without(#[from] UnknownLack),
     /// A system call failed.
     #[error("cannot {what}")]
     System {
@@ -169,7 +173,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     let door = place_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
     let hold = enclose(&link, &pidfd)?;
-    let guard = guard::install(hold).map_err(failed("install the guard's filter"))?;
+    let guard = guard::install(hold, without()?).map_err(failed("install the guard's filter"))?;
     let by_number = match &guard {
         Guard::Listener(listener) if hold != Hold::Nothing => Some(listener.as_raw_fd()),
         _ => None,
@@ -261,10 +265,11 @@ fn try_to_reach(
             .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
         match lock.try_lock() {
             Ok(()) => {
-                start(place, &lock, args).inspect_err(|_| {
+                let without = without()?;
+                start(place, &lock, args, without).inspect_err(|_| {
                     let _not_empty = fs::remove_dir(&place.runtime);
                 })?;
-                *ahead = move_ahead(place);
+                *ahead = move_ahead(place, without);
             }
             // Another run is starting one, or one is ending.
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
@@ -273,16 +278,18 @@ fn try_to_reach(
     Err(RunError::Late(place.log()))
 }
 
-/// Whether the user asks to do without the backstop.
-fn is_without_backstop() -> bool {
-    std::env::var_os("PORTCULLIS_NO_BACKSTOP").is_some_and(|v| !v.is_empty() && v != "0")
+/// What the user asks to do without. A supervisor takes it from the run that starts it, and from no other.
+fn without() -> Result<Without, RunError> {
+    let all: Without = std::env::var("PORTCULLIS_WITHOUT").unwrap_or_default().parse()?;
+    let no_backstop = std::env::var_os("PORTCULLIS_NO_BACKSTOP").is_some_and(|v| !v.is_empty() && v != "0");
+    Ok(if no_backstop { all.and(Lack::Backstop) } else { all })
 }
 
 /// Moves this process to the cgroup where the supervisor will hold it. For the first move in a while the kernel
 /// waits until all its processors have looked up, some milliseconds; broker and key daemon start meanwhile.
 /// What fails here the supervisor tries again, and says why.
-fn move_ahead(place: &Place) -> Option<Cgroup> {
-    if !unistd::geteuid().is_root() || is_without_backstop() {
+fn move_ahead(place: &Place, without: Without) -> Option<Cgroup> {
+    if !unistd::geteuid().is_root() || without.has(Lack::Backstop) {
         return None;
     }
     let cgroup = Cgroup::below(std::process::id(), &cgroup_name(&place.state)).ok()?;
@@ -310,7 +317,7 @@ fn greet(link: &Link, hello: &Say) -> Result<Option<Welcome>, RunError> {
 /// Starts a supervisor: detached from terminal, session, parent and descriptors, and not our child, so that
 /// the program we become neither waits for it nor hears of its end. The lock goes with it: it belongs to the
 /// open file, which both have until we close ours.
-fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
+fn start(place: &Place, lock: &fs::File, args: &Args, without: Without) -> Result<(), RunError> {
     let policy = match &args.policy {
         Some(path) => readable(path)?,
         None => default_policy(place)?,
@@ -339,7 +346,7 @@ fn start(place: &Place, lock: &fs::File, args: &Args) -> Result<(), RunError> {
         policy,
         mode: args.mode.unwrap_or_default(),
         shim: Some(shim),
-        no_backstop: is_without_backstop(),
+        without,
         lock_fd: Some(lock.as_raw_fd()),
         socket_fd: Some(socket.as_raw_fd()),
     }

@@ -10,6 +10,7 @@ mod outset;
 mod parts;
 mod shim;
 mod sweep;
+mod table;
 
 use std::{
     ffi::CString,
@@ -31,6 +32,8 @@ use nix::{
     },
     unistd::{Pid, geteuid},
 };
+
+use portcullis_types::Without;
 
 pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
 use self::{
@@ -64,9 +67,9 @@ pub struct Args {
     /// The shim that programs load [default: where it is found]
     #[arg(long)]
     pub shim: Option<PathBuf>,
-    /// Do without the kernel backstop
-    #[arg(long)]
-    pub no_backstop: bool,
+    /// What to do without, although this kernel has it: backstop, bpf, nftables, passpidfd, sync-wake-up, landlock
+    #[arg(long, value_name = "LIST", default_value_t)]
+    pub without: Without,
     /// Inherited descriptor of the lock file, already locked
     #[arg(long)]
     pub lock_fd: Option<i32>,
@@ -86,6 +89,7 @@ impl Args {
         option("--state", self.state.as_os_str().as_bytes());
         option("--policy", self.policy.as_os_str().as_bytes());
         option("--mode", self.mode.as_str().as_bytes());
+        option("--without", self.without.to_string().as_bytes());
         for (name, path) in [("--runtime", &self.runtime), ("--shim", &self.shim)] {
             if let Some(path) = path {
                 option(name, path.as_os_str().as_bytes());
@@ -95,9 +99,6 @@ impl Args {
             if let Some(fd) = fd {
                 option(name, fd.to_string().as_bytes());
             }
-        }
-        if self.no_backstop {
-            words.push(b"--no-backstop".to_vec());
         }
         words.into_iter().filter_map(|w| CString::new(w).ok()).collect()
     }

@@ -200,7 +200,9 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
     }
     out.line(format!("serves       {} processes, {} associations", s.processes, s.associations));
     for covered in &s.coverage {
-        out.line(format!("  {:<10} {} processes", covered.by, covered.processes));
+        let form = covered.form.as_deref().filter(|form| *form != "bpf");
+        let form = form.map_or_else(String::new, |form| format!(" (by {})", escape(form)));
+        out.line(format!("  {:<10} {} processes{form}", covered.by, covered.processes));
         for missing in covered.missing.iter().filter(|_| covered.by != "filter") {
             out.line(format!("             not {}: {}", missing.processes, escape(&missing.why)));
         }

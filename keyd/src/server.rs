@@ -21,7 +21,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use portcullis_wire::keyd::{
-    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Speech, Stage, Stranger, permitted,
+    FRAME, Flow, Head, Kind, MOST_NETS, Net, Open, Pass, Speech, Stage, Stranger, permitted,
 };
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use zeroize::Zeroizing;
@@ -31,6 +31,7 @@ use crate::{
     association::Associations,
     cut,
     diag::Diag,
+    fence::Fence,
     filter::{self, FilterError, Watch},
     identity::Host,
     privileges, sandbox,
@@ -75,6 +76,7 @@ pub fn run(config: Config) -> Result<(), KeydError> {
         brokers,
         diag,
         watch: None,
+        fence: None,
         associations,
         stage: Stage::Hello,
         frame: vec![0; FRAME],
@@ -105,6 +107,8 @@ struct Server {
     brokers: Option<OwnedFd>,
     diag: Option<Diag>,
     watch: Option<Watch>,
+    /// The backstop's nftables form, if that is what holds programs.
+    fence: Option<Fence>,
     associations: Option<Associations>,
     stage: Stage,
     /// Room for one request.
@@ -145,8 +149,10 @@ fn serve(mut server: Server) -> Result<(), KeydError> {
             // Without a broker, what filters report waits where it is.
             let watch = server.watch.as_ref().filter(|_| server.broker.is_some());
             let (all, arriving) = server.associations.as_ref().map(Associations::watch).unzip();
-            let mut fds = Vec::with_capacity(4);
-            let at = [Some(asks.as_fd()), watch.map(AsFd::as_fd), all, arriving.flatten()].map(|fd| {
+            let refused = server.fence.as_ref().and_then(Fence::watched);
+            let mut fds = Vec::with_capacity(5);
+            let all = [Some(asks.as_fd()), watch.map(AsFd::as_fd), all, arriving.flatten(), refused];
+            let at = all.map(|fd| {
                 fds.extend(fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
                 fd.map(|_| fds.len() - 1)
             });
@@ -170,13 +176,16 @@ impl Server {
     /// Does what has become possible. `false`: the broker has closed the connection.
     fn work(
         &mut self,
-        [asked, reported, associations, arrived]: [bool; 4],
+        [asked, reported, associations, arrived, refused]: [bool; 5],
         look_for_missed: &mut Option<Instant>,
     ) -> Result<bool, KeydError> {
         if asked && !(if self.broker.is_some() { self.answer_one()? } else { self.welcome()? }) {
             return Ok(false);
         }
         self.turn((associations, arrived))?;
+        if refused {
+            self.tell_refused()?;
+        }
         let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
         if (reported || due) && self.report()? {
             *look_for_missed = Some(Instant::now() + MISSED_AFTER);
@@ -191,6 +200,9 @@ impl Server {
         (self.broker, self.stage) = (None, Stage::Hello);
         if let Some(all) = &mut self.associations {
             all.bereave();
+        }
+        if let Some(fence) = &self.fence {
+            let _gone = fence.clear();
         }
         self.brokers.is_some()
     }
@@ -310,6 +322,19 @@ impl Server {
                     Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
                 }
             }
+            Kind::Table => match Fence::of(rest) {
+                Ok(fence) => Answer { count: self.fence.insert(fence).tells().into(), ..Answer::default() },
+                Err(e) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
+            },
+            Kind::Pass => {
+                let Ok(asked) = Pass::read_from_bytes(rest) else { return Err(misfit) };
+                match self.fence.as_ref().map(|fence| fence.pass(&asked)) {
+                    Some(Some(Ok(()))) => Answer::default(),
+                    Some(Some(Err(e))) => Answer::failed(e.raw_os_error().unwrap_or(libc::EINVAL)),
+                    Some(None) => return Err(misfit),
+                    None => Answer::failed(libc::ENOTCONN),
+                }
+            }
             Kind::Renew => {
                 let (Some(all), [Some(issuing), Some(key), Some(chain)]) =
                     (&mut self.associations, std::array::from_fn(|_| attached.next()))
@@ -335,7 +360,13 @@ impl Server {
             | Kind::Speak => {
                 return self.associate(kind, head, rest, (attached.next(), attached.next()), misfit);
             }
-            Kind::Stranger | Kind::Shown | Kind::Associated | Kind::Over | Kind::Arrived | Kind::Live => {
+            Kind::Stranger
+            | Kind::Shown
+            | Kind::Associated
+            | Kind::Over
+            | Kind::Arrived
+            | Kind::Live
+            | Kind::Stopped => {
                 return Err(misfit);
             }
         };
@@ -428,6 +459,17 @@ impl Server {
                 all.keep(std::iter::once((head, body)).chain(reports));
                 return Err(e);
             }
+        }
+        Ok(())
+    }
+
+    /// Tells what the backstop's nftables form refused. Without a broker it is in no log, like all that the kernel
+    /// refuses then.
+    fn tell_refused(&mut self) -> Result<(), KeydError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let all = self.fence.as_ref().map(|fence| fence.take(u64::try_from(now).unwrap_or(0)));
+        for stopped in all.unwrap_or_default() {
+            self.tell(&[Head::new(Kind::Stopped, 0).as_bytes(), stopped.as_bytes()], &[])?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! |---|---|---|---|
 //! | `B` | | the backstop, as `portcullis_backstop::load_for_another` gives it | supervisor |
 //! | `N` | why there is no backstop, as text | | supervisor |
+//! | `A` | why the backstop is an nftables table, as text | | supervisor |
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
 //! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
 //! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
@@ -41,6 +42,8 @@ pub enum Handed {
     Backstop(Vec<OwnedFd>),
     /// Why there is none.
     Unbacked(String),
+    /// It is an nftables table, which the key daemon fills, and why.
+    Fenced(String),
     /// What the kernel put on record and the broker before had no time for.
     Ring(OwnedFd),
     /// Guards' listeners, of trees whose calls are made by proxy or go on under the backstop.
@@ -153,6 +156,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
             (if *by_proxy { b'P' } else { b'T' }, Vec::new(), raw(listeners))
         }
         Handed::Unbacked(_) => (b'N', Vec::new(), Vec::new()),
+        Handed::Fenced(_) => (b'A', Vec::new(), Vec::new()),
         Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
         Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
@@ -165,7 +169,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Watch(fds) => (b'W', Vec::new(), raw(fds)),
     };
     let words = match handed {
-        Handed::Unbacked(why) => why.as_bytes(),
+        Handed::Unbacked(why) | Handed::Fenced(why) => why.as_bytes(),
         _ => &[],
     };
     let words = words.iter().take(8 * MOST).copied();
@@ -186,6 +190,7 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
         b'B' => Handed::Backstop(fds),
         b'T' | b'P' => Handed::Trees { by_proxy: letter == b'P', listeners: fds },
         b'N' => Handed::Unbacked(String::from_utf8_lossy(words).into_owned()),
+        b'A' => Handed::Fenced(String::from_utf8_lossy(words).into_owned()),
         b'R' => Handed::Ring(fds.pop().ok_or(io::ErrorKind::InvalidData)?),
         b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),

@@ -199,7 +199,13 @@ impl Broker {
                 "network namespaces cannot be told apart (Linux 5.14 can): no verdict is cached".to_owned(),
             );
         }
-        if self.kernel.is_none() && self.handed.is_some() {
+        if let Some(fence) = &self.fence {
+            gaps.push(format!(
+                "the backstop is an nftables table, as {}: judged calls are made by proxy, which costs time; what one \
+                 program was granted all of this state folder may reach; other network namespaces are the guard's alone",
+                fence.why()
+            ));
+        } else if self.kernel.is_none() && self.handed.is_some() {
             gaps.push(
                 "no backstop: judged calls are made by proxy, which costs time, and a program with threads can \
                  win a race to send datagrams that nobody judged"
@@ -211,6 +217,22 @@ impl Broker {
                  calls) is not held"
                     .to_owned(),
             );
+        }
+        if self.nameless {
+            gaps.push(
+                "messages come without their writer's pidfd (Linux 6.5 has it): who wrote is told by number and user"
+                    .to_owned(),
+            );
+        }
+        if self.slow_to_wake {
+            gaps.push(
+                "who is held by the guard is not woken at once (Linux 6.6 does): such calls take twice as long"
+                    .to_owned(),
+            );
+        }
+        let asked_for: Vec<_> = self.without.words().collect();
+        if !asked_for.is_empty() {
+            gaps.push(format!("told to do without (PORTCULLIS_WITHOUT): {}", asked_for.join(", ")));
         }
         if let Some(why) = self.keys_unusable() {
             gaps.push(format!("lane tls is not available: {why}"));

@@ -7,7 +7,7 @@ use std::{
     rc::Rc,
 };
 
-use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region, cgroup_name};
+use portcullis_backstop::{Backstop, Cause, Event, Holder, Once, Region};
 use portcullis_types::{Assurance, Generation, Lane, Op, Protocol, RuleId};
 use portcullis_wire::{Addr, shared::Entry};
 
@@ -41,8 +41,6 @@ pub(super) struct Kernel {
     unrecorded: u64,
     /// Calls that the broker put on record and the kernel will: cookie, address, port.
     recorded: Recorded,
-    /// Name of those cgroups.
-    cgroup: String,
 }
 
 /// Calls that are on record already, the latest of them.
@@ -73,11 +71,6 @@ impl Kernel {
     pub(super) const fn is_awake(&self) -> bool {
         self.awake
     }
-
-    /// What its cgroups are called.
-    pub(super) fn cgroup(&self) -> &str {
-        &self.cgroup
-    }
 }
 
 /// 128-bit form in which v4 is v4-mapped.
@@ -107,7 +100,6 @@ impl Broker {
                     looked: 0,
                     unrecorded: 0,
                     recorded: Recorded::default(),
-                    cgroup: cgroup_name(&self.state),
                 });
                 self.clear_grants();
             }
@@ -130,7 +122,7 @@ impl Broker {
     /// has been granted. `false`: it could not be, and the kernel will refuse it.
     pub(super) fn grant_call(&mut self, call: &Call, token: Option<SocketAddr>, by_region: bool) -> bool {
         let namespace = self.namespace;
-        let Some(kernel) = &mut self.kernel else { return true };
+        let Some(kernel) = &mut self.kernel else { return self.fence_call(call, token) };
         let Some(holder) = kernel.asking else { return false };
         let facts = call.socket.as_ref().map(|(_, facts)| facts);
         let holder = match facts.map_or(0, |f| f.namespace) {
@@ -211,6 +203,7 @@ impl Broker {
     /// Takes every region back, and puts the generation in force into the kernel.
     pub(super) fn clear_grants(&mut self) {
         self.drain_backstop();
+        self.clear_fence();
         let generation = self.generation_in_force();
         let Some(kernel) = &mut self.kernel else { return };
         kernel.recorded = Recorded::default();
@@ -257,12 +250,9 @@ impl Broker {
         }
     }
 
-    /// Whether a process is in a cgroup of ours.
+    /// Whether the backstop's programs hold a process.
     pub(super) fn enclosed(&self, pid: i32) -> bool {
-        let Some(kernel) = &self.kernel else { return false };
-        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        let path = groups.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or_default();
-        path.split('/').any(|part| part == kernel.cgroup)
+        self.kernel.is_some() && self.in_cgroup(pid)
     }
 
     /// Whether nothing but the guard holds a process that asks through the shim, so that all its calls are made
@@ -279,6 +269,7 @@ impl Broker {
     }
 
     pub(super) fn forget_listener_grant(&mut self, cookie: u64) {
+        self.forget_fence_listener(cookie);
         if let Some(kernel) = &mut self.kernel {
             let _ = kernel.backstop.revoke_listener(cookie);
         }

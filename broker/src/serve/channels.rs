@@ -7,6 +7,7 @@ use std::{
 
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
 use portcullis_backstop::Holder;
+use portcullis_types::Lack;
 use portcullis_wire::{Flags, OpCode, Reply, Request};
 use zerocopy::IntoBytes;
 
@@ -160,7 +161,9 @@ impl Broker {
             // Sent before the kernel was told to name writers: the shim did not wait for the first reply.
             return self.malformed(id, None, "the kernel does not name the writer");
         };
-        let Some(key) = self.identify(writer, message.pidfd.take()) else {
+        let pidfd = message.pidfd.take().filter(|_| !self.without.has(Lack::PidfdOfWriter));
+        self.nameless |= pidfd.is_none();
+        let Some(key) = self.identify(writer, pidfd) else {
             // It has ended since, or may not be looked at.
             let mut reply = Reply::to(&request);
             reply.errno = libc::EACCES;

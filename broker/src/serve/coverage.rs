@@ -5,6 +5,8 @@ use std::{
     fs,
 };
 
+use portcullis_backstop::cgroup_name;
+
 use super::{Broker, answers::rfc3339, far::is_wrapped};
 use crate::{
     control::{Covered, Hold, ListenerRow, ProcessRow, Uncovered},
@@ -15,7 +17,8 @@ use crate::{
 /// Nanoseconds of a clock tick: `USER_HZ` is 100 on x86_64.
 const TICK: u64 = 10_000_000;
 /// What the four are called, in their order everywhere.
-const NAMES: [&str; 4] = ["shim", "guard", "backstop", "filter"];
+const NAMES: [&str; 4] = ["shim", "guard", BACKSTOP, "filter"];
+const BACKSTOP: &str = "backstop";
 
 /// How one of the four was when it was last looked at.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +77,7 @@ impl Broker {
             by: by.to_owned(),
             holds: why.is_none(),
             since: rfc3339(since),
+            form: (by == BACKSTOP && why.is_none()).then(|| self.form().to_owned()),
             why,
         })
         .collect()
@@ -106,15 +110,23 @@ impl Broker {
     }
 
     fn why_no_backstop(&self, key: ProcessKey) -> Option<String> {
-        if self.enclosed(key.pid) {
+        if self.enclosed(key.pid) || self.fenced(key.pid) {
             return None;
         }
-        let Some(kernel) = &self.kernel else {
+        if self.kernel.is_none() && self.fence.is_none() {
             return Some(self.unbacked.clone().unwrap_or_else(|| "nobody has loaded it".to_owned()));
-        };
+        }
+        if self.in_cgroup(key.pid) {
+            return Some("it is in another network namespace than the nftables table".to_owned());
+        }
         let at = ProcDir::open(key.pid).and_then(|at| at.cgroup()).ok().flatten();
         let at = at.unwrap_or_else(|| "none that is visible here".to_owned());
-        Some(format!("its cgroup is {at}, not one of {}", kernel.cgroup()))
+        Some(format!("its cgroup is {at}, not one of {}", cgroup_name(&self.state)))
+    }
+
+    /// Which of its forms a backstop has.
+    fn form(&self) -> &'static str {
+        if self.fence.is_some() { "nftables" } else { "bpf" }
     }
 
     fn why_no_filter(&self, listeners: &[ListenerRow]) -> Option<&'static str> {
@@ -142,6 +154,7 @@ pub(super) fn summary(rows: &[ProcessRow]) -> Vec<Covered> {
         Covered {
             by: by.to_owned(),
             processes: holds.iter().filter(|hold| hold.holds).count(),
+            form: holds.iter().find_map(|hold| hold.form.clone()),
             missing: missing
                 .into_iter()
                 .map(|(why, processes)| Uncovered { why: why.to_owned(), processes })

@@ -32,7 +32,7 @@ use portcullis_guard::{
     book::{Book, Line},
     listener::{self, Answer, Notification},
 };
-use portcullis_types::Op;
+use portcullis_types::{Lack, Op};
 
 use super::{Broker, Source, judge::Call};
 use crate::{
@@ -121,7 +121,8 @@ const fn fail(errno: i32) -> Outcome {
 
 impl Broker {
     pub(super) fn add_guard(&mut self, listener: OwnedFd, by_proxy: bool) {
-        let _ = listener::wake_synchronously(listener.as_fd());
+        let wakes = !self.without.has(Lack::WakeUp) && listener::wake_synchronously(listener.as_fd());
+        self.slow_to_wake |= !wakes;
         let id = self.watch.id();
         match self.watch.add(&listener, Source::Guard(id)) {
             Ok(source) => {

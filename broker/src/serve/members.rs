@@ -39,7 +39,7 @@ impl Broker {
                     break;
                 }
                 branch.push(at);
-                if self.enclosed(at) || named(at) {
+                if self.enclosed(at) || self.fenced(at) || named(at) {
                     is = true;
                     break;
                 }

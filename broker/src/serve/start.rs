@@ -121,6 +121,10 @@ impl Broker {
             guards: super::guard::Guards::default(),
             kernel: None,
             unbacked: None,
+            without: config.without,
+            nameless: false,
+            slow_to_wake: false,
+            fence: None,
             coverages: super::coverage::Coverages::default(),
             shimmed: HashSet::new(),
             last_refusal: None,
@@ -199,6 +203,7 @@ impl Broker {
                 }
                 self.keyd = Some(keyd);
                 self.leave_keepsake();
+                self.fill_fence();
             }
             Err(error) => self.note("broker", &format!("the key daemon does not answer: {error}"), &[]),
         }
@@ -213,6 +218,8 @@ impl Broker {
             let wait = self.lanes.taking_up;
             let reports = |keyd: &mut Keyd| if wait { Ok(Vec::new()) } else { keyd.reports() };
             let taken = keyd.news().and_then(|news| Ok((news, reports(keyd)?)));
+            let stopped = keyd.take_stopped();
+            stopped.iter().for_each(|one| self.report_stopped(one));
             match taken {
                 Ok((news, strangers)) => {
                     if news.is_empty() && strangers.is_empty() {

@@ -12,18 +12,31 @@ use portcullis_backstop::{
     Attacher, BackstopError, Cgroup, cgroup_name, events_of, keep_listeners, listeners_of, load_for_another,
     sweep,
 };
+use portcullis_broker::guard::link::Handed;
+use portcullis_types::{Lack, Without};
+
+use super::{
+    parts::log,
+    table::{self, Table},
+};
+use crate::Mode;
 
 type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
 
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Backing {
+    state: PathBuf,
     /// What the cgroups of this state folder are called.
     name: String,
+    without: Without,
+    mode: Mode,
     unwanted: Option<&'static str>,
     /// The first broker's, which is loaded while that broker starts.
     ahead: Option<JoinHandle<Loaded>>,
     attacher: Option<Attacher>,
+    /// Instead of that.
+    table: Option<Table>,
     /// Map of the listeners that the last broker granted.
     listeners: Option<OwnedFd>,
     /// Ring of the records that the last broker may not have had time for.
@@ -34,15 +47,16 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// Nothing yet. `unwanted`: why there shall be no backstop, if so.
-    pub fn new(state: &Path, unwanted: Option<&'static str>) -> Self {
-        let ahead = unwanted.is_none().then(|| thread::spawn(load_for_another));
-        Self { name: cgroup_name(state), unwanted, ahead, ..Self::default() }
-    }
-
-    /// Why there shall be none.
-    pub const fn unwanted(&self) -> Option<&'static str> {
-        self.unwanted
+    /// Nothing yet.
+    pub fn new(state: &Path, mode: Mode, without: Without) -> Self {
+        let unwanted = match (nix::unistd::geteuid().is_root(), without.has(Lack::Backstop)) {
+            (false, _) => Some("only root may load it"),
+            (true, true) => Some("it was told to do without (PORTCULLIS_WITHOUT, PORTCULLIS_NO_BACKSTOP)"),
+            (true, false) => None,
+        };
+        let ahead = (unwanted.is_none() && !without.has(Lack::Bpf)).then(|| thread::spawn(load_for_another));
+        let (state, name) = (state.to_owned(), cgroup_name(state));
+        Self { state, name, without, mode, unwanted, ahead, ..Self::default() }
     }
 
     /// What the last broker may not have put on record, for the next one.
@@ -52,10 +66,45 @@ impl Backing {
 
     /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
     /// grants end here, but for its listeners.
-    ///
-    /// # Errors
-    /// What failed; the broker may be started without.
-    pub fn begin(&mut self) -> Result<Vec<OwnedFd>, BackstopError> {
+    pub fn begin(&mut self) -> Handed {
+        if let Some(why) = self.unwanted {
+            return Handed::Unbacked(why.to_owned());
+        }
+        if let Some(table) = &self.table {
+            return Handed::Fenced(table.why.clone());
+        }
+        let why = if self.without.has(Lack::Bpf) {
+            "it was told to do without BPF (PORTCULLIS_WITHOUT)".to_owned()
+        } else {
+            match self.load() {
+                Ok(descriptors) => return Handed::Backstop(descriptors),
+                Err(error) => {
+                    let source =
+                        std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
+                    format!("BPF cannot be used: {error}{source}")
+                }
+            }
+        };
+        let table = if self.without.has(Lack::Nftables) {
+            Err("told to do without (PORTCULLIS_WITHOUT)".to_owned())
+        } else {
+            Table::make(&self.state, self.mode == Mode::Enforce, why.clone())
+        };
+        match table {
+            Ok(table) => {
+                self.table = Some(table);
+                log(&format!("the backstop is an nftables table: {why}"));
+                Handed::Fenced(why)
+            }
+            Err(error) => {
+                log(&format!("no backstop: {why}; nftables: {error}"));
+                Handed::Unbacked(format!("{why}; nftables: {error}"))
+            }
+        }
+    }
+
+    /// The BPF programs.
+    fn load(&mut self) -> Result<Vec<OwnedFd>, BackstopError> {
         self.attacher = None;
         let ahead = self.ahead.take().and_then(|thread| thread.join().ok());
         let (descriptors, attacher) = ahead.unwrap_or_else(load_for_another)?;
@@ -74,12 +123,15 @@ impl Backing {
         Ok(descriptors)
     }
 
-    /// Puts a process under the backstop, in a child of its own cgroup. `false`: there is none here.
+    /// Puts a process under the backstop, in a child of its own cgroup. `false`: no BPF programs are there to judge its
+    /// calls; the nftables table may look at its packets.
     ///
     /// # Errors
     /// The process is where it was.
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
-        let Some(attacher) = &self.attacher else { return Ok(false) };
+        if self.attacher.is_none() && self.table.as_ref().filter(|_| table::is_here(pid)).is_none() {
+            return Ok(false);
+        }
         let cgroup = match Cgroup::below(pid, &self.name) {
             // No cgroup v2 in this container: `ps` shows that the backstop does not hold it.
             Err(BackstopError::NoHierarchy | BackstopError::NoCgroup(_)) => return Ok(false),
@@ -88,8 +140,12 @@ impl Backing {
         // One of an earlier supervisor's has programs that answer to nobody any more; one that somebody removed
         // and that was made again has none.
         let known = self.cgroups.iter().any(|known| known.path() == cgroup.path());
-        if !known || !Attacher::missing(&cgroup)?.is_empty() {
-            attacher.attach(&cgroup)?;
+        match (&self.attacher, &self.table) {
+            (Some(attacher), _) if !known || !Attacher::missing(&cgroup)?.is_empty() => {
+                attacher.attach(&cgroup)?
+            }
+            (None, Some(table)) if !known => table.hold(&cgroup)?,
+            _ => {}
         }
         if !cgroup.holds(pid)? {
             cgroup.enter(pid)?;
@@ -97,7 +153,7 @@ impl Backing {
         self.parents.extend(cgroup.path().parent().map(Path::to_path_buf));
         self.cgroups.retain(|known| known.path() != cgroup.path());
         self.cgroups.push(cgroup);
-        Ok(true)
+        Ok(self.attacher.is_some())
     }
 
     /// The last [`Self::tidy`]: a process that has just ended leaves its cgroup a moment later. What killed
@@ -107,6 +163,7 @@ impl Backing {
         for _ in 0..100 {
             self.tidy();
             if self.cgroups.is_empty() {
+                self.table.iter().for_each(Table::remove);
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(2));

@@ -35,13 +35,6 @@ pub struct Handover {
     judged: Vec<u64>,
 }
 
-/// A broker's backstop, or why there is none.
-pub type Backstop = Result<Vec<OwnedFd>, String>;
-
-fn handed(backstop: Backstop) -> Handed {
-    backstop.map_or_else(Handed::Unbacked, Handed::Backstop)
-}
-
 impl Handover {
     /// Lets go of the broker that was.
     pub fn end(&mut self) {
@@ -54,13 +47,13 @@ impl Handover {
     ///
     /// # Errors
     /// As socketpair(2) and sendmsg(2).
-    pub fn begin(&mut self, backstop: Option<Backstop>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
+    pub fn begin(&mut self, backstop: Option<Handed>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
         self.end();
         self.tidy();
         let (mut ours, theirs) = Link::pair()?;
         let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
         if let Some(backstop) = backstop {
-            ours.send(handed(backstop));
+            ours.send(backstop);
         }
         if let Some(ring) = ring {
             ours.send(Handed::Ring(ring));
@@ -92,9 +85,9 @@ impl Handover {
         Ok(theirs)
     }
 
-    /// Gives the broker its backstop, before any door or tree.
-    pub fn add_backstop(&mut self, backstop: Backstop) {
-        self.tell(handed(backstop));
+    /// Tells the broker of its backstop, before any door or tree.
+    pub fn add_backstop(&mut self, backstop: Handed) {
+        self.tell(backstop);
     }
 
     /// Lets the broker serve a tree; one that is just being restarted gets it when it begins.

@@ -21,11 +21,7 @@ use nix::{
     unistd::{Pid, geteuid, pipe2},
 };
 
-use super::{
-    Args,
-    backing::Backing,
-    handover::{Backstop, Handover},
-};
+use super::{Args, backing::Backing, handover::Handover};
 use crate::{
     link,
     place::Place,
@@ -118,7 +114,7 @@ impl Parts {
             keyd: None,
             leads: None,
             broker: None,
-            backing: Backing::new(&args.state, unwanted(args)),
+            backing: Backing::new(&args.state, args.mode, args.without),
             handover: Handover::default(),
             health: Health::Starting,
             delay: FIRST_DELAY,
@@ -168,7 +164,7 @@ impl Parts {
         let broker_end = if geteuid().is_root() { Some(self.start_keyd()?) } else { None };
         let mut command = command("broker");
         command.arg("--state").arg(&self.args.state).arg("--policy").arg(&self.args.policy);
-        command.args(["--mode", self.args.mode.as_str()]);
+        command.args(["--mode", self.args.mode.as_str(), "--without", &self.args.without.to_string()]);
         command.args(["--doors-fd", &self.doors.as_raw_fd().to_string()]);
         command.args(["--control-fd", &self.control.as_raw_fd().to_string()]);
         let _doors = Pass::on(&self.doors)?;
@@ -183,7 +179,7 @@ impl Parts {
         // Whoever runs already is held at every moment; the first run of all is not there yet, and its broker
         // starts meanwhile.
         let ring = self.backing.take_events();
-        let before = self.served.then(|| backstop(&mut self.backing));
+        let before = self.served.then(|| self.backing.begin());
         let handed = self.handover.begin(before, ring)?;
         command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
         let _handed = Pass::on(&handed)?;
@@ -195,7 +191,7 @@ impl Parts {
         }
         self.broker = Some(spawn(command, Some(life))?);
         if !self.served {
-            let backstop = backstop(&mut self.backing);
+            let backstop = self.backing.begin();
             self.handover.add_backstop(backstop);
         }
         Ok(())
@@ -353,27 +349,6 @@ impl Part {
         let _dead = self.child.kill();
         let _buried = self.child.wait();
     }
-}
-
-/// Why no backstop is tried.
-fn unwanted(args: &Args) -> Option<&'static str> {
-    match (geteuid().is_root(), args.no_backstop) {
-        (false, _) => Some("only root may load it"),
-        (true, true) => Some("it was told to do without (PORTCULLIS_NO_BACKSTOP)"),
-        (true, false) => None,
-    }
-}
-
-/// The backstop for a broker, if there is one here.
-fn backstop(backing: &mut Backing) -> Backstop {
-    if let Some(why) = backing.unwanted() {
-        return Err(why.to_owned());
-    }
-    backing.begin().map_err(|error| {
-        let source = std::error::Error::source(&error).map(|s| format!(": {s}")).unwrap_or_default();
-        log(&format!("no backstop: {error}{source}"));
-        format!("{error}{source}")
-    })
 }
 
 /// A descriptor that the next child inherits, as long as this lives.

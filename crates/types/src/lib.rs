@@ -3,6 +3,8 @@
 
 mod numbers;
 mod verdict;
+mod without;
 
 pub use numbers::{Generation, GenerationError, Protocol, RuleId};
 pub use verdict::{Assurance, Lane, Op, Verdict};
+pub use without::{Lack, UnknownLack, Without};

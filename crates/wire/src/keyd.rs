@@ -76,6 +76,11 @@ pub enum Kind {
     /// `host.crt`), attached as files: what is minted from now on is signed with them. Answer: `count` is 1 if
     /// they are newer, and, as after `Hello`, who this host is; `EBADMSG`: they do not fit, or are not this host's.
     Renew = 14,
+    /// Fill the backstop's nftables form from now on: the table's name follows. What an earlier broker was granted there
+    /// is taken back. `ENOENT`: there is no such table; `EBUSY`: somebody else hears what it refuses.
+    Table = 15,
+    /// Let pass, or no more: [`Pass`]. `ENOTCONN` before `Table`; else as the kernel says, `ENFILE` for too many.
+    Pass = 16,
     /// Report: a filter dropped somebody; [`Stranger`] follows.
     Stranger = 64,
     /// Report: the peer of an association (`tag`) has proved itself; [`Places`] and a JSON object follow.
@@ -95,6 +100,8 @@ pub enum Kind {
     /// [`Places`] and a JSON object follow: `peer` is what `Shown` said, `process` whose association it is
     /// ([`PROCESS`]), `since` when it began to carry data, in seconds since the Unix epoch.
     Live = 69,
+    /// Report: the backstop's nftables form refused something; [`Stopped`] follows.
+    Stopped = 70,
 }
 
 /// What a peer may speak at a listener that serves plain peers as well. A member of the trust domain speaks
@@ -126,7 +133,7 @@ pub const PROCESS: [&str; 7] = ["name", "exe", "sha256", "user", "unit", "relate
 
 impl Kind {
     /// All kinds, for tests over pairs.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::Hello,
         Self::Filter,
         Self::Refill,
@@ -140,12 +147,15 @@ impl Kind {
         Self::List,
         Self::Speak,
         Self::Renew,
+        Self::Table,
+        Self::Pass,
         Self::Stranger,
         Self::Shown,
         Self::Associated,
         Self::Over,
         Self::Arrived,
         Self::Live,
+        Self::Stopped,
     ];
 }
 
@@ -174,6 +184,7 @@ pub const fn permitted(stage: Stage, kind: Kind) -> bool {
         (stage, kind),
         (Stage::Hello, Kind::Hello)
             | (Stage::Serving | Stage::Protecting, Kind::Filter | Kind::Refill | Kind::Cut)
+            | (Stage::Serving | Stage::Protecting, Kind::Table | Kind::Pass)
             | (Stage::Protecting, Kind::Open | Kind::Serve | Kind::Release)
             | (Stage::Protecting, Kind::Admit | Kind::Refuse | Kind::Members | Kind::List | Kind::Speak)
             | (Stage::Protecting, Kind::Renew)
@@ -381,6 +392,57 @@ pub struct Stranger {
     pub tag: u64,
 }
 
+/// What the backstop's nftables form lets pass. 24 bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Pass {
+    /// Where to; v4 as v4-mapped, network byte order.
+    pub ip: [u8; 16],
+    /// IANA protocol number: 6 or 17.
+    pub protocol: u8,
+    /// One of the constants.
+    pub what: u8,
+    /// Host byte order.
+    pub port: u16,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl Pass {
+    /// Whatever goes to `port` of `ip`.
+    pub const TO: u8 = 0;
+    /// What is neither TCP nor UDP.
+    pub const OTHERS: u8 = 1;
+    /// Who comes to the TCP listener at `port`.
+    pub const LISTENER: u8 = 2;
+    /// That listener is no more.
+    pub const NO_LISTENER: u8 = 3;
+    /// Everything: whoever has a raw socket may send what he likes.
+    pub const ANYTHING: u8 = 5;
+    /// None of all that goes out, but for datagrams that have a way already.
+    pub const NOTHING: u8 = 4;
+}
+
+/// What the backstop's nftables form refused. 72 bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Stopped {
+    /// Nanoseconds since the Unix epoch.
+    pub time: u64,
+    /// User of the socket that it left from; `u32::MAX` if that is not known.
+    pub uid: u32,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// 1: it came to a listener.
+    pub arrives: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+    /// Who sent it.
+    pub source: Addr,
+    /// Where it should have gone.
+    pub destination: Addr,
+}
+
 /// What a program wants to open. 64 bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -423,6 +485,7 @@ pub struct Over {
 
 const _: () = assert!(size_of::<Open>() == 64 && size_of::<Places>() == 112 && size_of::<Over>() == 24);
 const _: () = assert!(size_of::<Head>() == 32 && size_of::<Net>() == 24);
+const _: () = assert!(size_of::<Pass>() == 24 && size_of::<Stopped>() == 72);
 const _: () = assert!(size_of::<Flow>() == 72 && size_of::<Stranger>() == 88);
 
 #[cfg(test)]
@@ -434,10 +497,13 @@ mod tests {
         use Kind::*;
         let on_one_screen: [(Stage, &[Kind]); 3] = [
             (Stage::Hello, &[Hello]),
-            (Stage::Serving, &[Filter, Refill, Cut]),
+            (Stage::Serving, &[Filter, Refill, Cut, Table, Pass]),
             (
                 Stage::Protecting,
-                &[Filter, Refill, Cut, Open, Serve, Release, Admit, Refuse, Members, List, Speak, Renew],
+                &[
+                    Filter, Refill, Cut, Table, Pass, Open, Serve, Release, Admit, Refuse, Members, List,
+                    Speak, Renew,
+                ],
             ),
         ];
         for (stage, listed) in on_one_screen {

@@ -250,8 +250,16 @@ impl Broker {
             return Outcome::Answer(answer);
         }
         match &call.socket {
-            Some((socket, _)) if held.by_proxy => {
-                Outcome::Answer(answered(proxy::listen(socket.as_fd(), backlog).map(|()| 0)))
+            Some((socket, facts)) if held.by_proxy => {
+                let listens = proxy::listen(socket.as_fd(), backlog);
+                if call.local.is_none()
+                    && listens.is_ok()
+                    && let Some(at) = Facts::of(socket.as_fd()).ok().and_then(|now| now.local)
+                {
+                    // It had no port before.
+                    self.fence_listener(facts.cookie, at.port());
+                }
+                Outcome::Answer(answered(listens.map(|()| 0)))
             }
             _ => CONTINUE,
         }

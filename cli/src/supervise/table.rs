@@ -1,0 +1,94 @@
+//! The backstop's nftables form: the table on wrapped cgroups, made, shown to hold, and removed.
+
+use std::{fs, io, net::UdpSocket, path::Path};
+
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use portcullis_backstop::{BackstopError, Cgroup, cgroup_name, is_anywhere, is_name_of_ours};
+use portcullis_nft as nft;
+
+use crate::sys::{self, Forked};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Table {
+    table: nft::Table,
+    /// Why it is not BPF.
+    pub why: String,
+}
+
+impl Table {
+    /// Makes it, and tries it on a process of ours.
+    ///
+    /// # Errors
+    /// Why there cannot be one here, or that it does not hold.
+    pub fn make(state: &Path, enforces: bool, why: String) -> Result<Self, String> {
+        let name = cgroup_name(state);
+        let text = |error: io::Error| error.to_string();
+        let it = Self { table: nft::Table::of(&name).map_err(text)?, why };
+        for left in it.table.names().map_err(text)? {
+            // A killed supervisor's, with nobody in it.
+            if left != name && is_name_of_ours(&left) && !is_anywhere(&left) {
+                let _gone = nft::Table::of(&left).and_then(|table| table.remove());
+            }
+        }
+        let cgroup = Cgroup::below(std::process::id(), &name).map_err(|e| e.to_string())?;
+        let held = it
+            .table
+            .make(true)
+            .map_err(text)
+            .and_then(|()| it.hold(&cgroup).map_err(|e| e.to_string()))
+            .and_then(|()| is_held(&cgroup).map_err(text))
+            .and_then(
+                |held| if held { Ok(()) } else { Err("it does not hold this kernel's cgroups".to_owned()) },
+            )
+            .and_then(|()| if enforces { Ok(()) } else { it.table.make(false).map_err(text) });
+        let _in_use = cgroup.remove_if_empty();
+        if held.is_err() {
+            it.remove();
+        }
+        held.map(|()| it)
+    }
+
+    /// Holds the sockets that are made in a cgroup from now on.
+    ///
+    /// # Errors
+    /// The table has gone.
+    pub fn hold(&self, cgroup: &Cgroup) -> Result<(), BackstopError> {
+        let (number, level) = cgroup.place()?;
+        let failed = |source| BackstopError::Cgroup { what: "hold", path: cgroup.path().to_owned(), source };
+        self.table.hold(number, level).map_err(failed)
+    }
+
+    /// Removes it: nobody is in those cgroups any more.
+    pub fn remove(&self) {
+        let _gone = self.table.remove();
+    }
+}
+
+/// Whether a process is in this network namespace, whose packets the table sees.
+pub fn is_here(pid: u32) -> bool {
+    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
+    of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
+}
+
+/// Whether a process in the cgroup is kept from sending, where one outside is not. Older kernels count a cgroup's depth
+/// from another root than what is mounted in a container; then nothing would match.
+fn is_held(cgroup: &Cgroup) -> io::Result<bool> {
+    let send = || {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let own = socket.local_addr()?;
+        socket.send_to(&[0], own)
+    };
+    send()?;
+    match sys::fork_quietly()? {
+        Forked::Child => {
+            let entered = cgroup.enter(std::process::id()).is_ok();
+            let refused = send().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+            std::process::exit(i32::from(!(entered && refused)));
+        }
+        Forked::Parent(child) => {
+            let ended = waitpid(child, Some(WaitPidFlag::__WALL))?;
+            Ok(matches!(ended, WaitStatus::Exited(_, 0)))
+        }
+    }
+}
