@@ -9,7 +9,7 @@
 //!
 //! - `filter`, `program`, `asm`, `bpf`: who reaches a socket (docs/adr/0007-kernel-filters.md).
 //! - `cut`, `diag`: ending flows.
-//! - `fence`: the backstop's nftables form (docs/adr/0010-nftables-form.md).
+//! - `fence`: the backstop's nftables form (docs/adr/0004-nftables-form.md).
 //! - [`identity`]: the trust domain, process certificates, who is believed.
 //! - `steer`: which connections to a program's port are the key daemon's (docs/adr/0008-protected-listeners.md).
 //! - `association`, `token`, `packet`: protected flows, whose bytes `portcullis_relay` carries.

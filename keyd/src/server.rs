@@ -515,6 +515,7 @@ pub(crate) fn read_any(bytes: &[u8]) {
     let Ok((_, head, rest)) = Head::decode(bytes) else { return };
     let _either = list(&head, rest, None).map(|nets| filter::read_any(&nets));
     let _either = Flow::read_from_bytes(rest);
+    let _either = Pass::read_from_bytes(rest);
     if let Ok((_, json)) = Open::read_from_prefix(rest) {
         crate::association::read_any(json);
     }

@@ -173,7 +173,7 @@ fn without_backstop_it_is_said_why() {
     told.env("PORTCULLIS_NO_BACKSTOP", "1");
     for (host, command, why) in [
         (&user, alone, "only root may load it"),
-        (&root, told, "it was told to do without (PORTCULLIS_NO_BACKSTOP)"),
+        (&root, told, "it was told to do without (PORTCULLIS_WITHOUT, PORTCULLIS_NO_BACKSTOP)"),
     ] {
         let running = portcullis_tests::Running::start(command);
         running.line("up");

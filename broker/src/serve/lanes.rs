@@ -233,6 +233,12 @@ impl Lanes {
         self.by_cookie.get(&cookie).copied()
     }
 
+    /// Whether this is the token that the program of this socket was told to connect to.
+    pub(super) fn is_token_of(&self, cookie: u64, at: SocketAddr) -> bool {
+        let one = self.of_cookie(cookie).and_then(|id| self.all.get(&id));
+        one.and_then(|one| one.token?.socket_addr()) == Some(at)
+    }
+
     fn insert(&mut self, id: u64, one: Association) {
         if let Some(cookie) = one.cookie {
             self.by_cookie.insert(cookie, id);
