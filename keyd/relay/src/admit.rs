@@ -60,6 +60,11 @@ impl Admission {
         }
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.all.len()
+    }
+
     /// Takes one more, which waits for us, and names the one that must go for it: itself, if all wait for us.
     pub(crate) fn enter(&mut self, peer: Peer, id: Id) -> Option<Id> {
         let place = (Waits::Turn, id);
@@ -138,6 +143,10 @@ impl Turns {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.peers.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.queued.len()
     }
 }
 

@@ -16,6 +16,7 @@ use rustls::pki_types::ServerName;
 use crate::{
     ClientSide, Event, ServerSide,
     event::Queue,
+    spread::Threads,
     worker::{Command, Worker},
 };
 
@@ -96,8 +97,8 @@ impl Default for Limits {
 
 /// A running engine. Dropping it resets every association and waits for its threads.
 pub struct Engine {
-    queues: Vec<Arc<Queue<Command>>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Arc<Threads>,
+    handles: Vec<JoinHandle<()>>,
     events: Arc<Queue<Event>>,
     next: AtomicU64,
 }
@@ -108,16 +109,13 @@ impl Engine {
     /// # Errors
     /// When the kernel gives no thread, epoll or eventfd.
     pub fn start(limits: Limits) -> io::Result<Self> {
-        let events = Arc::new(Queue::new()?);
-        let count = limits.threads.max(1);
-        let mut engine =
-            Self { queues: Vec::new(), threads: Vec::new(), events, next: AtomicU64::new(count as u64) };
-        for index in 0..count {
-            let queue = Arc::new(Queue::new()?);
-            let worker = Worker::new(Arc::clone(&queue), Arc::clone(&engine.events), &limits)?;
-            engine.queues.push(queue);
+        let (events, threads) = (Arc::new(Queue::new()?), Arc::new(Threads::new(limits.threads)?));
+        let mut engine = Self { threads, handles: Vec::new(), events, next: AtomicU64::new(1) };
+        for index in 0..limits.threads.max(1) {
+            let worker =
+                Worker::new(index, Arc::clone(&engine.threads), Arc::clone(&engine.events), &limits)?;
             let thread = thread::Builder::new().name(format!("relay-{index}"));
-            engine.threads.push(thread.spawn(move || worker.run())?);
+            engine.handles.push(thread.spawn(move || worker.run())?);
         }
         Ok(engine)
     }
@@ -131,7 +129,7 @@ impl Engine {
 
     /// Names an association that is to begin later, or never.
     pub fn name(&self) -> Id {
-        Id(self.next.fetch_add(1, Ordering::Relaxed))
+        self.threads.name(self.next.fetch_add(1, Ordering::Relaxed))
     }
 
     /// As [`Self::handshake`], under a name that was given by [`Self::name`] and not used yet.
@@ -167,11 +165,7 @@ impl Engine {
     }
 
     fn tell(&self, id: Id, command: Command) {
-        let count = self.queues.len().max(1) as u64;
-        let index = usize::try_from(id.0 % count).unwrap_or_default();
-        if let Some(queue) = self.queues.get(index) {
-            queue.push(command);
-        }
+        self.threads.tell(self.threads.origin(id), command);
     }
 }
 
@@ -183,10 +177,8 @@ impl AsFd for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        for queue in &self.queues {
-            queue.push(Command::Stop);
-        }
-        for thread in self.threads.drain(..) {
+        self.threads.tell_all(|| Command::Stop);
+        for thread in self.handles.drain(..) {
             // A worker that panics ends the process.
             let _done = thread.join();
         }

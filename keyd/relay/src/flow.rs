@@ -24,6 +24,9 @@ const SHORT: usize = 4096;
 /// Pieces of one batch at most: all but the first hold [`SHORT`] bytes or more.
 const PIECES: usize = BATCH * LARGEST / SHORT + 2;
 
+/// Bytes from which on an association is a stream.
+const STREAM: u64 = 64 << 10;
+
 /// What one thread's associations share.
 pub(crate) struct Scratch {
     /// Plaintext read from programs, sealed in place.
@@ -237,6 +240,11 @@ impl Flow {
     /// Bytes from the peer to the program, from the program to the peer, and time since the first packet.
     pub(crate) fn traffic(&self) -> (u64, u64, Duration) {
         (self.inward.count, self.outward.count, self.began.elapsed())
+    }
+
+    /// Whether it carries much, and not just a word now and then.
+    pub(crate) const fn is_stream(&self) -> bool {
+        self.inward.count + self.outward.count >= STREAM
     }
 
     pub(crate) fn note(&mut self, side: Side, signs: Signs) {

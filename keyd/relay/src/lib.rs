@@ -43,6 +43,7 @@ mod record;
 mod secrets;
 mod sides;
 mod socket;
+mod spread;
 #[cfg(test)]
 mod testing;
 mod worker;

@@ -22,15 +22,40 @@ use crate::{
     opening::{Opening, Step, Waiting},
     record::Alert,
     socket::{adopt, keep_urgent_inline, reset_on_close},
+    spread::Threads,
 };
 
 /// What the engine's handle asks of a thread.
 pub(crate) enum Command {
-    Handshake { id: Id, outer: OwnedFd, role: Role },
-    Splice { id: Id, inner: OwnedFd },
-    Refuse { id: Id, how: How },
-    Cut { id: Id, how: How },
-    Report { id: Id },
+    Handshake {
+        id: Id,
+        outer: OwnedFd,
+        role: Role,
+    },
+    Splice {
+        id: Id,
+        inner: OwnedFd,
+    },
+    Refuse {
+        id: Id,
+        how: How,
+    },
+    Cut {
+        id: Id,
+        how: How,
+    },
+    Report {
+        id: Id,
+    },
+    /// A stream, from the thread where it began.
+    Take {
+        id: Id,
+        association: Box<Association>,
+    },
+    /// One that was given to another thread has ended.
+    Gone {
+        id: Id,
+    },
     Stop,
 }
 
@@ -43,6 +68,8 @@ const SHAKING_SLICE: Duration = Duration::from_millis(1);
 /// Above so many associations with work to do, batches are smaller, so that each has its turn soon.
 const BUSY: usize = 32;
 const BUSY_BATCH: usize = 4;
+/// So many handshakes that wait for their peers are as much as one that has something to do.
+const WAITING: usize = 16;
 /// A peer that was told why it is refused has so long, and may still send so much, before the RST.
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 const DRAIN_BYTES: usize = 256 << 10;
@@ -57,7 +84,7 @@ enum Phase {
     Draining(usize),
 }
 
-struct Association {
+pub(crate) struct Association {
     outer: TcpStream,
     phase: Phase,
     peer: Peer,
@@ -65,13 +92,18 @@ struct Association {
     admitted: bool,
     /// Stands in the run queue.
     queued: bool,
+    /// Is one of this thread's streams.
+    stream: bool,
     deadline: Option<Instant>,
     began: Instant,
 }
 
 pub(crate) struct Worker {
     epoll: Epoll,
-    commands: Arc<Queue<Command>>,
+    index: usize,
+    threads: Arc<Threads>,
+    /// Streams that began here, and which thread has them.
+    moved: HashMap<Id, usize>,
     events: Arc<Queue<Event>>,
     limits: Limits,
     associations: HashMap<Id, Association>,
@@ -102,17 +134,21 @@ impl Drop for AbortOnPanic {
 
 impl Worker {
     pub(crate) fn new(
-        commands: Arc<Queue<Command>>,
+        index: usize,
+        threads: Arc<Threads>,
         events: Arc<Queue<Event>>,
         limits: &Limits,
     ) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(commands.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
-        let threads = limits.threads.max(1);
-        let share = |number: usize| number.div_ceil(threads);
+        if let Some(commands) = threads.commands(index) {
+            epoll.add(commands.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
+        }
+        let share = |number: usize| number.div_ceil(limits.threads.max(1));
         Ok(Self {
             epoll,
-            commands,
+            index,
+            threads,
+            moved: HashMap::new(),
             events,
             limits: Limits { held_bytes: share(limits.held_bytes), ..*limits },
             associations: HashMap::new(),
@@ -129,11 +165,14 @@ impl Worker {
         let _guard = AbortOnPanic;
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
+            let waiting = self.admission.len() / WAITING;
+            self.threads.is_busy(self.index, self.run.len() + self.turns.len() + waiting);
             // Interrupted by a signal, or nothing: the queues are looked at either way.
             let count = self.epoll.wait(&mut events, self.timeout()).unwrap_or(0);
             for event in events.iter().take(count) {
                 if event.data() == BELL {
-                    for command in self.commands.take() {
+                    let commands = self.threads.commands(self.index).map(Queue::take);
+                    for command in commands.unwrap_or_default() {
                         if matches!(command, Command::Stop) {
                             return;
                         }
@@ -186,7 +225,13 @@ impl Worker {
             Command::Handshake { id, outer, role } => self.begin(id, outer, role),
             Command::Splice { id, inner } => self.splice(id, inner),
             Command::Refuse { id, how } => self.refuse(id, how),
+            Command::Cut { id, .. } | Command::Report { id } if self.moved.contains_key(&id) => {
+                let to = self.moved.get(&id).copied();
+                self.threads.tell(to.unwrap_or(self.index), command);
+            }
             Command::Cut { id, how } => self.cut(id, how),
+            Command::Take { id, association } => self.take(id, *association),
+            Command::Gone { id } => drop(self.moved.remove(&id)),
             Command::Report { id } => {
                 if let Some(Association { phase: Phase::Relaying(flow), .. }) = self.associations.get(&id) {
                     let (bytes_in, bytes_out, duration) = flow.traffic();
@@ -219,6 +264,7 @@ impl Worker {
             peer,
             admitted: accepting,
             queued: false,
+            stream: false,
             deadline: None,
             began,
         };
@@ -285,7 +331,46 @@ impl Worker {
         if let Phase::Relaying(flow) = &mut association.phase {
             flow.release(&mut self.scratch);
         }
+        if association.stream {
+            self.threads.end_stream(self.index);
+            if self.threads.origin(id) != self.index {
+                self.threads.tell(self.threads.origin(id), Command::Gone { id });
+            }
+        }
         Some(association)
+    }
+
+    /// An association carries much: the thread that has the fewest such has it from now on.
+    fn spread(&mut self, id: Id) {
+        let to = self.threads.add_stream();
+        if to == self.index {
+            if let Some(association) = self.associations.get_mut(&id) {
+                association.stream = true;
+            }
+            return;
+        }
+        let Some(mut association) = self.forget(id) else { return self.threads.end_stream(to) };
+        association.stream = true;
+        if let Phase::Relaying(flow) = &association.phase {
+            // They are of no epoll any more, or never were.
+            let _not = self.epoll.delete(flow.inner());
+            let _not = self.epoll.delete(&association.outer);
+        }
+        self.moved.insert(id, to);
+        self.threads.tell(to, Command::Take { id, association: Box::new(association) });
+    }
+
+    /// Goes on with what [`Self::spread`] of another thread has given away.
+    fn take(&mut self, id: Id, mut association: Association) {
+        association.queued = false;
+        let Phase::Relaying(flow) = &association.phase else { return };
+        let watched = self.watch(&association.outer, id, Side::Outer);
+        let watched = watched.and_then(|()| self.watch(flow.inner(), id, Side::Inner));
+        self.associations.insert(id, association);
+        if watched.is_err() {
+            return self.close(id, Ending::Fault);
+        }
+        self.wake(id);
     }
 
     fn fail(&mut self, id: Id, failure: Failure) {
@@ -394,9 +479,17 @@ impl Worker {
         association.queued = false;
         let Phase::Relaying(flow) = &mut association.phase else { return };
         let turn = survive(|| flow.turn(&association.outer, &mut self.scratch, most));
-        match turn.unwrap_or(Next::Over(Ending::Fault)) {
-            Next::Wait => {}
-            Next::Again => self.wake(id),
+        let next = turn.unwrap_or(Next::Over(Ending::Fault));
+        let is_new = !association.stream && flow.is_stream();
+        match next {
+            Next::Wait | Next::Again => {
+                if next == Next::Again {
+                    self.wake(id);
+                }
+                if is_new {
+                    self.spread(id);
+                }
+            }
             Next::Over(Ending::Complete) => {
                 // What the kernel still holds arrives, then FIN. A socket that is gone needs neither.
                 let _gone = reset_on_close(flow.inner(), false);

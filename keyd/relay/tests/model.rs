@@ -120,8 +120,8 @@ fn engines() -> &'static Engines {
         let domain = Domain::new();
         let leaf = domain.leaf(NAME);
         Engines {
-            client: Engine::start(limits(1)).unwrap(),
-            server: Engine::start(limits(1)).unwrap(),
+            client: Engine::start(limits(2)).unwrap(),
+            server: Engine::start(limits(2)).unwrap(),
             sides: (domain.client(&leaf, true), domain.server(&leaf)),
         }
     })

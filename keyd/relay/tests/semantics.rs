@@ -198,6 +198,52 @@ fn dropping_the_engine_resets_the_programs() {
 }
 
 #[test]
+fn many_streams_at_once_are_each_whole_on_whichever_thread_they_are() {
+    const SIZE: usize = 1 << 20;
+    let domain = Domain::new();
+    let (client, server) = (Engine::start(limits(3)).unwrap(), Engine::start(limits(3)).unwrap());
+    let leaf = domain.leaf(NAME);
+    let sides = (domain.client(&leaf, true), domain.server(&leaf));
+    let joined: Vec<_> = (0..8).map(|_| join(&client, &server, &sides.0, &sides.1)).collect();
+    let threads: Vec<_> = joined
+        .iter()
+        .zip(1..)
+        .map(|((near, far, ..), seed)| {
+            let (mut near, mut far) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+            let sent = std::thread::spawn(move || near.write_all(&noise(seed, SIZE)).unwrap());
+            let got = std::thread::spawn(move || {
+                let mut bytes = vec![0; SIZE];
+                far.read_exact(&mut bytes).unwrap();
+                bytes
+            });
+            (sent, got, seed)
+        })
+        .collect();
+    for (sent, got, seed) in threads {
+        sent.join().unwrap();
+        assert!(got.join().unwrap() == noise(seed, SIZE), "bytes differ");
+    }
+    // The engine has each, wherever it is.
+    for (mut near, mut far, client_id, _) in joined {
+        far.write_all(b"x").unwrap();
+        near.read_exact(&mut [0]).unwrap();
+        client.report(client_id);
+        let told = event(&client);
+        assert!(
+            matches!(told, Event::Traffic { id, bytes_in: 1, bytes_out, .. } if id == client_id && bytes_out == SIZE as u64),
+            "{told:?}"
+        );
+        client.cut(client_id, How::Reset);
+        assert_eq!(closed(&client), (Ending::Cut, 1, SIZE as u64));
+        assert_eq!(end_of(&mut near), Err(ErrorKind::ConnectionReset));
+        assert_eq!(end_of(&mut far), Err(ErrorKind::ConnectionReset));
+        assert_eq!(closed(&server), (Ending::PeerReset, SIZE as u64, 1));
+        client.report(client_id);
+    }
+    assert!(event_within(&client, Duration::from_millis(100)).is_none(), "nothing is told of what is over");
+}
+
+#[test]
 fn a_refusal_at_the_far_end_is_a_failed_connect() {
     let domain = Domain::new();
     let (client, server) = (Engine::start(limits(1)).unwrap(), Engine::start(limits(1)).unwrap());

@@ -29,6 +29,8 @@ use crate::{Outcome, answer};
 const OPENERS: usize = 8;
 /// No measurement waits longer for an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// No longer are idle connections opened, so that what is slow does not take all the time there is.
+const OPENING: Duration = Duration::from_secs(12);
 /// Descriptors that a process may need: two for each connection that is idle.
 const DESCRIPTORS: u64 = 1 << 16;
 
@@ -319,9 +321,11 @@ impl Client {
         Ok(format!("{}", portcullis_benches::median(times)))
     }
 
-    /// Holds `count` connections more, which have carried one byte and then nothing.
+    /// Holds `count` connections more, or as many as there is time for, which have carried one byte and then nothing. How
+    /// many it holds.
     fn idle(&mut self, count: usize) -> Outcome<String> {
         let share = |at: usize| count * (at + 1) / OPENERS - count * at / OPENERS;
+        let until = Instant::now() + OPENING;
         let open = |_| {
             let mut stream = self.open(self.to)?;
             stream.write_all(b"x")?;
@@ -329,8 +333,8 @@ impl Client {
             Ok(stream)
         };
         let held: Vec<io::Result<Vec<TcpStream>>> = thread::scope(|scope| {
-            let openers: Vec<_> =
-                (0..OPENERS).map(|at| scope.spawn(move || (0..share(at)).map(open).collect())).collect();
+            let some = |at| (0..share(at)).take_while(|_| Instant::now() < until).map(open).collect();
+            let openers: Vec<_> = (0..OPENERS).map(|at| scope.spawn(move || some(at))).collect();
             openers.into_iter().filter_map(|opener| opener.join().ok()).collect()
         });
         for held in held {

@@ -38,8 +38,8 @@ pub(crate) type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Connections that are busy at once, beside those that are idle, in `busy`.
 const BUSY: usize = 1000;
 const IDLE: usize = 10_000;
-/// No round begins that would end later, as long as the longest before it took.
-const BUDGET: Duration = Duration::from_secs(270);
+/// No round begins that would end later, if it took as long as the longest before it. What is left is for `busy`.
+const BUDGET: Duration = Duration::from_secs(180);
 
 const RELAY: &str = "relay";
 const NGINX: &str = "nginx";
@@ -143,10 +143,14 @@ fn measure(words: &[&str]) -> Outcome<bool> {
         for at in 0..names.len() {
             let Some(name) = names.get((at + round) % names.len()).copied() else { continue };
             say(&format!("round {} of {rounds}: {name}", round + 1));
-            let wanted = |what: &str| wanted(what) && (what != "busy" || round == 0);
             bench.one(name, &wanted).inspect_err(|_| systems::show_logs(name, folder.path()))?;
         }
         longest = longest.max(begins.elapsed());
+    }
+    // At last, as it leaves thousands of sockets in TIME_WAIT, past which others would have to look for a free port.
+    for name in names.iter().copied().filter(|_| wanted("busy")) {
+        say(&format!("busy: {name}"));
+        bench.busy(name).inspect_err(|_| systems::show_logs(name, folder.path()))?;
     }
     let on_record = !names.contains(&PORTCULLIS) || bench.is_on_record()?;
     Ok(bench.table.print(&names)? & on_record)
@@ -207,10 +211,17 @@ impl Bench<'_> {
             self.timed(measures, name, &mut pair, &format!("stream {}", 1 << 30), |[rate]| (rate, 1.0))?;
             self.end(name, pair)?;
         }
-        if wanted("idle") || wanted("busy") {
+        if wanted("idle") {
             // Memory is counted before anything else has used some.
             let mut pair = self.start(name, Server::Echo, false)?;
-            self.idle(name, &mut pair, wanted)?;
+            let [few] = pair.client.ask("idle 50")?;
+            let before = pair.memory()?;
+            let [many] = pair.client.ask("idle 1000")?;
+            let after = pair.memory()?;
+            self.table.note("idle", name, (after.0 - before.0) / (many - few));
+            if name == PORTCULLIS {
+                self.table.note("idle keyd", name, (after.1 - before.1) / (many - few));
+            }
             self.end(name, pair)?;
         }
         let per_micro = |[count, seconds]: [f64; 2]| (count / seconds, count / 1e6);
@@ -247,29 +258,16 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// What connections cost that do nothing, and whether they keep others waiting.
-    fn idle(&mut self, name: &'static str, pair: &mut Running, wanted: &dyn Fn(&str) -> bool) -> Outcome<()> {
-        const FEW: usize = 50;
-        const SOME: usize = 1000;
-        pair.client.ask::<1>(&format!("idle {FEW}"))?;
-        if wanted("idle") {
-            let before = pair.memory()?;
-            pair.client.ask::<1>(&format!("idle {SOME}"))?;
-            let after = pair.memory()?;
-            self.table.note("idle", name, (after.0 - before.0) / 1000.0);
-            if name == PORTCULLIS {
-                self.table.note("idle keyd", name, (after.1 - before.1) / 1000.0);
-            }
-        }
-        if wanted("busy") {
-            let [idle] = pair.client.ask(&format!("idle {}", self.idle.saturating_sub(FEW + SOME)))?;
-            self.table.note("busy, idle beside it", name, idle);
-            let before = pair.cpu()?;
-            let [slowest] = pair.client.ask(&format!("busy {BUSY}"))?;
-            self.table.note("busy slowest", name, slowest);
-            self.table.note("busy cpu", name, (pair.cpu()?.0 - before.0) * 1e3);
-        }
-        Ok(())
+    /// Whether many that do nothing, and many that have something, keep one another waiting.
+    fn busy(&mut self, name: &'static str) -> Outcome<()> {
+        let mut pair = self.start(name, Server::Echo, false)?;
+        let [idle] = pair.client.ask(&format!("idle {}", self.idle))?;
+        self.table.note("busy, idle beside it", name, idle);
+        let before = pair.cpu()?;
+        let [slowest] = pair.client.ask(&format!("busy {BUSY}"))?;
+        self.table.note("busy slowest", name, slowest);
+        self.table.note("busy cpu", name, (pair.cpu()?.0 - before.0) * 1e3);
+        self.end(name, pair)
     }
 
     /// Whether each call is on record at both ends, from its beginning to its end, and once.

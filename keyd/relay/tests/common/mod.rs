@@ -136,7 +136,8 @@ pub fn name() -> ServerName<'static> {
 
 pub fn pair() -> Pair {
     let domain = Domain::new();
-    let (client, server) = (Engine::start(limits(1)).unwrap(), Engine::start(limits(1)).unwrap());
+    // With two threads, what carries much goes from one to the other.
+    let (client, server) = (Engine::start(limits(2)).unwrap(), Engine::start(limits(2)).unwrap());
     let leaf = domain.leaf(NAME);
     let (near, far, client_id, server_id) =
         join(&client, &server, &domain.client(&leaf, true), &domain.server(&leaf));

@@ -1,0 +1,120 @@
+//! Which thread of an engine has which association.
+//!
+//! To wake a thread costs more than most of what it is woken for. So what is new begins at the first thread that has
+//! little to do, and what is under way at once is done by one thread in one turn. What carries much goes to the thread
+//! that has the fewest such, so that big streams have a processor each.
+
+use std::{
+    io,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use crate::{Id, event::Queue, worker::Command};
+
+/// A thread with less to do takes one more.
+const FEW: usize = 4;
+
+struct Thread {
+    commands: Queue<Command>,
+    /// What it had to do when it last looked, and what has begun since.
+    busy: AtomicUsize,
+    /// Associations that carry much.
+    streams: AtomicUsize,
+}
+
+/// The threads of one engine, by number.
+pub(crate) struct Threads(Vec<Thread>);
+
+impl Threads {
+    pub(crate) fn new(count: usize) -> io::Result<Self> {
+        let thread = |_| {
+            let (busy, streams) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            Ok(Thread { commands: Queue::new()?, busy, streams })
+        };
+        (0..count.max(1)).map(thread).collect::<io::Result<_>>().map(Self)
+    }
+
+    /// The `count`th association, which begins at the thread that has time.
+    pub(crate) fn name(&self, count: u64) -> Id {
+        let busy = |thread: &Thread| thread.busy.load(Ordering::Relaxed);
+        let with_time = self.0.iter().position(|thread| busy(thread) < FEW);
+        let idlest = || (0..self.0.len()).min_by_key(|at| self.0.get(*at).map(busy));
+        let at = with_time.or_else(idlest).unwrap_or_default();
+        Id(count * self.0.len() as u64 + at as u64)
+    }
+
+    /// Where an association began, and where commands for it go.
+    pub(crate) fn origin(&self, id: Id) -> usize {
+        usize::try_from(id.0 % self.0.len() as u64).unwrap_or_default()
+    }
+
+    /// What a thread is told.
+    pub(crate) fn commands(&self, at: usize) -> Option<&Queue<Command>> {
+        self.0.get(at).map(|thread| &thread.commands)
+    }
+
+    pub(crate) fn tell(&self, at: usize, command: Command) {
+        let Some(thread) = self.0.get(at) else { return };
+        if matches!(command, Command::Handshake { .. }) {
+            thread.busy.fetch_add(1, Ordering::Relaxed);
+        }
+        thread.commands.push(command);
+    }
+
+    pub(crate) fn tell_all(&self, command: impl Fn() -> Command) {
+        (0..self.0.len()).for_each(|at| self.tell(at, command()));
+    }
+
+    /// A thread says how much it has to do.
+    pub(crate) fn is_busy(&self, at: usize, with: usize) {
+        if let Some(thread) = self.0.get(at) {
+            thread.busy.store(with, Ordering::Relaxed);
+        }
+    }
+
+    /// Chooses the thread for an association that carries much: of those with the fewest the last, as the first have
+    /// what is new.
+    pub(crate) fn add_stream(&self) -> usize {
+        let count = |at: &usize| self.0.get(*at).map(|thread| thread.streams.load(Ordering::Relaxed));
+        let at = (0..self.0.len()).rev().min_by_key(count).unwrap_or_default();
+        if let Some(thread) = self.0.get(at) {
+            thread.streams.fetch_add(1, Ordering::Relaxed);
+        }
+        at
+    }
+
+    /// One that [`Self::add_stream`] gave to a thread has ended.
+    pub(crate) fn end_stream(&self, at: usize) {
+        if let Some(thread) = self.0.get(at) {
+            thread.streams.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_new_begins_where_there_is_time() {
+        let threads = Threads::new(2).unwrap();
+        let origin = |count| threads.origin(threads.name(count));
+        assert_eq!(origin(1), 0);
+        threads.is_busy(0, FEW);
+        assert_eq!(origin(2), 1);
+        threads.is_busy(1, FEW + 2);
+        assert_eq!(origin(3), 0, "the one with less");
+        threads.is_busy(0, 0);
+        assert_eq!(origin(4), 0);
+        assert!(threads.name(5) > threads.name(4), "ids grow");
+    }
+
+    #[test]
+    fn streams_are_spread() {
+        let threads = Threads::new(3).unwrap();
+        let placed: Vec<_> = (0..4).map(|_| threads.add_stream()).collect();
+        assert_eq!(placed, [2, 1, 0, 2]);
+        threads.end_stream(1);
+        assert_eq!(threads.add_stream(), 1);
+    }
+}
