@@ -39,12 +39,12 @@ pub(crate) enum Waits {
     Turn,
 }
 
-/// Handshakes under way, by peer. Ids grow, so the smallest began first.
+/// Handshakes under way, by peer. Ids grow, so the smallest of a thread's began first.
 #[derive(Debug)]
 pub(crate) struct Admission {
     total: usize,
     per_peer: usize,
-    waits: HashMap<Id, Waits>,
+    under_way: HashMap<Id, (Peer, Waits)>,
     all: BTreeSet<(Waits, Id)>,
     by_peer: HashMap<Peer, BTreeSet<(Waits, Id)>>,
 }
@@ -54,24 +54,20 @@ impl Admission {
         Self {
             total: total.max(1),
             per_peer: per_peer.max(1),
-            waits: HashMap::new(),
+            under_way: HashMap::new(),
             all: BTreeSet::new(),
             by_peer: HashMap::new(),
         }
     }
 
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.all.len()
-    }
-
-    /// Takes one more, which waits for us, and names the one that must go for it: itself, if all wait for us.
+    /// Takes one more, which waits for us, and names the one that must go for it, and has left: itself, if all wait for
+    /// us.
     pub(crate) fn enter(&mut self, peer: Peer, id: Id) -> Option<Id> {
         let place = (Waits::Turn, id);
         let own = self.by_peer.entry(peer).or_default();
         own.insert(place);
         self.all.insert(place);
-        self.waits.insert(id, Waits::Turn);
+        self.under_way.insert(id, (peer, Waits::Turn));
         let crowd = if own.len() > self.per_peer {
             &*own
         } else if self.all.len() > self.total {
@@ -79,15 +75,16 @@ impl Admission {
         } else {
             return None;
         };
-        crowd.first().map(|(waits, first)| if *waits == Waits::Turn { id } else { *first })
+        let goes = crowd.first().map(|(waits, first)| if *waits == Waits::Turn { id } else { *first });
+        goes.inspect(|id| self.leave(*id))
     }
 
     /// Notes whom one of them waits for now.
-    pub(crate) fn waits(&mut self, peer: Peer, id: Id, now: Waits) {
-        let Some(before) = self.waits.get_mut(&id) else { return };
+    pub(crate) fn waits(&mut self, id: Id, now: Waits) {
+        let Some((peer, before)) = self.under_way.get_mut(&id) else { return };
         let before = std::mem::replace(before, now);
         if before != now {
-            let own = self.by_peer.get_mut(&peer);
+            let own = self.by_peer.get_mut(peer);
             for places in own.into_iter().chain([&mut self.all]) {
                 places.remove(&(before, id));
                 places.insert((now, id));
@@ -95,8 +92,8 @@ impl Admission {
         }
     }
 
-    pub(crate) fn leave(&mut self, peer: Peer, id: Id) {
-        let Some(waits) = self.waits.remove(&id) else { return };
+    pub(crate) fn leave(&mut self, id: Id) {
+        let Some((peer, waits)) = self.under_way.remove(&id) else { return };
         self.all.remove(&(waits, id));
         if let Some(own) = self.by_peer.get_mut(&peer) {
             own.remove(&(waits, id));
@@ -165,14 +162,11 @@ mod tests {
         for id in 2..=4 {
             assert_eq!(admission.enter(peer(2), Id(id)), None);
         }
-        admission.waits(peer(2), Id(2), Waits::Peer);
-        admission.waits(peer(2), Id(3), Waits::Hello);
+        admission.waits(Id(2), Waits::Peer);
+        admission.waits(Id(3), Waits::Hello);
         assert_eq!(admission.enter(peer(2), Id(5)), Some(Id(3)), "the silent one");
-        admission.leave(peer(2), Id(3));
         assert_eq!(admission.enter(peer(2), Id(6)), Some(Id(2)), "then who has said something");
-        admission.leave(peer(2), Id(2));
         assert_eq!(admission.enter(peer(2), Id(7)), Some(Id(7)), "all wait for us: no more for now");
-        admission.leave(peer(2), Id(7));
         assert_eq!(admission.enter(peer(1), Id(8)), None, "others come in");
     }
 
@@ -181,9 +175,9 @@ mod tests {
         let mut admission = Admission::new(3, 3);
         for id in 1..=3 {
             assert_eq!(admission.enter(peer(1), Id(id)), None);
-            admission.waits(peer(1), Id(id), Waits::Hello);
+            admission.waits(Id(id), Waits::Hello);
         }
-        admission.waits(peer(1), Id(1), Waits::Turn);
+        admission.waits(Id(1), Waits::Turn);
         assert_eq!(admission.enter(peer(2), Id(4)), Some(Id(2)));
     }
 
@@ -191,9 +185,9 @@ mod tests {
     fn what_left_is_counted_nowhere() {
         let mut admission = Admission::new(3, 3);
         admission.enter(peer(1), Id(1));
-        admission.leave(peer(1), Id(1));
-        admission.waits(peer(1), Id(1), Waits::Peer);
-        assert!(admission.all.is_empty() && admission.by_peer.is_empty() && admission.waits.is_empty());
+        admission.leave(Id(1));
+        admission.waits(Id(1), Waits::Peer);
+        assert!(admission.all.is_empty() && admission.by_peer.is_empty() && admission.under_way.is_empty());
     }
 
     #[test]

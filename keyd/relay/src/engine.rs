@@ -62,7 +62,7 @@ pub enum How {
     Denied,
 }
 
-/// Bounds of one engine. Numbers are divided among its threads.
+/// Bounds of one engine.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Limits {
     /// Threads, each with an epoll of its own.
@@ -109,7 +109,7 @@ impl Engine {
     /// # Errors
     /// When the kernel gives no thread, epoll or eventfd.
     pub fn start(limits: Limits) -> io::Result<Self> {
-        let (events, threads) = (Arc::new(Queue::new()?), Arc::new(Threads::new(limits.threads)?));
+        let (events, threads) = (Arc::new(Queue::new()?), Arc::new(Threads::new(&limits)?));
         let mut engine = Self { threads, handles: Vec::new(), events, next: AtomicU64::new(1) };
         for index in 0..limits.threads.max(1) {
             let worker =

@@ -6,10 +6,13 @@
 
 use std::{
     io,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use crate::{Id, event::Queue, worker::Command};
+use crate::{Id, Limits, admit::Admission, event::Queue, worker::Command};
 
 /// A thread with less to do takes one more.
 const FEW: usize = 4;
@@ -22,39 +25,49 @@ struct Thread {
     streams: AtomicUsize,
 }
 
-/// The threads of one engine, by number.
-pub(crate) struct Threads(Vec<Thread>);
+/// The threads of one engine, by number, and what is counted over all of them.
+pub(crate) struct Threads {
+    all: Vec<Thread>,
+    admission: Mutex<Admission>,
+}
 
 impl Threads {
-    pub(crate) fn new(count: usize) -> io::Result<Self> {
+    pub(crate) fn new(limits: &Limits) -> io::Result<Self> {
         let thread = |_| {
             let (busy, streams) = (AtomicUsize::new(0), AtomicUsize::new(0));
             Ok(Thread { commands: Queue::new()?, busy, streams })
         };
-        (0..count.max(1)).map(thread).collect::<io::Result<_>>().map(Self)
+        let all = (0..limits.threads.max(1)).map(thread).collect::<io::Result<_>>()?;
+        let admission = Mutex::new(Admission::new(limits.handshakes, limits.handshakes_per_peer));
+        Ok(Self { all, admission })
+    }
+
+    /// Who may shake hands. Locked for a look-up or two.
+    pub(crate) fn admission(&self) -> MutexGuard<'_, Admission> {
+        self.admission.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The `count`th association, which begins at the thread that has time.
     pub(crate) fn name(&self, count: u64) -> Id {
         let busy = |thread: &Thread| thread.busy.load(Ordering::Relaxed);
-        let with_time = self.0.iter().position(|thread| busy(thread) < FEW);
-        let idlest = || (0..self.0.len()).min_by_key(|at| self.0.get(*at).map(busy));
+        let with_time = self.all.iter().position(|thread| busy(thread) < FEW);
+        let idlest = || (0..self.all.len()).min_by_key(|at| self.all.get(*at).map(busy));
         let at = with_time.or_else(idlest).unwrap_or_default();
-        Id(count * self.0.len() as u64 + at as u64)
+        Id(count * self.all.len() as u64 + at as u64)
     }
 
     /// Where an association began, and where commands for it go.
     pub(crate) fn origin(&self, id: Id) -> usize {
-        usize::try_from(id.0 % self.0.len() as u64).unwrap_or_default()
+        usize::try_from(id.0 % self.all.len() as u64).unwrap_or_default()
     }
 
     /// What a thread is told.
     pub(crate) fn commands(&self, at: usize) -> Option<&Queue<Command>> {
-        self.0.get(at).map(|thread| &thread.commands)
+        self.all.get(at).map(|thread| &thread.commands)
     }
 
     pub(crate) fn tell(&self, at: usize, command: Command) {
-        let Some(thread) = self.0.get(at) else { return };
+        let Some(thread) = self.all.get(at) else { return };
         if matches!(command, Command::Handshake { .. }) {
             thread.busy.fetch_add(1, Ordering::Relaxed);
         }
@@ -62,12 +75,12 @@ impl Threads {
     }
 
     pub(crate) fn tell_all(&self, command: impl Fn() -> Command) {
-        (0..self.0.len()).for_each(|at| self.tell(at, command()));
+        (0..self.all.len()).for_each(|at| self.tell(at, command()));
     }
 
     /// A thread says how much it has to do.
     pub(crate) fn is_busy(&self, at: usize, with: usize) {
-        if let Some(thread) = self.0.get(at) {
+        if let Some(thread) = self.all.get(at) {
             thread.busy.store(with, Ordering::Relaxed);
         }
     }
@@ -75,9 +88,9 @@ impl Threads {
     /// Chooses the thread for an association that carries much: of those with the fewest the last, as the first have
     /// what is new.
     pub(crate) fn add_stream(&self) -> usize {
-        let count = |at: &usize| self.0.get(*at).map(|thread| thread.streams.load(Ordering::Relaxed));
-        let at = (0..self.0.len()).rev().min_by_key(count).unwrap_or_default();
-        if let Some(thread) = self.0.get(at) {
+        let count = |at: &usize| self.all.get(*at).map(|thread| thread.streams.load(Ordering::Relaxed));
+        let at = (0..self.all.len()).rev().min_by_key(count).unwrap_or_default();
+        if let Some(thread) = self.all.get(at) {
             thread.streams.fetch_add(1, Ordering::Relaxed);
         }
         at
@@ -85,7 +98,7 @@ impl Threads {
 
     /// One that [`Self::add_stream`] gave to a thread has ended.
     pub(crate) fn end_stream(&self, at: usize) {
-        if let Some(thread) = self.0.get(at) {
+        if let Some(thread) = self.all.get(at) {
             thread.streams.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -97,7 +110,7 @@ mod tests {
 
     #[test]
     fn what_is_new_begins_where_there_is_time() {
-        let threads = Threads::new(2).unwrap();
+        let threads = Threads::new(&Limits { threads: 2, ..Limits::default() }).unwrap();
         let origin = |count| threads.origin(threads.name(count));
         assert_eq!(origin(1), 0);
         threads.is_busy(0, FEW);
@@ -111,7 +124,7 @@ mod tests {
 
     #[test]
     fn streams_are_spread() {
-        let threads = Threads::new(3).unwrap();
+        let threads = Threads::new(&Limits { threads: 3, ..Limits::default() }).unwrap();
         let placed: Vec<_> = (0..4).map(|_| threads.add_stream()).collect();
         assert_eq!(placed, [2, 1, 0, 2]);
         threads.end_stream(1);

@@ -16,7 +16,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::{
     Ending, Event, Failure, How, Id, Limits, Role,
-    admit::{Admission, Peer, Turns, Waits},
+    admit::{Peer, Turns, Waits},
     event::Queue,
     flow::{BATCH, Flow, Next, Scratch, Side, Signs},
     opening::{Opening, Step, Waiting},
@@ -54,6 +54,10 @@ pub(crate) enum Command {
     },
     /// One that was given to another thread has ended.
     Gone {
+        id: Id,
+    },
+    /// A handshake must go for one that another thread has taken.
+    Displace {
         id: Id,
     },
     Stop,
@@ -108,7 +112,8 @@ pub(crate) struct Worker {
     limits: Limits,
     associations: HashMap<Id, Association>,
     deadlines: BTreeSet<(Instant, Id)>,
-    admission: Admission,
+    /// Handshakes of peers that are under way here.
+    shaking: usize,
     turns: Turns,
     run: VecDeque<Id>,
     scratch: Scratch,
@@ -143,17 +148,16 @@ impl Worker {
         if let Some(commands) = threads.commands(index) {
             epoll.add(commands.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, BELL))?;
         }
-        let share = |number: usize| number.div_ceil(limits.threads.max(1));
         Ok(Self {
             epoll,
             index,
             threads,
             moved: HashMap::new(),
             events,
-            limits: Limits { held_bytes: share(limits.held_bytes), ..*limits },
+            limits: Limits { held_bytes: limits.held_bytes.div_ceil(limits.threads.max(1)), ..*limits },
             associations: HashMap::new(),
             deadlines: BTreeSet::new(),
-            admission: Admission::new(share(limits.handshakes), share(limits.handshakes_per_peer)),
+            shaking: 0,
             turns: Turns::default(),
             run: VecDeque::new(),
             scratch: Scratch::new(),
@@ -165,8 +169,8 @@ impl Worker {
         let _guard = AbortOnPanic;
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
-            let waiting = self.admission.len() / WAITING;
-            self.threads.is_busy(self.index, self.run.len() + self.turns.len() + waiting);
+            let busy = self.run.len() + self.turns.len() + self.shaking / WAITING;
+            self.threads.is_busy(self.index, busy);
             // Interrupted by a signal, or nothing: the queues are looked at either way.
             let count = self.epoll.wait(&mut events, self.timeout()).unwrap_or(0);
             for event in events.iter().take(count) {
@@ -232,6 +236,7 @@ impl Worker {
             Command::Cut { id, how } => self.cut(id, how),
             Command::Take { id, association } => self.take(id, *association),
             Command::Gone { id } => drop(self.moved.remove(&id)),
+            Command::Displace { id } => self.displace(id),
             Command::Report { id } => {
                 if let Some(Association { phase: Phase::Relaying(flow), .. }) = self.associations.get(&id) {
                     let (bytes_in, bytes_out, duration) = flow.traffic();
@@ -271,8 +276,12 @@ impl Worker {
         self.associations.insert(id, association);
         self.set_deadline(id, deadline);
         self.turns.push(peer, id);
-        if accepting && let Some(displaced) = self.admission.enter(peer, id) {
-            self.fail(displaced, Failure::Displaced);
+        if accepting {
+            self.shaking += 1;
+            let displaced = self.threads.admission().enter(peer, id);
+            if let Some(displaced) = displaced {
+                self.displace(displaced);
+            }
         }
     }
 
@@ -305,9 +314,10 @@ impl Worker {
             Phase::Judging(_) if signs.failed => self.fail(id, Failure::Reset),
             Phase::Judging(_) => {}
             Phase::Opening(_) => {
-                let peer = association.peer;
-                self.turns.push(peer, id);
-                self.admission.waits(peer, id, Waits::Turn);
+                self.turns.push(association.peer, id);
+                if association.admitted {
+                    self.threads.admission().waits(id, Waits::Turn);
+                }
             }
             Phase::Draining(_) => self.drain(id),
         }
@@ -326,7 +336,7 @@ impl Worker {
         self.set_deadline(id, None);
         let mut association = self.associations.remove(&id)?;
         if association.admitted {
-            self.admission.leave(association.peer, id);
+            self.leave(id);
         }
         if let Phase::Relaying(flow) = &mut association.phase {
             flow.release(&mut self.scratch);
@@ -338,6 +348,22 @@ impl Worker {
             }
         }
         Some(association)
+    }
+
+    /// It counts as a handshake no more.
+    fn leave(&mut self, id: Id) {
+        self.shaking = self.shaking.saturating_sub(1);
+        self.threads.admission().leave(id);
+    }
+
+    /// A handshake has to go for another one. What is done meanwhile stays.
+    fn displace(&mut self, id: Id) {
+        if self.threads.origin(id) != self.index {
+            return self.threads.tell(self.threads.origin(id), Command::Displace { id });
+        }
+        if self.associations.get(&id).is_some_and(|association| association.admitted) {
+            self.fail(id, Failure::Displaced);
+        }
     }
 
     /// An association carries much: the thread that has the fewest such has it from now on.
@@ -413,9 +439,12 @@ impl Worker {
             Step::Wait => {
                 // Once connected, the peer's time runs.
                 let waits = if opening.has_heard() { Waits::Peer } else { Waits::Hello };
-                self.admission.waits(association.peer, id, waits);
+                let admitted = association.admitted;
                 if association.deadline.is_none() && association.outer.peer_addr().is_ok() {
                     self.set_deadline(id, Instant::now().checked_add(self.limits.handshake_time));
+                }
+                if admitted {
+                    self.threads.admission().waits(id, waits);
                 }
             }
             Step::Tls => {
@@ -426,7 +455,7 @@ impl Worker {
             Step::Ready(waiting, tls) => {
                 association.phase = Phase::Judging(waiting);
                 if std::mem::take(&mut association.admitted) {
-                    self.admission.leave(association.peer, id);
+                    self.leave(id);
                 }
                 self.set_deadline(id, Instant::now().checked_add(self.limits.verdict_time));
                 self.events.push(Event::Ready { id, tls });

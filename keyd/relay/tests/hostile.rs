@@ -239,6 +239,28 @@ fn honest_peers_are_served_while_others_attack() {
 }
 
 #[test]
+fn a_bound_is_one_for_all_threads() {
+    const MOST: usize = 8;
+    const ALL: usize = 40;
+    let _alone = alone();
+    let domain = Domain::new();
+    let side = domain.server(&domain.leaf(NAME));
+    let engine = Engine::start(Limits { handshakes_per_peer: MOST, ..common::limits(3) }).unwrap();
+    let pairs: Vec<_> = (0..ALL).map(|_| tcp_pair()).collect();
+    let mut silent = Vec::new();
+    for (one, other) in pairs {
+        engine.handshake(other.into(), Role::Server { side: side.clone(), mixed: None });
+        silent.push(one);
+    }
+    for _ in MOST..ALL {
+        let event = event(&engine);
+        assert!(matches!(event, Event::Failed { failure: Failure::Displaced, .. }), "{event:?}");
+    }
+    let more = event_within(&engine, Duration::from_millis(200));
+    assert!(more.is_none(), "{more:?}: so many may wait");
+}
+
+#[test]
 fn a_silent_peer_is_dropped_in_time() {
     let _alone = alone();
     let domain = Domain::new();
