@@ -13,7 +13,6 @@ use portcullis_guard::{
     landlock,
     listener::{self, Privileges},
 };
-use portcullis_types::{Lack, Without};
 use portcullis_wire::gate;
 
 use crate::link::Hold;
@@ -33,17 +32,17 @@ pub enum Guard {
 ///
 /// # Errors
 /// As seccomp(2).
-pub fn install(hold: Hold, without: Without) -> io::Result<Guard> {
+pub fn install(hold: Hold) -> io::Result<Guard> {
     let code = u16::try_from(libc::BPF_RET | libc::BPF_K).map_err(io::Error::other)?;
     let open = [libc::sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
     let filter = match hold {
         // What leaves from the shim's page is checked by the backstop.
         Hold::Backstop => assemble(Trust::Page(gate::PAGE)),
-        Hold::Proxy => assemble(Trust::Nobody),
+        Hold::Proxy { .. } => assemble(Trust::Nobody),
         Hold::Nothing => open.to_vec(),
     };
     // First, since the guard asks about Landlock too.
-    if hold == Hold::Proxy && !without.has(Lack::Landlock) {
+    if hold == (Hold::Proxy { locked: true }) {
         lock_connect()?;
     }
     let mut outcome = listener::install(&filter, Privileges::Kept);

@@ -55,8 +55,11 @@ pub enum Say {
 pub enum Hold {
     /// The backstop holds it already; the guard will.
     Backstop,
-    /// The guard alone: judged calls are made by proxy.
-    Proxy,
+    /// The guard: judged calls are made by proxy.
+    Proxy {
+        /// Landlock shall take connect(2) of TCP from the tree, where the kernel can.
+        locked: bool,
+    },
     /// Nothing: this user may not look into its own processes (Yama, ptrace(2)).
     Nothing,
 }

@@ -173,7 +173,7 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     let door = place_door(&welcome)?;
     let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
     let hold = enclose(&link, &pidfd)?;
-    let guard = guard::install(hold, without()?).map_err(failed("install the guard's filter"))?;
+    let guard = guard::install(hold).map_err(failed("install the guard's filter"))?;
     let by_number = match &guard {
         Guard::Listener(listener) if hold != Hold::Nothing => Some(listener.as_raw_fd()),
         _ => None,

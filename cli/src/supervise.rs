@@ -33,7 +33,7 @@ use nix::{
     unistd::{Pid, geteuid},
 };
 
-use portcullis_types::Without;
+use portcullis_types::{Lack, Without};
 
 pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
 use self::{
@@ -375,7 +375,8 @@ impl Supervisor {
         }
         // Whoever makes calls for it must be able to take its descriptors; whether it has this one is no matter.
         let barred = sys::pidfd_getfd(pidfd, 0).is_err_and(|e| e.raw_os_error() == Some(libc::EPERM));
-        Ok(if barred { Hold::Nothing } else { Hold::Proxy })
+        let locked = !self.args.without.has(Lack::Landlock);
+        Ok(if barred { Hold::Nothing } else { Hold::Proxy { locked } })
     }
 
     /// Has a process stopped when it has become its program, so that its connections are judged. Where nobody may act
@@ -402,7 +403,7 @@ impl Supervisor {
     fn take_listener(&mut self, visitor: &Visitor, number: i32) -> Option<OwnedFd> {
         let (process, hold) = visitor.enclosed.as_ref()?;
         let listener = sys::pidfd_getfd(process, number).ok()?;
-        self.parts.handover.add_tree(&listener, *hold == Hold::Proxy).ok()?;
+        self.parts.handover.add_tree(&listener, matches!(hold, Hold::Proxy { .. })).ok()?;
         Some(listener)
     }
 

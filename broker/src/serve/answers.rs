@@ -218,6 +218,13 @@ impl Broker {
                     .to_owned(),
             );
         }
+        if self.guards.by_proxy() && self.fence.is_none() && !self.has_landlock() {
+            gaps.push(
+                "no Landlock rules for the network (Linux 6.7 has them): a program with threads can win the same race to \
+                 connect by TCP"
+                    .to_owned(),
+            );
+        }
         if self.nameless {
             gaps.push(
                 "messages come without their writer's pidfd (Linux 6.5 has it): who wrote is told by number and user"

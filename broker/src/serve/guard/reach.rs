@@ -6,6 +6,7 @@ use portcullis_guard::{
     landlock,
     listener::{Answer, Notification},
 };
+use portcullis_types::Lack;
 
 use super::{CONTINUE, Outcome, fail};
 use crate::{
@@ -39,9 +40,14 @@ impl Broker {
         false
     }
 
+    /// Whether the kernel takes connect(2) of TCP from trees whose calls are made by proxy.
+    pub(in crate::serve) fn has_landlock(&self) -> bool {
+        landlock::version() >= landlock::NETWORK && !self.without.has(Lack::Landlock)
+    }
+
     /// Whether the kernel itself keeps a tree's hands off others.
     fn is_landlocked(&self, tree: u64) -> bool {
-        self.guards.trees.get(&tree).is_some_and(|t| t.by_proxy) && landlock::version() >= landlock::NETWORK
+        self.guards.trees.get(&tree).is_some_and(|t| t.by_proxy) && self.has_landlock()
     }
 
     pub(super) fn judge_trace(&mut self, tree: u64, call: &Notification, request: i64, pid: i32) -> Outcome {
