@@ -207,7 +207,7 @@ impl Host {
             process: Some(name.clone()),
         };
         let validity = Validity { until: validity.until.min(self.until), ..validity };
-        let key = Key::generate()?;
+        let key = Key::generate_for_process()?;
         let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &self.issuer, validity)?;
         let chain = vec![made.certificate.der().clone(), CertificateDer::from_slice(self.issuing)];
         Ok(ProcessIdentity { shown: certified(chain, key), id, serial: made.serial, validity })

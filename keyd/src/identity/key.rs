@@ -9,13 +9,13 @@ use std::{
 };
 
 use nix::unistd::geteuid;
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SigningKey};
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_ED25519, PublicKeyData, SigningKey};
 use rustls::{SignatureAlgorithm, SignatureScheme, sign::Signer};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::IdentityError;
 
-/// A private key, ECDSA over P-256. Wiped when dropped; `Debug` shows nothing; cannot be cloned.
+/// A private key, ECDSA over P-256 or Ed25519. Wiped when dropped; `Debug` shows nothing; cannot be cloned.
 pub struct Key(KeyPair);
 
 impl fmt::Debug for Key {
@@ -31,9 +31,14 @@ impl Drop for Key {
 }
 
 impl Key {
-    /// Makes a new key.
+    /// Makes a new key that lasts: what every TLS program knows (ECDSA over P-256).
     pub fn generate() -> Result<Self, IdentityError> {
         Ok(Self(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?))
+    }
+
+    /// Makes a new key of a process: what costs handshakes least (Ed25519, docs/adr/0006-tls-provider.md).
+    pub fn generate_for_process() -> Result<Self, IdentityError> {
+        Ok(Self(KeyPair::generate_for(&PKCS_ED25519)?))
     }
 
     /// Reads a key (PKCS #8 in PEM).
@@ -66,7 +71,7 @@ impl Key {
         replace(path, pem.as_bytes(), 0o600)
     }
 
-    /// Signs a message (ECDSA, SHA-256, DER).
+    /// Signs a message (ECDSA with SHA-256 in DER, or Ed25519).
     pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>, IdentityError> {
         Ok(self.0.sign(message)?)
     }
@@ -99,7 +104,11 @@ impl rustls::sign::SigningKey for InTls {
     }
 
     fn algorithm(&self) -> SignatureAlgorithm {
-        SignatureAlgorithm::ECDSA
+        if self.scheme() == SignatureScheme::ED25519 {
+            SignatureAlgorithm::ED25519
+        } else {
+            SignatureAlgorithm::ECDSA
+        }
     }
 }
 
@@ -109,7 +118,11 @@ impl Signer for InTls {
     }
 
     fn scheme(&self) -> SignatureScheme {
-        SignatureScheme::ECDSA_NISTP256_SHA256
+        if self.0.algorithm() == &PKCS_ED25519 {
+            SignatureScheme::ED25519
+        } else {
+            SignatureScheme::ECDSA_NISTP256_SHA256
+        }
     }
 }
 
@@ -137,12 +150,14 @@ mod tests {
     fn a_key_survives_its_file_and_is_never_shown() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("k.key");
-        let key = Key::generate().unwrap();
-        key.save(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        let again = Key::load(&path).unwrap();
-        assert_eq!(again.0.serialize_der(), key.0.serialize_der());
-        assert_eq!(format!("{key:?}"), "Key(<redacted>)");
+        for key in [Key::generate().unwrap(), Key::generate_for_process().unwrap()] {
+            key.save(&path).unwrap();
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+            let again = Key::load(&path).unwrap();
+            assert_eq!(again.0.serialize_der(), key.0.serialize_der());
+            assert_eq!(again.0.algorithm(), key.0.algorithm());
+            assert_eq!(format!("{key:?}"), "Key(<redacted>)");
+        }
     }
 
     #[test]

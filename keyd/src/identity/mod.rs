@@ -89,7 +89,7 @@ pub enum IdentityError {
         uid: u32,
     },
     /// A key file holds no key of the kind in use.
-    #[error("`{}` holds no ECDSA P-256 key in PEM", path.display())]
+    #[error("`{}` holds no ECDSA P-256 or Ed25519 key in PEM", path.display())]
     NoKey {
         /// The file.
         path: PathBuf,
