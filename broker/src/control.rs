@@ -4,8 +4,8 @@
 //! go on with the next. Root and the owner of the state folder are answered, others are cut off.
 //!
 //! ```text
-//! {"request":"why","seq":17}
-//! {"ok":{"why":{…}}}      or      {"error":"no refusal 17 is on record"}
+//! {"request":"flush"}
+//! {"ok":{"flush":17}}      or      {"error":"not a request: …"}
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -24,12 +24,6 @@ pub enum Request {
     Status,
     /// Load the policy again (as SIGHUP does); the answer says whether it took.
     Reload,
-    /// Explain one refusal: by number, or the last one.
-    Why {
-        /// Audit number; the last refusal if `None`.
-        #[serde(default)]
-        seq: Option<u64>,
-    },
     /// Write what is in the rings and end.
     Shutdown,
 }
@@ -56,8 +50,6 @@ pub enum Answer {
     Status(Box<Status>),
     /// The generation now in force.
     Reload(u64),
-    /// See [`Why`].
-    Why(Box<Why>),
     /// The number of the last record.
     Shutdown(u64),
 }
@@ -236,27 +228,14 @@ pub struct Status {
     pub gaps: Vec<String>,
 }
 
-/// One refusal, explained.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Why {
-    /// The audit record, as in the log.
-    pub record: serde_json::Value,
-    /// Plain sentences: who, what, which rule or none.
-    pub because: Vec<String>,
-    /// The smallest rule that would permit it, if one can.
-    pub allow: Option<String>,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn requests_read_as_documented() {
-        let why: Request = serde_json::from_str(r#"{"request":"why","seq":17}"#).unwrap();
-        assert_eq!(why, Request::Why { seq: Some(17) });
-        let last: Request = serde_json::from_str(r#"{"request":"why"}"#).unwrap();
-        assert_eq!(last, Request::Why { seq: None });
+        let flush: Request = serde_json::from_str(r#"{"request":"flush"}"#).unwrap();
+        assert_eq!(flush, Request::Flush);
         assert!(serde_json::from_str::<Request>(r#"{"request":"rm"}"#).is_err());
         let answer = serde_json::to_string(&Response::Ok(Answer::Flush(3))).unwrap();
         assert_eq!(answer, r#"{"ok":{"flush":3}}"#);

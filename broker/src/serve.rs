@@ -246,7 +246,6 @@ pub(crate) struct Broker {
     coverages: coverage::Coverages,
     /// Processes that asked through the shim.
     shimmed: HashSet<ProcessKey>,
-    last_refusal: Option<u64>,
     /// When the log was last written (monotonic).
     flushed: u64,
     /// Doors closed at once for want of descriptors.

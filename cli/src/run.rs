@@ -200,13 +200,14 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     Ok(environment(&welcome, door, args.name.as_deref()))
 }
 
-/// Whether the program will have connections that are there already.
+/// Whether the program will have connections that are there already, or on their way.
 fn is_connected() -> bool {
     let Ok(all) = fs::read_dir("/proc/self/fd") else { return true };
     let numbers = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
     numbers.into_iter().any(|fd| {
         let peer = nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(fd);
         peer.is_ok_and(|at| at.as_sockaddr_in().is_some() || at.as_sockaddr_in6().is_some())
+            || sys::is_opening(fd)
     })
 }
 

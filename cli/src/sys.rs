@@ -138,6 +138,31 @@ pub fn pidfd_getfd(process: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
     adopt(RawFd::try_from(fd).map_err(io::Error::other)?)
 }
 
+/// Whether a number is a TCP socket that has begun to connect (tcp(7), `TCP_INFO`): getpeername(2) does not name the far
+/// side before it has answered.
+pub fn is_opening(fd: RawFd) -> bool {
+    // net/tcp_states.h
+    const CLOSE: u8 = 7;
+    const LISTEN: u8 = 10;
+    let mut state = 0_u8;
+    let mut length: libc::socklen_t = 1;
+    // SAFETY: the kernel writes at most `length` bytes, of which the state is the first; the number need not be open.
+    let done = unsafe {
+        libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut state).cast(), &raw mut length)
+    };
+    done == 0 && ![CLOSE, LISTEN].contains(&state)
+}
+
+/// Leaves a traced process in its group stop, from which SIGCONT takes it (ptrace(2), `PTRACE_LISTEN`).
+///
+/// # Errors
+/// As ptrace(2).
+pub fn stay_stopped(pid: Pid) -> nix::Result<()> {
+    let nothing = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: this request reads neither address nor data.
+    Errno::result(unsafe { libc::ptrace(libc::PTRACE_LISTEN, pid.as_raw(), nothing, nothing) }).map(drop)
+}
+
 /// Brings the loopback interface of this network namespace up.
 ///
 /// # Errors

@@ -137,6 +137,18 @@ pub fn attach_classic(socket: BorrowedFd<'_>, code: &mut [libc::sock_filter]) ->
     set_any(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
+/// Whether a socket has a classic filter.
+pub fn has_classic_filter(socket: BorrowedFd<'_>) -> bool {
+    let mut instructions: libc::socklen_t = 0;
+    // SAFETY: with no room getsockopt(2) writes nothing and tells how many instructions there are
+    // (net/core/filter.c, sk_get_filter).
+    let done = unsafe {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
+        libc::getsockopt(socket.as_raw_fd(), level, name, std::ptr::null_mut(), &raw mut instructions)
+    };
+    done == 0 && instructions > 0
+}
+
 /// Locks the filter that a socket has.
 pub fn lock_filter(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SO_LOCK_FILTER, 1)

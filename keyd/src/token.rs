@@ -152,7 +152,13 @@ impl Tokens {
 
     /// Has a program's socket take nobody but this key daemon for what its token stands for, also when this one has been
     /// killed and somebody else answers there.
+    ///
+    /// # Errors
+    /// `EBUSY` if the program has put a filter there itself: both cannot be, and it is not thrown away.
     pub fn guard(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        if sock::has_classic_filter(program) {
+            return Err(Errno::EBUSY.into());
+        }
         sock::attach(program, self.only_ours.as_fd())
     }
 

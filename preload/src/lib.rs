@@ -26,6 +26,7 @@ extern "C" fn begin() {
     fds::resolve();
     exec::resolve();
     identity::resolve();
+    signals::resolve();
     portcullis_shim::start::start(begin as *const () as *const c_void);
 }
 

@@ -16,10 +16,13 @@ use std::{
 
 use nix::{
     fcntl::{FcntlArg, FdFlag, fcntl},
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        socket::{Backlog, listen},
+    },
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Finished, Host};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running};
 use serde_json::Value;
 
 const NOBODY: u32 = 65534;
@@ -254,6 +257,44 @@ fn all_connections_that_a_program_begins_with_are_judged_where_there_is_little_r
         let came = (0..14).map(|_| listener.accept().unwrap().0);
         let arrived = came.filter(|mut one| matches!(one.read(&mut [0]), Ok(1))).count();
         assert_eq!(arrived, arrive, "{policy}: {ran}");
+    }
+}
+
+/// Begins a connection to a port, and becomes a program that has it as its descriptor 9.
+const OPENING: &str = "
+import errno, os, socket, sys
+far = socket.socket(); far.setblocking(False)
+assert far.connect_ex(('127.0.0.1', int(sys.argv[1]))) == errno.EINPROGRESS
+far.setblocking(True)
+os.dup2(far.fileno(), 9)
+os.execvp(sys.argv[2], sys.argv[2:])
+";
+
+#[test]
+fn a_connection_that_is_not_up_yet_when_a_program_begins_is_judged_too() {
+    for (host, alone) in holds() {
+        for (policy, verdict) in [("allow tcp/9(*, *);", "refuse"), (ALLOW_ALL, "permit")] {
+            host.policy(policy);
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let at = listener.local_addr().unwrap();
+            // Room for one: the next SYN is dropped, and sent again after a second.
+            listen(&listener, Backlog::new(0).unwrap()).unwrap();
+            let _fills = TcpStream::connect(at).unwrap();
+            let run = host.run(&["/bin/busybox", "sh", "-c", "echo x >&9"]);
+            let mut command = Command::new("/usr/bin/python3");
+            command.args(["-c", OPENING, &at.port().to_string()]);
+            command.arg(run.get_program()).args(run.get_args()).env("PORTCULLIS_NO_BACKSTOP", alone);
+            let mut ran = Running::start(command);
+            let record = host.record(verdict, |r| r["op"] == "connect" && r["remote"] == at.to_string());
+            assert_eq!((&record["verdict"], &record["via"]), (&verdict.into(), &"guard".into()));
+            if verdict == "permit" {
+                listener.accept().unwrap();
+                let (mut came, mut got) = (listener.accept().unwrap().0, Vec::new());
+                came.read_to_end(&mut got).unwrap();
+                assert_eq!(got, b"x\n");
+            }
+            assert_eq!(ran.wait() == 0, verdict == "permit");
+        }
     }
 }
 

@@ -208,12 +208,26 @@ fn a_supervisor_that_was_started_beside_a_program_does_not_end_with_its_group() 
 
 /// Sends itself what the guard asks about, while a timer's handler runs all the time.
 const INTERRUPTED: &str = "
-import os, signal
+import ctypes, os, signal, threading
 signal.signal(signal.SIGALRM, lambda *_: None)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
-for _ in range(2000): os.kill(os.getpid(), signal.SIGTERM)
+queue = ctypes.CDLL(None, use_errno=True).sigqueue
+for _ in range(1000):
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    assert queue(os.getpid(), signal.SIGTERM, None) == 0, ctypes.get_errno()
 signal.setitimer(signal.ITIMER_REAL, 0)
+";
+
+const QUEUED: &str = "
+import ctypes, os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+assert ctypes.CDLL(None).sigqueue(os.getpid(), signal.SIGTERM, ctypes.c_void_p(7)) == 0
+info = signal.sigwaitinfo([signal.SIGTERM])
+assert (info.si_code, info.si_pid, info.si_uid) == (-1, os.getpid(), os.getuid()), info
+print('as sent')
 ";
 
 #[test]
@@ -221,4 +235,6 @@ fn a_handler_that_runs_meanwhile_keeps_no_signal_from_being_sent() {
     let host = Host::here();
     host.policy(ALLOW_ALL);
     Finished::of(&mut host.run(&["/usr/bin/python3", "-c", INTERRUPTED])).success();
+    // What a queued signal brings along is what the sender gave.
+    assert_eq!(Finished::of(&mut host.run(&["/usr/bin/python3", "-c", QUEUED])).success(), "as sent\n");
 }

@@ -122,6 +122,30 @@ const fn libc_econnrefused() -> i32 {
     nix::errno::Errno::ECONNREFUSED as i32
 }
 
+#[test]
+fn a_filter_that_the_program_has_put_under_its_socket_is_not_thrown_away() {
+    let net = Net::client_server_stranger(POLICY);
+    let [client, server, _] = net.hosts();
+    let _trust = Trust::of(&[client, server]);
+    let _web = web(server, "10.77.0.2");
+    // SO_ATTACH_FILTER with one instruction that lets all pass (linux/filter.h), and SO_DETACH_FILTER.
+    let connect = |after: &str| {
+        let script = format!(
+            "import ctypes, errno, socket, struct\n\
+             code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffffffff))\n\
+             s = socket.socket()\n\
+             s.setsockopt(socket.SOL_SOCKET, 26, struct.pack('HL', 1, ctypes.addressof(code)))\n\
+             {after}\n\
+             print(errno.errorcode.get(s.connect_ex(('10.77.0.2', 8080)), 'connected'))\n"
+        );
+        Finished::of(&mut client.run(&["/usr/bin/python3", "-c", &script])).success()
+    };
+    assert_eq!(connect("s.setsockopt(socket.SOL_SOCKET, 27, 0)"), "connected\n", "the control");
+    assert_eq!(connect(""), "EACCES\n");
+    client
+        .record("why", |r| refused(r, "connect") && r["reason"].to_string().contains("a filter of its own"));
+}
+
 /// Reads to the end of each connection, says what came and how it ended, and answers.
 const HEAR: &str = "import socket, sys\n\
     l = socket.create_server(('10.77.0.2', 8080)); print('listening', flush=True)\n\

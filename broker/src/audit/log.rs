@@ -283,16 +283,6 @@ impl Log {
         }
         text
     }
-
-    /// Reads one record back. `None`: there is no such number, or it has been removed.
-    #[must_use]
-    pub fn find(&self, seq: u64) -> Option<String> {
-        let wanted = format!("{{\"seq\":{seq},");
-        let first = |path: &Path| path.file_stem()?.to_str()?.parse::<u64>().ok();
-        let path = files(&self.folder).ok()?.into_iter().rfind(|p| first(p).is_some_and(|n| n <= seq))?;
-        let text = fs::read_to_string(path).ok()?;
-        text.lines().find(|line| line.starts_with(&wanted)).map(str::to_owned)
-    }
 }
 
 /// Waits until an earlier writer is gone: a broker whose supervisor was killed still takes its leave.
@@ -416,12 +406,9 @@ mod tests {
             let newest = files(folder.path()).unwrap().pop().unwrap();
             OpenOptions::new().append(true).open(newest).unwrap().write_all(b"{\"seq\":99,\"ti").unwrap();
         }
-        let (log, _) = Log::open(folder.path(), settings, "h").unwrap();
+        let _log = Log::open(folder.path(), settings, "h").unwrap();
         assert_eq!(numbers(folder.path()), (1..=12).collect::<Vec<_>>());
         assert_eq!(files(folder.path()).unwrap().len(), 6, "one file per commit");
-        let found = log.find(6).unwrap();
-        assert!(found.starts_with("{\"seq\":6,\"time\":\"2023-11-14T22:13:20.123456789Z\""), "{found}");
-        assert_eq!(log.find(13), None);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use nix::sys::{
 
 use super::{Broker, Source, coverage::summary, flows::Flow, lanes::Peer};
 use crate::{
-    control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status, Why},
+    control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status},
     escape::sentence,
     process::{Context, ProcessKey},
     sys::realtime,
@@ -103,7 +103,6 @@ impl Broker {
                 Ok(generation) => Response::Ok(Answer::Reload(generation)),
                 Err(diagnostic) => Response::Error(diagnostic),
             },
-            Request::Why { seq } => self.why(*seq),
             Request::Shutdown => {
                 self.finish_lanes();
                 self.drain_all();
@@ -266,44 +265,6 @@ impl Broker {
             coverage: summary(&rows),
             gaps,
         }
-    }
-
-    fn why(&self, seq: Option<u64>) -> Response {
-        let Some(seq) = seq.or(self.last_refusal) else {
-            return Response::Error("no refusal is on record".to_owned());
-        };
-        let record =
-            self.log.find(seq).and_then(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
-        let Some(record) = record else {
-            return Response::Error(format!("no record {seq} is in the log"));
-        };
-        let text = |field: &str| record.get(field).and_then(|v| v.as_str()).map(sentence);
-        if text("verdict").is_none_or(|v| v == "permit") {
-            return Response::Error(format!("record {seq} is no refusal"));
-        }
-        let who = text("exe").unwrap_or_else(|| "a program that this host cannot vouch for".to_owned());
-        let user = text("user").unwrap_or_else(|| "?".to_owned());
-        let op = text("op").unwrap_or_default();
-        let what = match op.as_str() {
-            "listen" => format!("become reachable at {}", text("local").unwrap_or_default()),
-            "accept" | "receive" => format!(
-                "{op} at {} from {}",
-                text("local").unwrap_or_default(),
-                text("remote").unwrap_or_else(|| "?".to_owned())
-            ),
-            _ => format!("{op} to {}", text("remote").unwrap_or_else(|| "?".to_owned())),
-        };
-        let proto = text("proto").unwrap_or_default();
-        let mut because = vec![format!("{who} (user {user}) was to {what} ({proto}).")];
-        match (text("rule"), text("rule_at")) {
-            (Some(rule), Some(at)) => because.push(format!("This rule decided, at {at}: {rule}")),
-            (Some(rule), None) => because.push(format!("This rule decided: {rule}")),
-            _ => because.push("No rule permits it.".to_owned()),
-        }
-        because.extend(text("reason").map(|r| format!("Reason: {r}.")));
-        because.extend(text("peer_cert").map(|shown| format!("The far end showed: {shown}.")));
-        let allow = text("allow");
-        Response::Ok(Answer::Why(Box::new(Why { record, because, allow })))
     }
 }
 

@@ -428,9 +428,6 @@ impl Broker {
             op: &event.op.to_string(),
             ..Line::bare(time, "", if granted { "table" } else { "backstop" })
         });
-        if !granted {
-            self.last_refusal = Some(seq);
-        }
         if let (true, Op::Connect, Protocol::TCP, Some(cookie), Some(context)) =
             (granted, event.op, event.protocol, association, context)
         {

@@ -154,7 +154,7 @@ impl Broker {
         } else {
             "nobody granted this destination to a program of this state folder"
         };
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             protocol: Some(Protocol(stopped.protocol)),
             local,
             remote,
@@ -164,7 +164,6 @@ impl Broker {
             more: if stopped.uid == u32::MAX { &[] } else { &uid },
             ..Line::bare(stopped.time, op, "backstop")
         });
-        self.last_refusal = Some(seq);
     }
 
     /// Whether a process is in a cgroup that a backstop of this state folder holds.

@@ -240,9 +240,6 @@ impl Broker {
         }
         if written {
             reply.audit_seq = seq;
-            if !finding.judgement.permitted || finding.judgement.observed.is_some() {
-                self.last_refusal = Some(seq);
-            }
         }
         reply.rule = finding.judgement.rule.map_or(u32::MAX, |r| r.0);
         reply.lane = finding.judgement.lane as u8;

@@ -353,6 +353,7 @@ impl Broker {
             Err(error) => match error.raw_os_error() {
                 Some(libc::EXDEV) => return refuse(finding, OTHER_NAMESPACE),
                 Some(libc::EPROTONOSUPPORT) => return refuse(finding, "it is not TCP alone"),
+                Some(libc::EBUSY) => return refuse(finding, "a filter of its own is under its socket"),
                 Some(libc::ENOENT) if session.is_some() => return refuse(finding, "its session has ended"),
                 Some(
                     errno @ (libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EADDRNOTAVAIL | libc::EADDRINUSE),

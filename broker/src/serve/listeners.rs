@@ -490,7 +490,7 @@ impl Broker {
         why: &str,
     ) {
         let reason = format!("cannot be protected: {why}");
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             process: Some(context),
             protocol: Some(Protocol::TCP),
             local: Some(local),
@@ -501,7 +501,6 @@ impl Broker {
             generation: Some(self.generation_in_force()),
             ..Line::bare(realtime(), "listen", "broker")
         });
-        self.last_refusal = Some(seq);
     }
 
     /// Finds every listener's scope anew (new generation, new addresses) and puts it into the kernel.
@@ -603,7 +602,7 @@ impl Broker {
         if let Some(allow) = &allow {
             more.push(("allow", More::Text(allow)));
         }
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             process: context.as_deref(),
             protocol: Some(protocol),
             local: stranger.destination.socket_addr(),
@@ -616,7 +615,6 @@ impl Broker {
             more: &more,
             ..Line::bare(stranger.time, "accept", "filter")
         });
-        self.last_refusal = Some(seq);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     os::fd::{AsFd, AsRawFd, OwnedFd},
 };
 
@@ -18,11 +19,12 @@ use crate::{
     guard::{link::Handed, target},
     process::ProcessKey,
     sys::{
+        diag::state,
         message::Writer,
         pidfd_getfd,
         proc::ProcDir,
         proxy,
-        socket::{Facts, attach_filter},
+        socket::{Facts, attach_filter, is_opening},
     },
 };
 
@@ -54,7 +56,23 @@ impl Broker {
                 Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue, // closed meanwhile
                 socket => socket?,
             };
-            let facts = Facts::of(socket.as_fd())?;
+            let mut facts = Facts::of(socket.as_fd())?;
+            let opening = facts.remote.is_none() && is_opening(socket.as_fd());
+            if facts.remote.is_none() && facts.protocol == Protocol::TCP {
+                // It may have come up just now.
+                facts = Facts::of(socket.as_fd())?;
+            }
+            if opening && facts.remote.is_none() {
+                facts.remote = self.goes_to(facts.cookie);
+                if facts.remote.is_none() {
+                    self.note(
+                        "broker",
+                        "a connection that a program begins with leads to where cannot be told",
+                        &[],
+                    );
+                    dissolve(&socket);
+                }
+            }
             if facts.remote.is_none() {
                 continue;
             }
@@ -64,7 +82,7 @@ impl Broker {
                 pidfd.and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)))
             });
             let (copy, is_datagram) = (socket.try_clone()?, facts.is_datagram());
-            if !key.is_some_and(|key| self.may_have(key, number, socket, facts)) {
+            if !key.is_some_and(|key| self.may_have(key, number, opening, (socket, facts))) {
                 dissolve(&copy);
                 if is_datagram {
                     deafen(&copy)?;
@@ -74,9 +92,22 @@ impl Broker {
         Ok(())
     }
 
-    fn may_have(&mut self, key: ProcessKey, number: i32, socket: OwnedFd, facts: Facts) -> bool {
+    /// Where a connection leads that the far side has not answered yet.
+    fn goes_to(&mut self, cookie: u64) -> Option<SocketAddr> {
+        let begun = !(1 << state::CLOSE | 1 << state::LISTEN);
+        let all = self.diag.all(Protocol::TCP, begun).ok()?;
+        all.into_iter().find(|found| found.cookie == cookie).map(|found| found.remote)
+    }
+
+    fn may_have(
+        &mut self,
+        key: ProcessKey,
+        number: i32,
+        opening: bool,
+        (socket, facts): (OwnedFd, Facts),
+    ) -> bool {
         let mut call = Call {
-            op: if facts.protocol == Protocol::TCP { Op::Accept } else { Op::Connect },
+            op: if facts.protocol == Protocol::TCP && !opening { Op::Accept } else { Op::Connect },
             protocol: facts.protocol,
             local: facts.local,
             remote: facts.remote,

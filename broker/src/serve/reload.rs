@@ -312,7 +312,7 @@ impl Broker {
         if let Some(rule) = &rule {
             more.push(("rule_at", More::Text(&rule.at)));
         }
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             process: Some(&flow.context),
             session: flow.session,
             protocol: Some(flow.protocol),
@@ -328,7 +328,6 @@ impl Broker {
             more: &more,
             ..Line::bare(realtime(), "cut", "broker")
         });
-        self.last_refusal = Some(seq);
     }
 
     /// After a restart: finds what wrapped processes have open, so that sessions go on and the next

@@ -127,7 +127,6 @@ impl Broker {
             fence: None,
             coverages: super::coverage::Coverages::default(),
             shimmed: HashSet::new(),
-            last_refusal: None,
             flushed: 0,
             turned_away: 0,
             stop: false,

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, io, os::fd::OwnedFd, rc::Rc};
 
+use portcullis_backstop::cgroup_name;
 use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::shared::{Entry, RECORDS, Record, Ring, Shape, VerdictTable};
 
@@ -155,8 +156,9 @@ impl Broker {
         self.cgroups_looked_at = now;
         let noted = |p: &Process| p.memory.as_ref().is_some_and(|memory| memory.noted);
         // One that has ended, and its cgroup with it, has left nothing.
-        let is_elsewhere =
-            |p: &Process| p.at.cgroup().is_ok_and(|at| at.is_none_or(|at| !at.ends_with(" (deleted)")));
+        let own = format!("{} (deleted)", cgroup_name(&self.state));
+        let is_over = |at: String| at.split('/').next_back() == Some(&own);
+        let is_elsewhere = |p: &Process| p.at.cgroup().is_ok_and(|at| !at.is_some_and(is_over));
         let has_left =
             |key: &ProcessKey, p: &Process| noted(p) && !self.kernel_records(*key) && is_elsewhere(p);
         let gone: Vec<_> =

@@ -35,6 +35,10 @@ const BYTES_SENT_AGAIN: usize = 208;
 pub mod state {
     /// `TCP_ESTABLISHED`; also a connected datagram socket.
     pub const ESTABLISHED: u8 = 1;
+    /// `TCP_SYN_SENT`.
+    pub const SYN_SENT: u8 = 2;
+    /// `TCP_CLOSE`.
+    pub const CLOSE: u8 = 7;
     /// `TCP_LISTEN`.
     pub const LISTEN: u8 = 10;
 }

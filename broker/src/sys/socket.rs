@@ -12,6 +12,8 @@ use nix::sys::{
 };
 use portcullis_types::Protocol;
 
+use super::diag::state;
+
 /// `SO_COOKIE` and `SO_NETNS_COOKIE` (asm-generic/socket.h; the second from Linux 5.14).
 const SO_COOKIE: i32 = 57;
 const SO_NETNS_COOKIE: i32 = 71;
@@ -129,6 +131,13 @@ impl Facts {
     }
 }
 
+/// Whether a socket waits for the far side to answer (TCP), which getpeername(2) does not name meanwhile.
+#[must_use]
+pub fn is_opening(socket: BorrowedFd<'_>) -> bool {
+    let info = option_of::<i32>(socket, libc::IPPROTO_TCP, libc::TCP_INFO).ok();
+    info.is_some_and(|info| info.to_ne_bytes().first() == Some(&state::SYN_SENT))
+}
+
 fn inet(address: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(a) = address.as_sockaddr_in() {
         return Some(SocketAddr::new(IpAddr::V4(a.ip()), a.port()));
@@ -146,12 +155,17 @@ impl Number for i32 {}
 impl Number for u64 {}
 
 fn option<T: Number>(socket: BorrowedFd<'_>, name: i32) -> io::Result<T> {
+    option_of(socket, libc::SOL_SOCKET, name)
+}
+
+/// What is longer than the number is cut off.
+fn option_of<T: Number>(socket: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<T> {
     let mut value = T::default();
     let mut length = libc::socklen_t::try_from(mem::size_of::<T>()).unwrap_or(0);
     // SAFETY: `value` is writable for `length` bytes, and any bits are a valid integer.
     #[expect(unsafe_code, reason = "nix has not all of these options")]
     let done = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut length)
+        libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut length)
     };
     if done == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }

@@ -21,6 +21,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::sys;
+
 /// How long a program waits for the broker, as for any other question.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -65,6 +67,12 @@ impl Outset {
                     true
                 }
                 Ok(WaitStatus::Stopped(_, signal)) => ptrace::cont(*pid, signal).is_ok(),
+                // Stopped as a whole, until somebody continues it.
+                Ok(WaitStatus::PtraceEvent(_, signal, libc::PTRACE_EVENT_STOP))
+                    if signal != Signal::SIGTRAP =>
+                {
+                    sys::stay_stopped(*pid).is_ok()
+                }
                 Ok(WaitStatus::PtraceEvent(..)) => ptrace::cont(*pid, None).is_ok(),
                 // A real-time signal, which nix does not know: lost to a program that has not begun yet.
                 Err(Errno::EINVAL) => ptrace::cont(*pid, None).is_ok(),
@@ -116,7 +124,6 @@ mod tests {
     };
 
     use super::*;
-    use crate::sys;
 
     /// A process that becomes another program when it is told to.
     fn waiting() -> (Child, Pid) {
@@ -130,6 +137,14 @@ mod tests {
         child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
         let pid = Pid::from_raw(child.id().cast_signed());
         (child, pid)
+    }
+
+    /// Whether nothing begins for a while.
+    fn none_begins(outset: &mut Outset) -> bool {
+        (0..100).all(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            outset.look().is_empty()
+        })
     }
 
     fn look_for_one(outset: &mut Outset) -> u64 {
@@ -152,10 +167,7 @@ mod tests {
         unsafe {
             libc::kill(pid.as_raw(), libc::SIGRTMIN())
         };
-        for _ in 0..100 {
-            assert!(outset.look().is_empty());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        assert!(none_begins(&mut outset));
         child.stdin.take().unwrap().write_all(b"\n").unwrap();
         let tag = look_for_one(&mut outset);
         outset.release(tag + 1);
@@ -163,5 +175,28 @@ mod tests {
         assert!(child.try_wait().unwrap().is_none() && outset.wake_in().is_some(), "still stopped");
         outset.release(tag);
         assert!(child.wait().unwrap().success() && outset.wake_in().is_none());
+    }
+
+    #[test]
+    fn a_program_that_is_stopped_before_it_begins_stays_so_until_it_is_continued() {
+        let mut outset = Outset::default();
+        let (mut child, pid) = waiting();
+        outset.expect(pid, sys::pidfd_open(pid).unwrap()).unwrap();
+        kill(pid, Signal::SIGSTOP).unwrap();
+        // It has been told, and has stopped.
+        let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        for _ in 0..5000 {
+            assert!(outset.look().is_empty());
+            if status().contains("State:\tt") {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        assert!(none_begins(&mut outset));
+        kill(pid, Signal::SIGCONT).unwrap();
+        let tag = look_for_one(&mut outset);
+        outset.release(tag);
+        assert!(child.wait().unwrap().success());
     }
 }

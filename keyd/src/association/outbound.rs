@@ -91,8 +91,11 @@ impl Associations {
     pub(super) fn take_syn(&mut self, arrived: Syn, diag: &mut Diag) {
         let id = self.by_token.get(&arrived.token).copied();
         let Some((id, one)) = id.and_then(|id| Some((id, self.all.get_mut(&id)?))) else {
-            // What it stood for has failed before the program asked.
-            let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
+            // What it stood for has failed before the program asked. At a port of `::1` that is no token any more nobody
+            // holds a SYN, so the kernel answers, and what listens there may be anybody's.
+            if arrived.token.is_ipv4() {
+                let _ = self.tokens.fail(&arrived, libc::ECONNREFUSED);
+            }
             return;
         };
         let Direction::Outbound { syn, cookie, .. } = &mut one.direction else { return };

@@ -17,17 +17,40 @@ use super::{
 #[derive(Debug)]
 pub struct Host {
     root: CertificateDer<'static>,
-    /// In every chain, so it is there once for all, and for good.
+    domain: TrustDomain,
+    members: Members,
+    authority: Delegated,
+}
+
+/// What the trust domain lets this host certify, and with what.
+#[derive(Debug)]
+struct Delegated {
+    /// In every chain, so it is there once for all, and for good: a renewal, once in months, leaves one behind.
     issuing: &'static [u8],
     /// Signs with the key of `issuing`.
     issuer: Issuer<'static, Key>,
     facts: HostFacts,
     /// Last second of the issuing certificate.
     until: i64,
+    /// In the certificates of this host.
     addresses: Vec<IpAddr>,
-    domain: TrustDomain,
-    shown: Arc<CertifiedKey>,
-    members: Members,
+}
+
+/// A certificate and the file that it lies in, for what is said of it.
+type Filed<'a> = (CertificateDer<'static>, &'a Path);
+
+fn unfit(path: &Path) -> IdentityError {
+    IdentityError::NoCertificate { path: path.to_owned() }
+}
+
+impl Delegated {
+    /// From the issuing certificate with its key, and the host's own certificate.
+    fn new((issuing, at): Filed<'_>, key: Key, (leaf, leaf_at): Filed<'_>) -> Result<Self, IdentityError> {
+        let read = Issuing::read(&issuing).map_err(|_| unfit(at))?;
+        let addresses = Peer::from(&leaf, &read).map_err(|_| unfit(leaf_at))?.addresses;
+        let issuer = Issuer::from_ca_cert_der(&issuing, key)?;
+        Ok(Self { issuing: issuing.to_vec().leak(), issuer, facts: read.facts, until: read.until, addresses })
+    }
 }
 
 /// A process certificate with its key, ready for TLS.
@@ -49,9 +72,13 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityErr
 }
 
 fn certificates_in(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let none = || IdentityError::NoCertificate { path: path.to_owned() };
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    found.ok().filter(|found| !found.is_empty()).ok_or_else(none)
+    found.ok().filter(|found| !found.is_empty()).ok_or_else(|| unfit(path))
+}
+
+/// The first of a chain.
+fn first<'a>(chain: Vec<CertificateDer<'static>>, path: &'a Path) -> Result<Filed<'a>, IdentityError> {
+    chain.into_iter().next().map(|first| (first, path)).ok_or_else(|| unfit(path))
 }
 
 /// Reads a file with one certificate.
@@ -71,24 +98,19 @@ impl Host {
     pub fn load(folder: &Path) -> Result<Self, IdentityError> {
         let root = certificate(&folder.join("ca.crt"))?;
         let members = Members::load(&folder.join("members.toml"), &root)?;
-        let issuing_path = folder.join("issuer.crt");
-        let issuing = certificate(&issuing_path)?;
-        let unfit = || IdentityError::NoCertificate { path: issuing_path.clone() };
-        let read = Issuing::read(&issuing).map_err(|_| unfit())?;
-        let chain = certificates(&folder.join("host.crt"))?;
-        let leaf = chain.first().ok_or_else(unfit)?;
-        let addresses = Peer::from(leaf, &read).map_err(|_| unfit())?.addresses;
-        let shown = certified(chain, Key::load(&folder.join("host.key"))?);
-        let issuer = Issuer::from_ca_cert_der(&issuing, Key::load(&folder.join("issuer.key"))?)?;
-        let issuing = issuing.to_vec().leak();
-        let (domain, until, facts) = (members.domain.clone(), read.until, read.facts);
-        Ok(Self { domain, root, issuing, issuer, facts, until, addresses, shown, members })
+        let [issuing_at, chain_at] = ["issuer.crt", "host.crt"].map(|name| folder.join(name));
+        let leaf = first(certificates(&chain_at)?, &chain_at)?;
+        // Stock programs use it, and here nobody: but one that others may read is refused.
+        drop(Key::load(&folder.join("host.key"))?);
+        let key = Key::load(&folder.join("issuer.key"))?;
+        let authority = Delegated::new((certificate(&issuing_at)?, &issuing_at), key, leaf)?;
+        Ok(Self { domain: members.domain.clone(), root, members, authority })
     }
 
     /// Its name, `ver` and groups.
     #[must_use]
     pub const fn facts(&self) -> &HostFacts {
-        &self.facts
+        &self.authority.facts
     }
 
     /// Who takes part, as last read.
@@ -106,13 +128,7 @@ impl Host {
     /// Addresses in its certificates.
     #[must_use]
     pub fn addresses(&self) -> &[IpAddr] {
-        &self.addresses
-    }
-
-    /// What the host itself shows, without a process.
-    #[must_use]
-    pub fn shown(&self) -> Arc<CertifiedKey> {
-        self.shown.clone()
+        &self.authority.addresses
     }
 
     /// Takes a newer list of members, as it lies in `members.toml`. An older one, or another domain's, is
@@ -131,30 +147,17 @@ impl Host {
     /// others; `false`: they are those that it has.
     pub fn renew(&mut self, issuing: &str, key: &str, chain: &str, now: i64) -> Result<bool, IdentityError> {
         let [issuing_at, key_at, chain_at] = ["issuer.crt", "issuer.key", "host.crt"].map(Path::new);
-        let unfit = |at: &Path| IdentityError::NoCertificate { path: at.to_owned() };
-        let first = |pem: &str, at: &Path| {
-            certificates_in(pem.as_bytes(), at)?.into_iter().next().ok_or_else(|| unfit(at))
-        };
-        let der = first(issuing, issuing_at)?;
-        if &*der == self.issuing {
+        let issuing = first(certificates_in(issuing.as_bytes(), issuing_at)?, issuing_at)?;
+        if &*issuing.0 == self.authority.issuing {
             return Ok(false);
         }
-        let read = Issuing::read(&der).map_err(|_| unfit(issuing_at))?;
-        let leaf = first(chain, chain_at)?;
-        let addresses = Peer::from(&leaf, &read).map_err(|_| unfit(chain_at))?.addresses;
-        let issuer = Issuer::from_ca_cert_der(&der, Key::read(key, key_at)?)?;
-        let before = std::mem::replace(&mut self.issuer, issuer);
-        let before = (
-            before,
-            std::mem::replace(&mut self.issuing, der.to_vec().leak()),
-            std::mem::replace(&mut self.facts, read.facts),
-            std::mem::replace(&mut self.until, read.until),
-            std::mem::replace(&mut self.addresses, addresses),
-        );
-        if self.is_believed(&before.2.host, now) {
+        let leaf = first(certificates_in(chain.as_bytes(), chain_at)?, chain_at)?;
+        let newer = Delegated::new(issuing, Key::read(key, key_at)?, leaf)?;
+        let before = std::mem::replace(&mut self.authority, newer);
+        if self.is_believed(&before.facts.host, now) {
             return Ok(true);
         }
-        (self.issuer, self.issuing, self.facts, self.until, self.addresses) = before;
+        self.authority = before;
         Err(unfit(issuing_at))
     }
 
@@ -188,7 +191,7 @@ impl Host {
     /// it is the same host, so that filters need not be changed when the key daemon begins anew.
     #[must_use]
     pub fn mark(&self) -> u32 {
-        let named = [&*self.root, self.facts.host.as_str().as_bytes()].concat();
+        let named = [&*self.root, self.authority.facts.host.as_str().as_bytes()].concat();
         let digest = ring::digest::digest(&ring::digest::SHA256, &named);
         let mark = digest.as_ref().first_chunk().map_or(1, |word| u32::from_ne_bytes(*word));
         mark.max(1)
@@ -201,15 +204,13 @@ impl Host {
         facts: &ProcessFacts,
         validity: Validity,
     ) -> Result<ProcessIdentity, IdentityError> {
-        let id = SpiffeId {
-            domain: self.domain.clone(),
-            host: self.facts.host.clone(),
-            process: Some(name.clone()),
-        };
-        let validity = Validity { until: validity.until.min(self.until), ..validity };
+        let by = &self.authority;
+        let (domain, host) = (self.domain.clone(), by.facts.host.clone());
+        let id = SpiffeId { domain, host, process: Some(name.clone()) };
+        let validity = Validity { until: validity.until.min(by.until), ..validity };
         let key = Key::generate_for_process()?;
-        let made = issue::leaf(&id, &self.addresses, &self.facts, Some(facts), &key, &self.issuer, validity)?;
-        let chain = vec![made.certificate.der().clone(), CertificateDer::from_slice(self.issuing)];
+        let made = issue::leaf(&id, &by.addresses, &by.facts, Some(facts), &key, &by.issuer, validity)?;
+        let chain = vec![made.certificate.der().clone(), CertificateDer::from_slice(by.issuing)];
         Ok(ProcessIdentity { shown: certified(chain, key), id, serial: made.serial, validity })
     }
 }

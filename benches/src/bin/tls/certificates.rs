@@ -12,7 +12,10 @@ use std::{
 use portcullis_benches::net::Far;
 use portcullis_keyd::identity::{Authority, Enrolment, Host};
 use portcullis_relay::{ClientSide, ServerSide};
-use rustls::sign::SingleCertAndKey;
+use rustls::{
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    sign::{CertifiedKey, SingleCertAndKey},
+};
 
 use crate::Outcome;
 
@@ -50,10 +53,13 @@ pub(crate) fn far(folder: &Path) -> PathBuf {
     folder.join("far")
 }
 
-/// What keyd believes and shows.
+/// What keyd believes, and what every system shows here.
 fn parts(folder: &Path) -> Outcome<(Arc<portcullis_keyd::identity::Verifier>, Arc<SingleCertAndKey>)> {
-    let host = Host::load(&far(folder))?;
-    Ok((Arc::new(host.verifier()?), Arc::new(SingleCertAndKey::from(host.shown()))))
+    let verifier = Host::load(&far(folder))?.verifier()?;
+    let chain: Vec<_> = CertificateDer::pem_file_iter(folder.join("chain.pem"))?.collect::<Result<_, _>>()?;
+    let key = PrivateKeyDer::from_pem_file(folder.join("key.pem"))?;
+    let shown = CertifiedKey::from_der(chain, key, &portcullis_relay::provider())?;
+    Ok((Arc::new(verifier), Arc::new(SingleCertAndKey::from(shown))))
 }
 
 pub(crate) fn client(folder: &Path) -> Outcome<ClientSide> {

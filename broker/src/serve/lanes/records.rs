@@ -127,16 +127,13 @@ impl Broker {
             more.push(("errno", More::Number(u64::from(end.errno.unsigned_abs()))));
         }
         let reason = (end.errno != 0).then_some(end.why.as_str());
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             verdict: (!native).then_some(verdict),
             reason,
             more: &more,
             time: now,
             ..one.line(op, "keyd")
         });
-        if verdict == "refuse" && !native {
-            self.last_refusal = Some(seq);
-        }
     }
 
     /// Somebody came to a front and did not prove who he is.
@@ -150,7 +147,7 @@ impl Broker {
         if missed > 0 {
             more.push(("missed", More::Number(missed)));
         }
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             process: context.as_deref(),
             protocol: Some(Protocol::TCP),
             local: places.local.socket_addr(),
@@ -163,7 +160,6 @@ impl Broker {
             more: &more,
             ..Line::bare(realtime(), "accept", "keyd")
         });
-        self.last_refusal = Some(seq);
     }
 
     /// Puts on record what became of a flow when its far end had shown who it is.
@@ -188,16 +184,13 @@ impl Broker {
             ("refuse", _) => "connect",
             _ => "admit",
         };
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             verdict: Some(verdict),
             reason: finding.judgement.reason.as_deref(),
             generation: self.in_force.as_ref().map(|f| f.generation),
             more: &more,
             ..one.line(op, "keyd")
         });
-        if verdict == "refuse" {
-            self.last_refusal = Some(seq);
-        }
     }
 
     /// Puts on record that a flow was cut, and how many nanoseconds after its cause.
@@ -207,13 +200,12 @@ impl Broker {
         let mut more = vec![("delay_ms", More::Milliseconds(delay))];
         more.extend(of(one.seq));
         more.extend(certificate.as_deref().map(|shown| ("peer_cert", More::Text(shown))));
-        let seq = self.log.push(&Line {
+        self.log.push(&Line {
             verdict: Some(word(Verdict::Refuse)),
             reason: Some(why),
             generation: Some(self.in_force.as_ref().map_or(0, |f| f.generation)),
             more: &more,
             ..one.line("cut", "broker")
         });
-        self.last_refusal = Some(seq);
     }
 }
