@@ -229,7 +229,7 @@ impl Associations {
         let engine = Engine::start(limits)?;
         let (tokens, expiry, waits) = (Tokens::new(raw, host.mark())?, Expiry::new()?, Waits::new()?);
         waits.add(&engine, Source::Engine)?;
-        tokens.as_fds().try_for_each(|fd| waits.add(fd, Source::Syns))?;
+        waits.add(&tokens, Source::Syns)?;
         waits.add(&expiry, Source::Expiry)?;
         Ok(Self {
             verifier: host.verifier().map_err(io::Error::other)?,

@@ -1,8 +1,9 @@
 //! Packets to and from tokens: which SYNs are seen, and the answers that end them. Pure.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use libc::sock_filter;
+use portcullis_wire::Family;
 
 use crate::asm::{Assembly, If, JumpError, Label, R, Width};
 
@@ -35,46 +36,84 @@ const fn op(code: u16, jt: u8, jf: u8, k: u32) -> sock_filter {
     sock_filter { code, jt, jf, k }
 }
 
-/// Classic BPF: SYNs without ACK, over loopback, to a token's port [`FAR_PORT`]; of each the first 64 bytes.
-/// A raw socket of IPv4 has the IP header at 0.
-pub fn syns() -> [sock_filter; 13] {
-    [
-        op(0x20, 0, 0, 16),              // ld [16]: destination
-        op(0x54, 0, 0, MASK),            // and
-        op(0x15, 0, 8, NET),             // jeq
-        op(0x28, 0, 0, 6),               // ldh [6]: fragment
-        op(0x45, 6, 0, 0x1fff),          // jset: not the first
-        op(0xb1, 0, 0, 0),               // ldxb 4*([0]&0xf)
-        op(0x48, 0, 0, 2),               // ldh [x+2]: port
-        op(0x15, 0, 3, FAR_PORT as u32), // jeq
-        op(0x50, 0, 0, 13),              // ldb [x+13]: flags
-        op(0x54, 0, 0, 0x12),            // and SYN|ACK
-        op(0x15, 1, 0, 0x02),            // jeq SYN
-        op(0x06, 0, 0, 0),               // drop
-        op(0x06, 0, 0, 64),              // pass
-    ]
+/// Length of what [`held`] reports: family, ports and sequence number as they were in the packet, nothing, addresses.
+pub const REPORT: usize = 48;
+
+/// For what listens at tokens: nobody is answered, and each SYN without ACK is reported to a ring. The TCP header is at 0.
+pub fn held(ring: i32) -> Result<Vec<[u8; 8]>, JumpError> {
+    use Width::{B, D, W};
+    // Helpers (linux/bpf.h, bpf_func_id).
+    const OUTPUT: i32 = 130;
+    const SYN: i32 = 0x02;
+    const SYN_ACK: i32 = 0x12;
+    // The stack, downward from r10.
+    const EVENT: i16 = -48;
+    const FLAGS: i16 = EVENT - 8;
+    let [r0, r1, r2, r3, r4, r6, fp] = [0, 1, 2, 3, 4, 6, 10].map(R);
+    let mut asm = Assembly::default();
+    let [v6, report, drop]: [Label; 3] = std::array::from_fn(|_| asm.label());
+    asm.copy(r6, r1);
+    for word in 0..6 {
+        asm.store_imm(D, fp, EVENT + 8 * word, 0);
+    }
+    load_bytes(&mut asm, Header::Transport, 13, FLAGS, 1, drop);
+    asm.load(B, r1, fp, FLAGS);
+    asm.and(r1, SYN_ACK);
+    asm.jump_if(If::Unequal, r1, SYN, drop);
+    load_bytes(&mut asm, Header::Transport, 0, EVENT + 4, 8, drop);
+    asm.load(W, r1, r6, PROTOCOL);
+    asm.jump_if(If::Unequal, r1, IPV4, v6);
+    asm.store_imm(W, fp, EVENT, Family::V4 as i32);
+    load_bytes(&mut asm, Header::Network, 12, EVENT + 16, 4, drop);
+    load_bytes(&mut asm, Header::Network, 16, EVENT + 32, 4, drop);
+    asm.jump(report);
+    asm.here(v6);
+    asm.store_imm(W, fp, EVENT, Family::V6 as i32);
+    load_bytes(&mut asm, Header::Network, 8, EVENT + 16, 16, drop);
+    load_bytes(&mut asm, Header::Network, 24, EVENT + 32, 16, drop);
+    asm.here(report);
+    asm.map(r1, ring);
+    asm.copy(r2, fp);
+    asm.add(r2, EVENT.into());
+    asm.set(r3, -i32::from(EVENT));
+    asm.set(r4, 0);
+    asm.call(OUTPUT);
+    asm.here(drop);
+    asm.set(r0, 0);
+    asm.exit();
+    asm.finish()
 }
 
-/// The same for IPv6, whose raw sockets have the TCP header at 0.
-pub fn syns_six() -> [sock_filter; 15] {
-    const IP: u32 = 0xfff0_0000; // linux/filter.h, SKF_NET_OFF
-    [
-        op(0x20, 0, 0, IP + 24),          // ld destination, which is ::1
-        op(0x15, 0, 11, 0),               // jeq
-        op(0x20, 0, 0, IP + 28),          // ld
-        op(0x15, 0, 9, 0),                // jeq
-        op(0x20, 0, 0, IP + 32),          // ld
-        op(0x15, 0, 7, 0),                // jeq
-        op(0x20, 0, 0, IP + 36),          // ld
-        op(0x15, 0, 5, 1),                // jeq
-        op(0x28, 0, 0, 2),                // ldh [2]: port
-        op(0x35, 0, 3, FIRST_SIX as u32), // jge
-        op(0x30, 0, 0, 13),               // ldb [13]: flags
-        op(0x54, 0, 0, 0x12),             // and SYN|ACK
-        op(0x15, 1, 0, 0x02),             // jeq SYN
-        op(0x06, 0, 0, 0),                // drop
-        op(0x06, 0, 0, 64),               // pass
-    ]
+/// Of `struct __sk_buff`.
+const MARK_OF: i16 = 8;
+const PROTOCOL: i16 = 16;
+/// As PROTOCOL has it, in network byte order.
+const IPV4: i32 = 0x0800_u16.to_be() as i32;
+
+/// What an offset counts from.
+enum Header {
+    Transport,
+    Network,
+}
+
+/// Copies bytes of a packet, whose context is in r6, to the stack; r0 to r5 are lost.
+fn load_bytes(asm: &mut Assembly, from: Header, offset: i32, to: i16, length: i32, or: Label) {
+    // Helpers (linux/bpf.h, bpf_func_id).
+    const LOAD: i32 = 26;
+    const LOAD_RELATIVE: i32 = 68;
+    const FROM_IP_HEADER: i32 = 1; // BPF_HDR_START_NET
+    let [r0, r1, r2, r3, r4, r5, r6, fp] = [0, 1, 2, 3, 4, 5, 6, 10].map(R);
+    asm.copy(r1, r6);
+    asm.set(r2, offset);
+    asm.copy(r3, fp);
+    asm.add(r3, to.into());
+    asm.set(r4, length);
+    asm.set(r5, FROM_IP_HEADER);
+    asm.call(match from {
+        Header::Transport => LOAD,
+        Header::Network => LOAD_RELATIVE,
+    });
+    asm.jump_if(If::Unequal, r0, 0, or);
 }
 
 /// For programs' own sockets: of what comes from a token, only the key daemon may begin a connection (its packets carry
@@ -82,46 +121,27 @@ pub fn syns_six() -> [sock_filter; 15] {
 /// nobody but the token that it went to. The TCP header is at 0.
 pub fn only_ours(mark: u32) -> Result<Vec<[u8; 8]>, JumpError> {
     use Width::{B, D, H, W};
-    // Helpers (linux/bpf.h, bpf_func_id).
-    const LOAD: i32 = 26;
-    const LOAD_RELATIVE: i32 = 68;
-    const FROM_IP_HEADER: i32 = 1; // BPF_HDR_START_NET
-    // struct __sk_buff
-    const MARK: i16 = 8;
-    const PROTOCOL: i16 = 16;
-    const IPV4: i32 = 0x0800_u16.to_be() as i32;
     const SYN: i32 = 0x02;
     // The stack, downward from r10.
     const SOURCE: i16 = -16;
     const FLAGS: i16 = -24;
     const PORT: i16 = -32;
-    let [r0, r1, r2, r3, r4, r5, r6, fp] = [0, 1, 2, 3, 4, 5, 6, 10].map(R);
+    let [r0, r1, r2, r6, fp] = [0, 1, 2, 6, 10].map(R);
     let mut asm = Assembly::default();
     let [v6, drop, pass]: [Label; 3] = std::array::from_fn(|_| asm.label());
-    let load = |asm: &mut Assembly, helper, offset, to: i16, length| {
-        asm.copy(r1, r6);
-        asm.set(r2, offset);
-        asm.copy(r3, fp);
-        asm.add(r3, to.into());
-        asm.set(r4, length);
-        asm.set(r5, FROM_IP_HEADER);
-        asm.call(helper);
-        asm.jump_if(If::Unequal, r0, 0, drop);
-    };
-
     asm.copy(r6, r1);
-    asm.load(W, r1, r6, MARK);
+    asm.load(W, r1, r6, MARK_OF);
     asm.set64(r2, mark.into());
     asm.sub(r1, r2);
     asm.jump_if(If::Equal, r1, 0, pass);
-    load(&mut asm, LOAD, 13, FLAGS, 1);
+    load_bytes(&mut asm, Header::Transport, 13, FLAGS, 1, drop);
     asm.load(B, r1, fp, FLAGS);
     asm.and(r1, SYN);
     asm.jump_if(If::Equal, r1, 0, pass);
-    load(&mut asm, LOAD, 0, PORT, 2);
+    load_bytes(&mut asm, Header::Transport, 0, PORT, 2, drop);
     asm.load(W, r1, r6, PROTOCOL);
     asm.jump_if(If::Unequal, r1, IPV4, v6);
-    load(&mut asm, LOAD_RELATIVE, 12, SOURCE, 4);
+    load_bytes(&mut asm, Header::Network, 12, SOURCE, 4, drop);
     asm.load(W, r1, fp, SOURCE);
     asm.and(r1, MASK.to_be().cast_signed());
     asm.jump_if(If::Unequal, r1, NET.to_be().cast_signed(), pass);
@@ -130,7 +150,7 @@ pub fn only_ours(mark: u32) -> Result<Vec<[u8; 8]>, JumpError> {
     asm.jump(pass);
 
     asm.here(v6);
-    load(&mut asm, LOAD_RELATIVE, 8, SOURCE, 16);
+    load_bytes(&mut asm, Header::Network, 8, SOURCE, 16, drop);
     asm.load(D, r1, fp, SOURCE);
     asm.jump_if(If::Unequal, r1, 0, pass);
     asm.load(D, r1, fp, SOURCE + 8);
@@ -164,36 +184,27 @@ pub fn deaths() -> [sock_filter; 7] {
     ]
 }
 
-fn port(tcp: &[u8], at: usize) -> Option<u16> {
-    tcp.get(at..)?.first_chunk().copied().map(u16::from_be_bytes)
-}
-
-fn sequence(tcp: &[u8]) -> Option<u32> {
-    tcp.get(4..)?.first_chunk().copied().map(u32::from_be_bytes)
-}
-
-/// Reads what [`syns`] lets through.
-pub fn read_syn(packet: &[u8]) -> Option<Syn> {
-    let header = usize::from(packet.first()? & 0xf) * 4;
-    let ip = |at: usize| packet.get(at..)?.first_chunk::<4>().map(|bytes| IpAddr::from(*bytes));
-    let tcp = packet.get(header..)?;
-    Some(Syn {
-        from: SocketAddr::new(ip(12)?, port(tcp, 0)?),
-        token: SocketAddr::new(ip(16)?, port(tcp, 2)?),
-        sequence: sequence(tcp)?,
-        head: packet.get(..header + 8)?.to_vec(),
-    })
-}
-
-/// Reads what [`syns_six`] lets through, and who sent it.
-pub fn read_syn_six(from: Ipv6Addr, tcp: &[u8]) -> Option<Syn> {
-    let (from, token) = (
-        SocketAddr::new(from.into(), port(tcp, 0)?),
-        SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port(tcp, 2)?),
-    );
-    let mut head = header_six(from.ip(), token.ip(), TCP, tcp.len());
-    head.extend(tcp.get(..8)?);
-    Some(Syn { from, token, sequence: sequence(tcp)?, head })
+/// Reads a report of [`held`].
+pub fn read_held(report: &[u8; REPORT]) -> Option<Syn> {
+    let ports_and_sequence: [u8; 8] = report.get(4..)?.first_chunk().copied()?;
+    let [s0, s1, d0, d1, sequence @ ..] = ports_and_sequence;
+    let address = |at: usize| -> Option<IpAddr> {
+        let bytes: [u8; 16] = report.get(at..)?.first_chunk().copied()?;
+        let [a, b, c, d, ..] = bytes;
+        Some(if report.first() == Some(&(Family::V4 as u8)) {
+            IpAddr::from([a, b, c, d])
+        } else {
+            IpAddr::from(bytes)
+        })
+    };
+    let from = SocketAddr::new(address(16)?, u16::from_be_bytes([s0, s1]));
+    let token = SocketAddr::new(address(32)?, u16::from_be_bytes([d0, d1]));
+    let mut head = match (from.ip(), token.ip()) {
+        (IpAddr::V6(from), IpAddr::V6(token)) => header_six(from.into(), token.into(), TCP, 20),
+        (from, token) => header_four(from, token, TCP),
+    };
+    head.extend(ports_and_sequence);
+    Some(Syn { from, token, sequence: u32::from_be_bytes(sequence), head })
 }
 
 /// Internet checksum (RFC 1071).
@@ -298,6 +309,8 @@ pub fn token(random: u32) -> Option<Ipv4Addr> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]
@@ -310,19 +323,21 @@ mod tests {
         assert_eq!(checksum(&[&[0xff], &[0xff, 0xff]]), [0x00, 0xff]);
     }
 
-    const SEGMENT: [u8; 20] = [0x9c, 0x40, 0xee, 0x48, 0, 0, 0, 7, 0, 0, 0, 0, 0x50, 2, 0, 0, 0, 0, 0, 0];
+    fn report(family: Family, from: &[u8], token: &[u8]) -> [u8; REPORT] {
+        let mut report = [0; REPORT];
+        report[0] = family as u8;
+        report[4..12].copy_from_slice(&[0x9c, 0x40, 0xee, 0x48, 0, 0, 0, 7]);
+        report[16..16 + from.len()].copy_from_slice(from);
+        report[32..32 + token.len()].copy_from_slice(token);
+        report
+    }
 
     #[test]
-    fn a_syn_is_read_and_what_is_cut_off_is_not() {
-        let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 127, 64, 1, 2];
-        packet.extend(SEGMENT);
-        let syn = read_syn(&packet).unwrap();
+    fn a_syn_is_read_and_answered() {
+        let syn = read_held(&report(Family::V4, &[10, 0, 0, 1], &[127, 64, 1, 2])).unwrap();
         let (from, token) = (syn.from.to_string(), syn.token.to_string());
         assert_eq!((from.as_str(), token.as_str()), ("10.0.0.1:40000", "127.64.1.2:61000"));
         assert_eq!((syn.sequence, syn.head.len()), (7, 28));
-        for cut in 0..28 {
-            assert!(read_syn(&packet[..cut]).is_none());
-        }
         let answer = reset(&syn);
         assert_eq!(answer.len(), 40);
         assert_eq!(&answer[28..32], &8_u32.to_be_bytes(), "acknowledges the SYN");
@@ -332,10 +347,7 @@ mod tests {
     #[test]
     fn a_syn_of_ipv6_is_read_and_answered_with_sums_that_add_up() {
         let from: Ipv6Addr = "2001:db8::5".parse().unwrap();
-        for cut in 0..8 {
-            assert!(read_syn_six(from, &SEGMENT[..cut]).is_none());
-        }
-        let syn = read_syn_six(from, &SEGMENT).unwrap();
+        let syn = read_held(&report(Family::V6, &from.octets(), &Ipv6Addr::LOCALHOST.octets())).unwrap();
         assert_eq!((syn.token.to_string().as_str(), syn.head.len()), ("[::1]:61000", 48));
         for (packet, protocol) in [(reset(&syn), TCP), (unreachable(&syn, Unreachable::Net), 58)] {
             let length = u32::try_from(packet.len() - 40).unwrap().to_be_bytes();

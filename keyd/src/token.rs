@@ -1,7 +1,7 @@
 //! Tokens: loopback addresses that stand for the far side of protected flows.
 //!
 //! A program that opens a protected flow connects to a token. A listener that answers nobody leaves its
-//! SYN unanswered, a raw socket tells where it came from, and when the far side has proved itself the key
+//! SYN unanswered, its filter tells where it came from, and when the far side has proved itself the key
 //! daemon connects *from the token to the program*: a simultaneous open (RFC 9293, 3.5, figure 8), so the
 //! program's own descriptor becomes connected. On failure the program gets RST or ICMP, and so the errno
 //! that a native connection would have had.
@@ -18,46 +18,36 @@ use std::{
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, Backlog, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, SockaddrStorage,
-        bind, connect, getsockname, listen, recv, recvfrom, sendto, setsockopt, socket, sockopt,
+        AddressFamily, Backlog, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, connect,
+        getsockname, listen, sendto, setsockopt, socket, sockopt,
     },
 };
 use ring::rand::{SecureRandom, SystemRandom};
 
 use crate::{
-    bpf::load_filter,
+    bpf::{Map, Ring, Shape, load_filter},
     packet::{self, FAR_PORT, FIRST_SIX, Syn, Unreachable},
     sock,
 };
 
-/// Sockets that need CAP_NET_RAW, made before raw sockets are out of reach.
+/// Ring of SYNs: room for 1170 of them; what does not fit is sent again.
+const RING: u32 = 1 << 16;
+
+/// Sockets that need CAP_NET_RAW, made before raw sockets are out of reach: they send whole packets, and get none.
 pub struct Raw {
-    /// Sees SYNs to tokens.
-    sniff: OwnedFd,
-    /// Sends whole packets.
     send: OwnedFd,
-    /// The same for IPv6, where the host has it.
-    six: Option<(OwnedFd, OwnedFd)>,
+    /// For IPv6, where the host has it.
+    six: Option<OwnedFd>,
 }
 
 impl Raw {
     /// Makes them, in this network namespace.
     pub fn new() -> io::Result<Self> {
-        let raw = |family, protocol| {
-            socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, protocol)
+        let raw = |family| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            socket(family, SockType::Raw, flags, SockProtocol::Raw)
         };
-        let sniffer = |family, filter: &mut [libc::sock_filter]| {
-            let sniff = raw(family, SockProtocol::Tcp)?;
-            sock::attach_classic(sniff.as_fd(), filter)?;
-            // What arrived before the filter was there is not ours.
-            while recv(sniff.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_DONTWAIT).is_ok() {}
-            io::Result::Ok(sniff)
-        };
-        let sniff = sniffer(AddressFamily::Inet, &mut packet::syns())?;
-        let send = raw(AddressFamily::Inet, SockProtocol::Raw)?;
-        let six = sniffer(AddressFamily::Inet6, &mut packet::syns_six())
-            .and_then(|sniff| Ok((sniff, raw(AddressFamily::Inet6, SockProtocol::Raw)?)));
-        Ok(Self { sniff, send, six: six.ok() })
+        Ok(Self { send: raw(AddressFamily::Inet)?, six: raw(AddressFamily::Inet6).ok() })
     }
 }
 
@@ -72,8 +62,10 @@ pub struct Token {
 /// The tokens of one network namespace.
 pub struct Tokens {
     raw: Raw,
-    /// A filter that lets nothing through.
-    nothing: OwnedFd,
+    /// A filter that lets nothing through, and tells of SYNs.
+    held: OwnedFd,
+    /// Where it tells.
+    ring: Ring,
     /// One for programs' sockets ([`packet::only_ours`]).
     only_ours: OwnedFd,
     /// Listens on [`FAR_PORT`] of all tokens of IPv4 and answers nobody.
@@ -99,10 +91,10 @@ fn shared(socket: &OwnedFd) -> nix::Result<()> {
 }
 
 /// Listens at a token's address, and answers nobody.
-fn hold(at: SocketAddr, nothing: &OwnedFd) -> io::Result<OwnedFd> {
+fn hold(at: SocketAddr, held: &OwnedFd) -> io::Result<OwnedFd> {
     let hold = stream(family(at))?;
     shared(&hold)?;
-    sock::attach_and_lock(hold.as_fd(), nothing.as_fd()).map_err(io::Error::other)?;
+    sock::attach_and_lock(hold.as_fd(), held.as_fd()).map_err(io::Error::other)?;
     bind(hold.as_raw_fd(), &SockaddrStorage::from(at))?;
     listen(&hold, Backlog::new(1)?)?;
     Ok(hold)
@@ -111,11 +103,11 @@ fn hold(at: SocketAddr, nothing: &OwnedFd) -> io::Result<OwnedFd> {
 impl Tokens {
     /// Begins to hold. Must run as the user that later opens: a shared port belongs to one user.
     pub fn new(raw: Raw, mark: u32) -> io::Result<Self> {
-        // `r0 = 0; exit`
-        let nothing = load_filter(&[[0xb7, 0, 0, 0, 0, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]])?;
+        let ring = Ring::new(Map::new(Shape::ring(RING))?, RING)?;
+        let held = load_filter(&packet::held(ring.as_fd().as_raw_fd()).map_err(io::Error::other)?)?;
         let only_ours = load_filter(&packet::only_ours(mark).map_err(io::Error::other)?)?;
-        let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &nothing)?;
-        Ok(Self { raw, nothing, only_ours, _hold: hold, mark })
+        let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &held)?;
+        Ok(Self { raw, held, ring, only_ours, _hold: hold, mark })
     }
 
     /// A token of IPv4 that stands for nothing yet; random, so that none is used again soon (TIME_WAIT).
@@ -142,7 +134,7 @@ impl Tokens {
             if is_taken(&at) {
                 continue;
             }
-            match hold(at, &self.nothing) {
+            match hold(at, &self.held) {
                 Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) => {}
                 held => return Ok(Token { at, _hold: Some(held?) }),
             }
@@ -162,17 +154,11 @@ impl Tokens {
         sock::attach(program, self.only_ours.as_fd())
     }
 
-    /// SYNs that arrived; readable when one of [`Self::as_fds`] is.
-    pub fn held(&self) -> Vec<Syn> {
+    /// SYNs that arrived; [`AsFd`] is readable then.
+    pub fn held(&mut self) -> Vec<Syn> {
         let mut found = Vec::new();
-        let mut packet = [0; 128];
-        while let Ok(length) = recv(self.raw.sniff.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT) {
-            found.extend(packet.get(..length).and_then(packet::read_syn));
-        }
-        let Some((sniff, _)) = &self.raw.six else { return found };
-        while let Ok((length, from)) = recvfrom::<SockaddrIn6>(sniff.as_raw_fd(), &mut packet) {
-            let tcp = packet.get(..length).unwrap_or_default();
-            found.extend(from.and_then(|from| packet::read_syn_six(from.ip(), tcp)));
+        while let Some(report) = self.ring.pop() {
+            found.extend(packet::read_held(&report));
         }
         found
     }
@@ -217,18 +203,19 @@ impl Tokens {
             _ => packet::reset(syn),
         };
         let by = match (&self.raw.six, syn.from) {
-            (Some((_, send)), SocketAddr::V6(_)) => send,
+            (Some(send), SocketAddr::V6(_)) => send,
             _ => &self.raw.send,
         };
         let to = SocketAddr::new(syn.from.ip(), 0);
         sendto(by.as_raw_fd(), &packet, &SockaddrStorage::from(to), MsgFlags::MSG_DONTWAIT)?;
         Ok(())
     }
+}
 
+impl AsFd for Tokens {
     /// Readable when a SYN is held.
-    pub fn as_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let six = self.raw.six.as_ref().map(|(sniff, _)| sniff.as_fd());
-        std::iter::once(self.raw.sniff.as_fd()).chain(six)
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
     }
 }
 
