@@ -5,6 +5,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     time::{Duration, Instant},
 };
 
@@ -24,13 +25,16 @@ pub(crate) const PORTCULLIS: &str = "portcullis";
 /// The relay engine by itself, as between the two ends of one session: each handshake resumes the one before.
 pub(crate) const RELAY_RELATED: &str = "relay, related";
 
-/// Where wrapped servers are.
-const ORDINARY: u16 = 7100;
+/// Where wrapped servers are; each that is started is at the next port, since what an earlier one has left in TIME_WAIT
+/// would cost the next one time to find a port of its own.
+const ORDINARY: u16 = 7000;
 /// The same, of a service with related connections.
-const CONTROL: u16 = 7200;
+const CONTROL: u16 = 7500;
 /// Where other systems' server sides are, and the servers behind them.
-const MIDDLE: u16 = 7300;
-const BEHIND: u16 = 7400;
+const MIDDLE: u16 = 8000;
+const BEHIND: u16 = 8500;
+/// So many are started at most.
+const MOST: u16 = 500;
 /// Rules in force at both ends, beside those that decide.
 const RULES: usize = 1000;
 
@@ -47,9 +51,11 @@ pub(crate) struct Running {
 /// Writes the policy that is in force at both ends.
 pub(crate) fn write_policy(folder: &Path) -> Outcome<()> {
     let mut text = format!(
-        "service ordinary = tcp/{ORDINARY};\nservice control = tcp/{CONTROL}, related;\n\
+        "service ordinary = tcp/{ORDINARY}-{};\nservice control = tcp/{CONTROL}-{}, related;\n\
          inside = x509{{name=\"*.example.com\"}};\nprogram = process{{exe=\"/**/tls\"}};\n\
-         allow ordinary(inside & program, inside & program);\nallow control(inside & program, inside & program);\n"
+         allow ordinary(inside & program, inside & program);\nallow control(inside & program, inside & program);\n",
+        CONTROL - 1,
+        MIDDLE - 1,
     );
     for n in 0..RULES {
         let (high, low) = (n / 256, n % 256);
@@ -67,12 +73,14 @@ impl Running {
         server: Server,
         control: bool,
     ) -> Outcome<Self> {
+        static STARTED: AtomicU16 = AtomicU16::new(0);
+        let nth = STARTED.fetch_add(1, Ordering::Relaxed) % MOST;
         let me = std::env::current_exe()?;
         let serve = |command: &mut Command, at: SocketAddr| {
             command.arg("serve").arg(server.to_string()).arg(at.to_string());
         };
         if name == PORTCULLIS {
-            let to = SocketAddr::from((FAR, if control { CONTROL } else { ORDINARY }));
+            let to = SocketAddr::from((FAR, nth + if control { CONTROL } else { ORDINARY }));
             let states = [certificates::far(folder), certificates::near(folder)];
             let [mut serves, mut opens] = states.each_ref().map(|state| wrapped(state, folder, &me));
             serve(&mut serves, to);
@@ -85,7 +93,8 @@ impl Running {
             running.client.ask::<1>("hello")?;
             return Ok(running);
         }
-        let (middle, behind) = ((FAR, MIDDLE).into(), SocketAddr::from((Ipv4Addr::LOCALHOST, BEHIND)));
+        let middle = SocketAddr::from((FAR, MIDDLE + nth));
+        let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, BEHIND + nth));
         let mut serves = far.command(&me);
         serve(&mut serves, behind);
         let mut server = Program::start(serves)?;
