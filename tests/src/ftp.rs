@@ -269,8 +269,18 @@ impl<'a> Session<'a> {
     /// Logs in at 10.77.0.2 and has a data port opened, `passive` or `active`.
     #[must_use]
     pub fn begin(client: &'a Host, way: &str) -> Self {
+        Self::by(client, way, |words| client.start(words))
+    }
+
+    /// The same by a client that is not wrapped.
+    #[must_use]
+    pub fn begin_plain(client: &'a Host, way: &str) -> Self {
+        Self::by(client, way, |words| Running::start(client.plain(words)))
+    }
+
+    fn by(client: &'a Host, way: &str, start: impl FnOnce(&[&str]) -> Running) -> Self {
         let to = client.path("got").display().to_string();
-        let running = client.start(&["/usr/bin/python3", "-c", SESSION, way, &to]);
+        let running = start(&["/usr/bin/python3", "-c", SESSION, way, &to]);
         let port = running.line("port ").trim_start_matches("port ").parse().unwrap();
         Self { client, running, port }
     }

@@ -208,6 +208,15 @@ fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
     client.record("the reason", |r| named(r, "listen"));
     let why = client.portcullis(&["why", "--last"]).success();
     assert!(why.contains("network namespace"), "{why}");
+    // While one is there, `status` says so.
+    let tells =
+        || client.portcullis(&["status"]).stdout.contains("1 processes are in another network namespace");
+    let here = client.start(&["sleep", "60"]);
+    eventually("it is there", || client.portcullis(&["ps"]).stdout.contains("sleep 60").then_some(()));
+    assert!(!tells(), "the control");
+    let _there = client.start(&["unshare", "--net", "sleep", "60"]);
+    eventually("status says so", || tells().then_some(()));
+    drop(here);
 }
 
 #[test]

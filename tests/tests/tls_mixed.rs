@@ -1,6 +1,11 @@
 //! Listeners for peers with certificates and for others as well; and peers on the listener's own host.
 
-use portcullis_tests::{Finished, Host, Net, Running, eventually, trust::Trust, wire::Capture};
+use portcullis_tests::{
+    Finished, Host, Net, Running, eventually,
+    ftp::{Daemon, Session},
+    trust::Trust,
+    wire::Capture,
+};
 use serde_json::Value;
 
 const BOTH: &str = "\
@@ -117,6 +122,62 @@ fn one_listener_serves_peers_with_certificates_and_those_whose_address_suffices(
     });
     let said = openssl(near);
     assert!(said.stdout.contains("greetings 10.77.0.3\nsecret words"), "{said}");
+}
+
+const BOTH_FTP: &str = "\
+inside = x509{name=\"*.example.com\"};
+near = IPv4{10.77.0.3};
+service ftp = tcp/21, related;
+allow ftp(inside, inside) with related;
+allow ftp(near, inside) with related;
+";
+
+#[test]
+fn a_session_in_plain_has_its_data_channels_beside_those_with_certificates() {
+    const SIZE: usize = 100_000;
+    let net = Net::new(&["client", "server", "near", "far"]);
+    let [client, server, near, far] = net.hosts();
+    client.policy(BOTH_FTP);
+    server.policy(BOTH_FTP);
+    let _trust = Trust::of(&[client, server]);
+    let _daemon = server.start(&Daemon::Vsftpd.command(server, SIZE));
+    server.wait_for_port(21);
+    let member = Session::begin(client, "passive");
+    let it = Session::begin_plain(near, "passive");
+    // Its data port is for its host, and neither for another nor for a member that has a session too.
+    let port = it.port.to_string();
+    let connect = "import socket, sys\n\
+        s = socket.create_connection(('10.77.0.2', int(sys.argv[1])), timeout=5); s.settimeout(5)\n\
+        print('got', len(s.recv(1000)))";
+    let thief = ["/usr/bin/python3", "-c", connect, &port];
+    for mut stolen in [far.plain(&thief), client.plain(&thief), client.run(&thief)] {
+        let stolen = Finished::of(&mut stolen);
+        assert!(!stolen.stdout.starts_with("got 1"), "{stolen}");
+    }
+    let at_port = |r: &Value| r["local"].as_str().is_some_and(|l| l.ends_with(&format!(":{port}")));
+    for host in [far, client] {
+        let from = format!("{}:", host.address);
+        server.record("a thief", |r| {
+            r["verdict"] == "refuse" && at_port(r) && r["remote"].to_string().contains(&from)
+        });
+    }
+    it.finish(SIZE);
+    member.finish(SIZE);
+    Session::begin_plain(near, "active").finish(SIZE);
+    let data = |from: &Host, op: &str, lane: &str, assurance: &str| {
+        let from = format!("{}:", from.address);
+        server.record(&format!("{op} {lane}"), |r| {
+            r["op"] == op
+                && !r["session"].is_null()
+                && r["remote"].to_string().contains(&from)
+                && (&r["lane"], &r["assurance"]) == (&lane.into(), &assurance.into())
+        })
+    };
+    data(near, "accept", "plain", "address");
+    data(near, "connect", "plain", "address");
+    data(client, "accept", "tls", "certificate");
+    let gone = Finished::of(&mut near.plain(&thief));
+    assert_ne!(gone.code(), 0, "the port outlived its session: {gone}");
 }
 
 #[test]

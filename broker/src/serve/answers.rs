@@ -243,6 +243,7 @@ impl Broker {
         if let Some(why) = self.keys_unusable() {
             gaps.push(format!("lane tls is not available: {why}"));
         }
+        gaps.extend(self.unprotected(&rows));
         if self.owner != 0 {
             gaps.push("without root, processes of other users cannot be looked at".to_owned());
         }

@@ -176,7 +176,7 @@ impl Broker {
 }
 
 /// Whether a process is in the network namespace of this broker, and so of the table.
-fn same_network(pid: i32) -> bool {
+pub(super) fn same_network(pid: i32) -> bool {
     let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
     of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
 }

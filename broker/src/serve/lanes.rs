@@ -30,12 +30,14 @@ use serde::{Deserialize, Serialize};
 use super::{
     Broker, RuleText,
     far::FarEnd,
+    fence::same_network,
     judge::{Call, Finding},
     sessions::{Control, ticks},
 };
 use crate::{
     Mode,
     audit::LeftOpen,
+    control::ProcessRow,
     decide::{Judgement, Papers},
     keyd::Who,
     process::{Context, ProcessKey},
@@ -303,6 +305,24 @@ impl Broker {
         } else {
             "this host's keys are used by a key daemon that root has started, and by no other"
         })
+    }
+
+    /// Where lane tls cannot be what it should be for those who are there, one sentence each.
+    pub(super) fn unprotected(&self, rows: &[ProcessRow]) -> Vec<String> {
+        if self.lanes.who.is_none() {
+            return Vec::new();
+        }
+        let elsewhere = rows.iter().filter(|row| !same_network(row.pid)).count();
+        let gap = format!(
+            "{elsewhere} processes are in another network namespace than the key daemon: what they open or serve there \
+             cannot be protected, and is refused where it must be"
+        );
+        let listeners = rows.iter().flat_map(|row| &row.listeners);
+        let refused = listeners.filter_map(|listener| {
+            let why = listener.unprotected.as_ref()?;
+            Some(format!("who must prove who he is at {} is refused: {why}", listener.local))
+        });
+        (elsewhere > 0).then_some(gap).into_iter().chain(refused).collect()
     }
 
     /// Has a flow protected that a program is about to open, if that is the verdict. What cannot be is refused.
