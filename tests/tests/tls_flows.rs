@@ -344,15 +344,14 @@ fn a_cut_is_quick() {
 fn what_runs_is_cut_when_the_certificate_of_its_peer_ends() {
     // Nobody is believed longer than that after a certificate's end, whose clock may be behind.
     const GRACE: u64 = 60;
+    // Long enough for a flow to begin, and shorter than a test waits for a line.
+    const TIME: u64 = 16;
     let net = Net::client_server_stranger(POLICY);
     let [client, server, _] = net.hosts();
     let trust = Trust::of(&[client, server]);
     let _web = web(server, "10.77.0.2");
-    // Long enough for a flow to begin.
-    let mut time = 8;
     is_quick("from the end of a certificate to the end of a flow, and as the log tells", || {
-        time *= 2;
-        let end = clock() as u64 + time;
+        let end = clock() as u64 + TIME;
         trust.ends(client, end - GRACE);
         let it = lasting(client, server);
         // The last second of a certificate is one in which it is good.
