@@ -79,7 +79,7 @@ impl Threads {
     }
 
     /// A thread says how much it has to do.
-    pub(crate) fn is_busy(&self, at: usize, with: usize) {
+    pub(crate) fn note_busy(&self, at: usize, with: usize) {
         if let Some(thread) = self.all.get(at) {
             thread.busy.store(with, Ordering::Relaxed);
         }
@@ -113,11 +113,11 @@ mod tests {
         let threads = Threads::new(&Limits { threads: 2, ..Limits::default() }).unwrap();
         let origin = |count| threads.origin(threads.name(count));
         assert_eq!(origin(1), 0);
-        threads.is_busy(0, FEW);
+        threads.note_busy(0, FEW);
         assert_eq!(origin(2), 1);
-        threads.is_busy(1, FEW + 2);
+        threads.note_busy(1, FEW + 2);
         assert_eq!(origin(3), 0, "the one with less");
-        threads.is_busy(0, 0);
+        threads.note_busy(0, 0);
         assert_eq!(origin(4), 0);
         assert!(threads.name(5) > threads.name(4), "ids grow");
     }

@@ -3,6 +3,8 @@
 //! Associations under way go first, each one batch at a time; handshakes, whose steps cost much more, share
 //! a slice of every round and take turns by peer.
 
+mod streams;
+
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     io,
@@ -170,7 +172,7 @@ impl Worker {
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let busy = self.run.len() + self.turns.len() + self.shaking / WAITING;
-            self.threads.is_busy(self.index, busy);
+            self.threads.note_busy(self.index, busy);
             // Interrupted by a signal, or nothing: the queues are looked at either way.
             let count = self.epoll.wait(&mut events, self.timeout()).unwrap_or(0);
             for event in events.iter().take(count) {
@@ -364,39 +366,6 @@ impl Worker {
         if self.associations.get(&id).is_some_and(|association| association.admitted) {
             self.fail(id, Failure::Displaced);
         }
-    }
-
-    /// An association carries much: the thread that has the fewest such has it from now on.
-    fn spread(&mut self, id: Id) {
-        let to = self.threads.add_stream();
-        if to == self.index {
-            if let Some(association) = self.associations.get_mut(&id) {
-                association.stream = true;
-            }
-            return;
-        }
-        let Some(mut association) = self.forget(id) else { return self.threads.end_stream(to) };
-        association.stream = true;
-        if let Phase::Relaying(flow) = &association.phase {
-            // They are of no epoll any more, or never were.
-            let _not = self.epoll.delete(flow.inner());
-            let _not = self.epoll.delete(&association.outer);
-        }
-        self.moved.insert(id, to);
-        self.threads.tell(to, Command::Take { id, association: Box::new(association) });
-    }
-
-    /// Goes on with what [`Self::spread`] of another thread has given away.
-    fn take(&mut self, id: Id, mut association: Association) {
-        association.queued = false;
-        let Phase::Relaying(flow) = &association.phase else { return };
-        let watched = self.watch(&association.outer, id, Side::Outer);
-        let watched = watched.and_then(|()| self.watch(flow.inner(), id, Side::Inner));
-        self.associations.insert(id, association);
-        if watched.is_err() {
-            return self.close(id, Ending::Fault);
-        }
-        self.wake(id);
     }
 
     fn fail(&mut self, id: Id, failure: Failure) {
