@@ -40,6 +40,12 @@ pub fn command_line(raw: &[u8], most: usize) -> String {
 /// Appends `value` as a JSON string (RFC 8259, 7); what is harmful is written as `\uNNNN`.
 pub fn json_string(out: &mut String, value: &str) {
     out.push('"');
+    // As nearly all is.
+    if value.bytes().all(|b| matches!(b, b' '..=b'~') && b != b'"' && b != b'\\') {
+        out.push_str(value);
+        out.push('"');
+        return;
+    }
     for c in value.chars() {
         match c {
             '"' => out.push_str("\\\""),
