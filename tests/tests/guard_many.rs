@@ -11,7 +11,8 @@ use std::{
 use nix::sys::signal::Signal;
 use portcullis_tests::{ALLOW_ALL, Finished, Host, Running};
 
-/// `all PORT`: a thousand threads connect at once. `exec PORT`: some connect all the while, and another execs.
+/// `all PORT`: a thousand threads connect at once. `crowd PORT`: a thousand processes do, and then nobody does anything.
+/// `exec PORT`: some connect all the while, and another execs.
 const PROGRAM: &str = r#"
 #include <arpa/inet.h>
 #include <errno.h>
@@ -21,6 +22,7 @@ const PROGRAM: &str = r#"
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 enum { MANY = 1000, SOME = 8 };
 static struct sockaddr_in to = { AF_INET };
@@ -36,6 +38,18 @@ static void *once(void *_) {
 	if (dial() == 0) served++;
 	return 0;
 }
+static void crowd(void) {
+	int go[2], how, done = 0;
+	pipe(go);
+	for (int i = 0; i < MANY; i++) switch (fork()) {
+	case -1: perror("fork"), exit(1);
+	case 0: close(go[1]), read(go[0], &how, 1), _exit(dial() != 0);
+	}
+	close(go[0]), close(go[1]);
+	while (wait(&how) > 0)
+		if (how == 0 && ++done % 10 == 0) printf("%d processes served\n", done), fflush(stdout);
+	pause();
+}
 static void *always(void *_) { for (;;) dial(); }
 int main(int n, char **words) {
 	pthread_t all[MANY];
@@ -44,6 +58,7 @@ int main(int n, char **words) {
 	pthread_attr_init(&small);
 	pthread_attr_setstacksize(&small, 65536);
 	to.sin_port = htons(atoi(words[2])), to.sin_addr.s_addr = inet_addr("127.0.0.1");
+	if (!strcmp(words[1], "crowd")) crowd();
 	if (!strcmp(words[1], "all")) {
 		pthread_barrier_init(&gate, 0, MANY);
 		for (int i = 0; i < MANY; i++) if (pthread_create(all + i, &small, once, 0)) return perror("thread"), 1;
@@ -113,6 +128,33 @@ fn a_thousand_threads_are_served_at_once_and_each_is_on_record() {
         assert_eq!(Finished::of(&mut run("all")).success(), "1000 served\n");
         let connects = || host.records().iter().filter(|r| r["op"] == "connect").count();
         portcullis_tests::eventually("all are on record", || (connects() == 1000).then_some(()));
+    });
+}
+
+/// How often the threads of a process have slept and woken.
+fn turns(pid: i32) -> u64 {
+    let switches = |task: std::fs::DirEntry| {
+        let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        count.map_or(0, |count| count.trim().parse::<u64>().unwrap())
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(switches).sum()
+}
+
+#[test]
+fn a_thousand_processes_are_served_at_once_and_then_nobody_does_anything() {
+    with_server(|host, run| {
+        let crowd = Running::start(run("crowd"));
+        for served in (10..=1000).step_by(10) {
+            crowd.line(&format!("{served} processes served"));
+        }
+        let all = || host.daemons().into_iter().map(|(pid, _)| turns(pid)).collect::<Vec<_>>();
+        assert_eq!(all().len(), 3, "supervisor, broker and key daemon");
+        portcullis_tests::eventually("a second passes in which no part wakes up", || {
+            let before = all();
+            std::thread::sleep(Duration::from_secs(1));
+            (all() == before).then_some(())
+        });
     });
 }
 

@@ -1,5 +1,5 @@
 //! The ways that SECURITY.md names as outside the boundary, each shown to be one, beside what is closed.
-//! (The third, a race, is `selftest`'s: `guard_older.rs`.)
+//! (The third, a race, is `selftest`'s: `guard_without.rs`.)
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{io::Write, net::TcpListener};
