@@ -38,6 +38,7 @@ fn one(path: &std::path::Path, arguments: &Arguments, out: &mut Out) -> u8 {
     let name = super::name_of(path);
     match super::load_any(path) {
         Ok(loaded) => {
+            let loaded = loaded.with_links(target);
             let rules = loaded.policy.rules().count();
             show(&name, Some(rules), &loaded.warnings, arguments, out);
             if arguments.deny_warnings && !loaded.warnings.is_empty() { FINDINGS } else { 0 }
@@ -56,6 +57,11 @@ fn one(path: &std::path::Path, arguments: &Arguments, out: &mut Out) -> u8 {
             COULD_NOT
         }
     }
+}
+
+/// What a path on this host leads to.
+fn target(path: &str) -> Option<String> {
+    std::fs::canonicalize(path).ok()?.into_os_string().into_string().ok()
 }
 
 fn full(error: &dyn std::error::Error) -> String {

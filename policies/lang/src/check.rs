@@ -15,7 +15,7 @@ pub(crate) use example::{Example, example};
 
 use crate::{
     diagnostic::{Diagnostic, Diagnostics, near, nearest},
-    model::{Effect, Expr, Rule},
+    model::{Atom, Effect, Expr, Rule},
     services::{self, Ports, Service},
     source::{Source, Span, to_u32, to_usize},
     syntax::{self, Item, Name, RuleItem, ServiceItem, TestItem},
@@ -117,6 +117,7 @@ struct Checker<'a> {
     /// What rules have said before, so that equal things are one in memory.
     services: HashMap<Arc<Service>, ()>,
     principals: HashMap<Expr, ()>,
+    atoms: HashMap<Arc<Atom>, ()>,
     /// Names being resolved, for cycles.
     open: Vec<Name>,
     errors: &'a mut Diagnostics,
@@ -124,8 +125,8 @@ struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     fn new(names: Names, errors: &'a mut Diagnostics) -> Self {
-        let (services, principals) = Default::default();
-        Self { names, services, principals, open: Vec::new(), errors }
+        let (services, principals, atoms) = Default::default();
+        Self { names, services, principals, atoms, open: Vec::new(), errors }
     }
 }
 

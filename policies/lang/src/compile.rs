@@ -31,7 +31,7 @@ use crate::{
 };
 use hash::{Table, mix};
 use ports::PortIndex;
-use side::{Hits, Principal, SideIndex, TooMany};
+use side::{Hits, Principal, Role, SideIndex, TooMany};
 
 /// All indices of one policy.
 #[derive(Debug)]
@@ -46,12 +46,11 @@ pub(crate) struct Compiled {
 
 /// One rule's place.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(32))]
 struct Entry {
     from: u32,
     to: u32,
     service: u32,
-    /// One more rule for the same three, in [`Index::more`], from 1.
-    next: u32,
     /// In [`Compiled::expiries`], from 1.
     expires: u32,
     effect: Effect,
@@ -59,18 +58,13 @@ struct Entry {
 }
 
 impl hash::Entry for Entry {
-    const NONE: Self = Self {
-        from: u32::MAX,
-        to: u32::MAX,
-        service: u32::MAX,
-        next: 0,
-        expires: 0,
-        effect: Effect::Deny,
-        brief: Brief::NONE,
-    };
+    fn hash(&self) -> u64 {
+        triple(self.from, self.to, self.service)
+    }
 
-    fn is_none(&self) -> bool {
-        self.from == u32::MAX
+    /// Combinations have no kinds, so other bits of the hash tell them apart.
+    fn kinds(&self) -> u32 {
+        kind(self.hash())
     }
 }
 
@@ -78,22 +72,15 @@ impl hash::Entry for Entry {
 struct Index {
     from: Arc<SideIndex>,
     to: Arc<SideIndex>,
-    from_partners: Vec<Partners>,
-    to_partners: Vec<Partners>,
+    /// Set if the partners that principals of a side know are not those that this index has.
+    from_moved: u32,
+    to_moved: u32,
     table: Table<Entry>,
-    more: Vec<Entry>,
 }
 
-/// What a principal occurs together with: one bit of each number, so that most combinations that no
-/// rule has are not even looked up.
-#[derive(Clone, Copy, Debug, Default)]
-struct Partners {
-    principals: u64,
-    services: u32,
-}
-
-const fn bit(number: u32) -> u64 {
-    1 << ((number.wrapping_mul(0x9e37_79b1)) >> 26)
+/// A bit for the number of a principal.
+const fn bit(number: u32) -> u32 {
+    1 << (number.wrapping_mul(0x9e37_79b1) >> 27)
 }
 
 /// The same for services, of which few policies have more than there are bits.
@@ -105,9 +92,8 @@ const fn triple(from: u32, to: u32, service: u32) -> u64 {
     mix((from as u64) << 32 | to as u64, service as u64)
 }
 
-/// Combinations have no kinds, so other bits of the hash tell them apart.
 const fn kind(hash: u64) -> u32 {
-    1 << (hash >> 40 & 31)
+    1 << (hash & 31)
 }
 
 /// Gives equal formulas one number. Equal ones are one in memory, and stay there: they are all kept.
@@ -118,27 +104,29 @@ struct Principals {
 }
 
 impl Principals {
-    fn number(&mut self, expr: &Expr, denies: bool, services: u32) -> u32 {
+    /// The number of a principal of which something more is said.
+    fn number(&mut self, expr: &Expr, denies: bool, services: u32, partners: u32) -> u32 {
         let number = *self.places.entry(expr.place()).or_insert_with(|| {
-            self.all.push(Principal { expr: expr.clone(), denies: false, services: 0 });
-            to_u32(self.all.len() - 1)
+            let role = Role { principal: to_u32(self.all.len()), services: 0, partners: 0 };
+            self.all.push(Principal { expr: expr.clone(), denies: false, role });
+            role.principal
         });
-        if let Some(principal) = self.all.get_mut(to_usize(number)) {
-            principal.denies |= denies;
-            principal.services |= services;
+        if let Some(Principal { denies: denied, role, .. }) = self.all.get_mut(to_usize(number)) {
+            *denied |= denies;
+            role.services |= services;
+            role.partners |= partners;
         }
         number
     }
-}
 
-impl Principals {
     /// The same principals as they stand before their certificate is shown; with the new number of
     /// each, none if it cannot hold.
     fn before_certificate(&self) -> (Self, Vec<Option<u32>>) {
         let (mut soft, mut kept) = (Self::default(), HashMap::new());
-        let number = |p: &Principal| {
-            let expr = check::shared(&mut kept, terms::before_certificate(&p.expr, false));
-            (expr != Expr::Nothing).then(|| soft.number(&expr, p.denies, p.services))
+        let number = |Principal { expr, denies, role }: &Principal| {
+            let expr = check::shared(&mut kept, terms::before_certificate(expr, false));
+            let is_some = expr != Expr::Nothing;
+            is_some.then(|| soft.number(&expr, *denies, role.services, role.partners))
         };
         let numbers = self.all.iter().map(number).collect();
         (soft, numbers)
@@ -176,11 +164,13 @@ impl Compiled {
                 continue;
             }
             let (denies, services) = (rule.effect == Effect::Deny, service_bit(service));
+            let to = tos.number(&rule.to, denies, services, 0);
+            let from = froms.number(&rule.from, denies, services, bit(to));
+            tos.number(&rule.to, denies, services, bit(from));
             entries.push(Entry {
-                from: froms.number(&rule.from, denies, services),
-                to: tos.number(&rule.to, denies, services),
+                from,
+                to,
                 service,
-                next: 0,
                 expires: rule.expires.map_or(0, |end| to_u32(expiries.partition_point(|e| *e < end) + 1)),
                 effect: rule.effect,
                 brief: Brief::of(RuleId(to_u32(i)), *rank, rule),
@@ -193,14 +183,16 @@ impl Compiled {
         let before_to = unsettled(&tos).then(|| {
             let (soft, numbers) = tos.before_certificate();
             let moved = entries.iter().filter_map(|e| Some(Entry { to: soften(&numbers, e.to)?, ..*e }));
-            Index::new(moved.collect(), (Arc::clone(&from), froms.all.len()), (soft.index(), soft.all.len()))
+            let table = table(moved.collect());
+            Index { from: Arc::clone(&from), to: soft.index(), from_moved: 0, to_moved: u32::MAX, table }
         });
         let before_from = unsettled(&froms).then(|| {
             let (soft, numbers) = froms.before_certificate();
             let moved = entries.iter().filter_map(|e| Some(Entry { from: soften(&numbers, e.from)?, ..*e }));
-            Index::new(moved.collect(), (soft.index(), soft.all.len()), (Arc::clone(&to), tos.all.len()))
+            let table = table(moved.collect());
+            Index { from: soft.index(), to: Arc::clone(&to), from_moved: u32::MAX, to_moved: 0, table }
         });
-        let exact = Index::new(entries, (from, froms.all.len()), (to, tos.all.len()));
+        let exact = Index { from, to, from_moved: 0, to_moved: 0, table: table(entries) };
         Some(Self { ports: PortIndex::new(&services)?, exact, before_to, before_from, expiries })
     }
 
@@ -261,45 +253,18 @@ impl Compiled {
     }
 }
 
-impl Index {
-    /// Of rules, and the principals of each side with their number.
-    fn new(mut entries: Vec<Entry>, from: (Arc<SideIndex>, usize), to: (Arc<SideIndex>, usize)) -> Self {
-        let mut from_partners = vec![Partners::default(); from.1];
-        let mut to_partners = vec![Partners::default(); to.1];
-        for entry in &entries {
-            if let Some(partners) = from_partners.get_mut(to_usize(entry.from)) {
-                partners.principals |= bit(entry.to);
-                partners.services |= service_bit(entry.service);
-            }
-            if let Some(partners) = to_partners.get_mut(to_usize(entry.to)) {
-                partners.principals |= bit(entry.from);
-                partners.services |= service_bit(entry.service);
-            }
-        }
-        // Of several rules for the same three, the best comes first and the others hang behind it.
-        let key = |e: &Entry| (e.from, e.to, e.service);
-        entries.sort_unstable_by_key(|e| (key(e), e.brief.rank));
-        let (mut heads, mut more): (Vec<Entry>, Vec<Entry>) = (Vec::with_capacity(entries.len()), Vec::new());
-        let mut i = entries.len();
-        while let Some(last) = i.checked_sub(1).and_then(|n| entries.get(n)).copied() {
-            let start = entries.partition_point(|e| key(e) < key(&last));
-            let group = entries.get(start..i).unwrap_or_default();
-            let mut next = 0;
-            for entry in group.iter().skip(1).rev().filter(|e| is_needed(e, group)) {
-                more.push(Entry { next, ..*entry });
-                next = to_u32(more.len());
-            }
-            heads.extend(group.first().map(|first| Entry { next, ..*first }));
-            i = start;
-        }
-        let item = |e: &Entry| {
-            let hash = triple(e.from, e.to, e.service);
-            (hash, kind(hash), *e)
-        };
-        let table = Table::new(heads.len(), heads.iter().map(item));
-        Self { from: from.0, to: to.0, from_partners, to_partners, table, more }
+/// Rules by principals and service; of several for the same three, the best comes first.
+fn table(mut entries: Vec<Entry>) -> Table<Entry> {
+    let key = |e: &Entry| (e.from, e.to, e.service);
+    entries.sort_unstable_by_key(|e| (hash::Entry::hash(e), key(e), e.brief.rank));
+    let mut kept = Vec::with_capacity(entries.len());
+    for group in entries.chunk_by(|a, b| key(a) == key(b)) {
+        kept.extend(group.iter().filter(|entry| is_needed(entry, group)));
     }
+    Table::new(kept)
+}
 
+impl Index {
     #[inline]
     fn search(
         &self,
@@ -311,45 +276,38 @@ impl Index {
         let wanted = services.iter().fold(0, |bits, s| bits | service_bit(*s));
         let (mut froms, mut tos) = (Hits::new(), Hits::new());
         self.from.hits(from, wanted, &mut froms)?;
-        if froms.is_empty() {
+        // Only what somebody who opens has a rule for is looked for any further.
+        let wanted = froms.iter().fold(0, |bits, from| bits | from.role.services) & wanted;
+        if wanted == 0 {
             return Ok(());
         }
         self.to.hits(to, wanted, &mut tos)?;
         for from in &froms {
-            let Some(partners) = self.from_partners.get(to_usize(from.principal)) else { continue };
             for to in &tos {
-                if partners.principals & bit(to.principal) == 0 {
-                    continue;
-                }
-                let Some(others) = self.to_partners.get(to_usize(to.principal)) else { continue };
-                let truth = from.truth & to.truth;
-                let both = partners.services & others.services;
-                if others.principals & bit(from.principal) == 0 || both & wanted == 0 || truth == Truth::FALSE
+                let (left, right, truth) = (&from.role, &to.role, from.truth & to.truth);
+                let both = left.services & right.services & wanted;
+                if both == 0
+                    || (left.partners | self.to_moved) & bit(right.principal) == 0
+                    || (right.partners | self.from_moved) & bit(left.principal) == 0
+                    || truth == Truth::FALSE
                 {
                     continue;
                 }
-                for service in services {
-                    if both & service_bit(*service) != 0 {
-                        self.visit(from.principal, to.principal, *service, truth, &mut visit);
+                for service in services.iter().filter(|s| both & service_bit(**s) != 0) {
+                    let (from, to, service) = (left.principal, right.principal, *service);
+                    let hash = triple(from, to, service);
+                    if !self.table.may_have(hash, kind(hash)) {
+                        continue;
+                    }
+                    for entry in self.table.near(hash) {
+                        if (entry.from, entry.to, entry.service) == (from, to, service) {
+                            visit(entry, truth);
+                        }
                     }
                 }
             }
         }
         Ok(())
-    }
-
-    #[inline]
-    fn visit(&self, from: u32, to: u32, service: u32, truth: Truth, visit: &mut impl FnMut(&Entry, Truth)) {
-        let is_it = |e: &Entry| e.from == from && e.to == to && e.service == service;
-        let hash = triple(from, to, service);
-        if !self.table.may_have(hash, kind(hash)) {
-            return;
-        }
-        let mut next = self.table.get(hash, is_it);
-        while let Some(entry) = next {
-            visit(entry, truth);
-            next = entry.next.checked_sub(1).and_then(|n| self.more.get(to_usize(n)));
-        }
     }
 }
 

@@ -65,17 +65,6 @@ impl Kinds {
 }
 
 impl Brief {
-    /// Of no rule.
-    pub(crate) const NONE: Self = Self {
-        id: RuleId(u32::MAX),
-        rank: u32::MAX,
-        lane: None,
-        related: false,
-        audit: false,
-        from: Kinds(0),
-        to: Kinds(0),
-    };
-
     pub(crate) fn of(id: RuleId, rank: u32, rule: &Rule) -> Self {
         let (from, to) = (Kinds::of(&rule.from), Kinds::of(&rule.to));
         Self { id, rank, lane: rule.lane, related: rule.related, audit: rule.audit, from, to }

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -68,8 +69,8 @@ pub enum LoadError {
 /// A policy before it is judged by its own tests.
 pub(crate) fn load_untested(path: &Path) -> Result<Loaded, LoadError> {
     let mut loader = Loader { room: LARGEST, words: parser::MOST_WORDS, ..Loader::default() };
-    let text = loader.read(path)?;
-    loader.add(path, text, 0);
+    let source = loader.source(path)?;
+    loader.add(path, source, 0);
     finish(loader, now()).map_err(LoadError::Policy)
 }
 
@@ -123,7 +124,7 @@ pub(crate) fn parse_untested(name: &str, text: &str, now: Option<u64>) -> Result
         let message = format!("this policy is larger than {LARGEST} bytes");
         loader.errors.push(Diagnostic::error(message, Span::default()));
     } else {
-        loader.add(Path::new(name), text.to_owned(), 0);
+        loader.add(Path::new(name), Source::new(name, text), 0);
     }
     finish(loader, now)
 }
@@ -204,15 +205,18 @@ impl Loader {
         Ok(text)
     }
 
+    fn source(&mut self, path: &Path) -> Result<Source, LoadError> {
+        Ok(Source::new(&path.display().to_string(), &self.read(path)?))
+    }
+
     /// Takes the statements of one file and of what it includes.
-    fn add(&mut self, path: &Path, text: String, depth: usize) {
-        let file = to_u32(self.sources.len());
-        self.sources.push(Source::new(&path.display().to_string(), &text));
+    fn add(&mut self, path: &Path, source: Source, depth: usize) {
+        let (file, text) = (to_u32(self.sources.len()), Arc::clone(&source.text));
+        self.sources.push(source);
         let identity = self.identity.take();
         self.open.extend(identity);
         self.done.extend(identity);
         let items = parser::parse(file, &text, &mut self.words, &mut self.errors);
-        drop(text);
         for item in items {
             if let Item::Include(name) = &item {
                 let wanted = crate::tokens::plain(&name.value);
@@ -246,7 +250,7 @@ impl Loader {
             return;
         }
         let path = from.parent().unwrap_or(Path::new("")).join(wanted);
-        match self.read(&path) {
+        match self.source(&path) {
             Err(error) => {
                 let mut message = format!("{error}");
                 if let Some(cause) = std::error::Error::source(&error) {
@@ -254,12 +258,12 @@ impl Loader {
                 }
                 self.errors.push(refuse(message.replacen("policy", "included file", 1)));
             }
-            Ok(text) => {
+            Ok(source) => {
                 let identity = self.identity.unwrap_or_default();
                 if self.open.contains(&identity) {
                     self.errors.push(refuse(format!("`{wanted}` includes itself")).label("leave this out"));
                 } else if !self.done.contains(&identity) {
-                    self.add(&path, text, depth + 1);
+                    self.add(&path, source, depth + 1);
                 }
                 // What two files include counts once.
                 self.identity = None;

@@ -30,7 +30,7 @@ pub(crate) const MOST_WORDS: usize = 4 << 20;
 
 /// Parses one file; `words` is how many are left to it, and to those after it.
 pub(crate) fn parse(file: u32, text: &str, words: &mut usize, errors: &mut Diagnostics) -> Vec<Item> {
-    let tokens = tokens::first_tokens(file, text, *words, errors);
+    let tokens = tokens::first_tokens(file, text, 0, *words, errors);
     if tokens.len() > *words {
         let message = format!("a policy has at most {MOST_WORDS} words");
         let span = tokens.last().map(|t| Span { end: t.span.start, ..t.span }).unwrap_or_default();
@@ -78,28 +78,24 @@ pub(crate) fn parse_service(file: u32, text: &str, errors: &mut Diagnostics) -> 
     Some(items)
 }
 
-/// Where a rule that was read before names its service, FROM, TO and the day it expires on, if it does.
+/// The parts of a rule that was read before.
 pub(crate) fn rule_parts(source: &Source, rule: Span) -> Option<RuleParts> {
-    let text = source.slice(rule);
+    let text = source.text.get(..rule.range().end)?;
     let mut errors = Diagnostics::default();
-    let mut parser = Parser::new(text, tokens::tokens(rule.file, text, &mut errors), &mut errors);
+    let tokens = tokens::first_tokens(rule.file, text, rule.range().start, usize::MAX, &mut errors);
+    let mut parser = Parser::new(text, tokens, &mut errors);
     parser.take();
     let (_, service, from, to) = parser.flow().ok()?;
-    let expires = parser.options().ok()?.expires.map(|date| date.span);
-    let place = |span: Span| Span { start: span.start + rule.start, end: span.end + rule.start, ..span };
-    Some(RuleParts {
-        service: place(service),
-        ends: [place(from.span()), place(to.span())],
-        expires: expires.map(place),
-    })
+    let options = parser.options().ok()?;
+    Some(RuleParts { service, ends: [from, to], options })
 }
 
-/// Places within one rule.
+/// A rule as it is written.
 pub(crate) struct RuleParts {
     pub(crate) service: Span,
     /// FROM and TO.
-    pub(crate) ends: [Span; 2],
-    pub(crate) expires: Option<Span>,
+    pub(crate) ends: [crate::syntax::Expr; 2],
+    pub(crate) options: Options,
 }
 
 /// What other tools call it, and this language otherwise.
@@ -366,7 +362,7 @@ impl<'a> Parser<'a> {
     }
 
     fn service_items(&mut self) -> Parsed<Vec<ServiceItem>> {
-        let mut items = Vec::new();
+        let mut items = Vec::with_capacity(1);
         let mut protocol: Option<Name> = None;
         loop {
             match self.peek().kind {

@@ -45,6 +45,17 @@ pub struct Loaded {
     pub warnings: Diagnostics,
 }
 
+impl Loaded {
+    /// Adds warnings of executables that are links on this host; `target` says what a path leads to.
+    #[must_use]
+    pub fn with_links(self, target: impl Fn(&str) -> Option<String>) -> Self {
+        let Self { policy, mut warnings } = self;
+        warnings.append(crate::warn::links(&policy, target));
+        let warnings = warnings.with_sources(&policy.sources);
+        Self { policy, warnings }
+    }
+}
+
 impl Policy {
     /// Reads a policy and the files it includes, checks it, and runs its own tests.
     ///

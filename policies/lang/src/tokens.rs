@@ -77,13 +77,19 @@ pub(crate) struct Token {
 
 /// Splits a text. Comments are kept; `End` comes last. What cannot be a token is reported and left out.
 pub(crate) fn tokens(file: u32, text: &str, errors: &mut Diagnostics) -> Vec<Token> {
-    first_tokens(file, text, usize::MAX, errors)
+    first_tokens(file, text, 0, usize::MAX, errors)
 }
 
-/// The same, up to so many, and perhaps a few more.
-pub(crate) fn first_tokens(file: u32, text: &str, most: usize, errors: &mut Diagnostics) -> Vec<Token> {
-    let room = (text.len() / 3).min(most);
-    let mut lexer = Lexer { file, text, at: 0, errors, out: Vec::with_capacity(room) };
+/// The same from one place on, up to so many, and perhaps a few more.
+pub(crate) fn first_tokens(
+    file: u32,
+    text: &str,
+    from: usize,
+    most: usize,
+    errors: &mut Diagnostics,
+) -> Vec<Token> {
+    let room = (text.len().saturating_sub(from) / 3).min(most);
+    let mut lexer = Lexer { file, text, at: from, errors, out: Vec::with_capacity(room) };
     while lexer.out.len() <= most && lexer.next() {}
     let end = to_u32(text.len());
     lexer.out.push(Token { kind: Kind::End, span: Span { file, start: end, end } });

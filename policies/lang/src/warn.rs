@@ -1,10 +1,14 @@
 //! What is legal and surely not meant. A warning never keeps a policy from being put in force.
 
 mod characters;
+mod links;
 
 use std::{collections::HashMap, sync::Arc};
 
+use portcullis_types::Lane;
+
 pub(crate) use characters::characters;
+pub(crate) use links::links;
 
 use crate::{
     check::{Checked, and, not},
@@ -13,8 +17,9 @@ use crate::{
     display,
     model::{Atom, Effect, Expr, Rule},
     parser::{self, RuleParts},
-    services::Service,
+    services::{Ports, Service},
     source::{Source, Span, to_usize},
+    syntax,
 };
 
 /// A rule that expires within so many seconds is worth a word: 30 days.
@@ -34,8 +39,10 @@ pub(crate) fn warn(checked: &Checked, sources: &[Source], now: Option<u64>, out:
         impossible(rule, sources, out);
         everything(rule, sources, out);
         expiring(rule, sources, now, out);
+        missing_lane(rule, sources, out);
     }
     equal(&checked.rules, out);
+    same_name(&checked.rules, sources, out);
     hidden(&checked.rules, out);
     weaker(&checked.rules, sources, out);
 }
@@ -56,7 +63,7 @@ fn impossible(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
         return;
     }
     for (end, (side, expr)) in [("FROM", &rule.from), ("TO", &rule.to)].into_iter().enumerate() {
-        let place = || place_of(rule, sources, |parts| parts.ends.get(end).copied());
+        let place = || place_of(rule, sources, |parts| parts.ends.get(end).map(syntax::Expr::span));
         let nobody = expr.mentions(|a| matches!(a, Atom::Version(low, high) if low > high));
         if *expr == Expr::Nothing {
             let warning = Diagnostic::warning("this rule can never match", place());
@@ -94,11 +101,13 @@ fn admits_nobody(expr: &Expr) -> bool {
     low > high
 }
 
+/// How many ports a service has; of a protocol that has none, it is one.
 fn port_count(service: &Service) -> u32 {
     if service.any {
         return u32::MAX;
     }
-    service.ports.iter().map(|p| u32::from(p.high) - u32::from(p.low) + 1).fold(0, u32::saturating_add)
+    let count = |p: &Ports| if p.protocol.has_ports() { u32::from(p.high) - u32::from(p.low) + 1 } else { 1 };
+    service.ports.iter().map(count).fold(0, u32::saturating_add)
 }
 
 /// `*` towards many services.
@@ -120,7 +129,7 @@ fn everything(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
 
 fn expiring(rule: &Rule, sources: &[Source], now: Option<u64>, out: &mut Diagnostics) {
     let (Some(end), Some(now)) = (rule.expires, now) else { return };
-    let place = || place_of(rule, sources, |parts| parts.expires);
+    let place = || place_of(rule, sources, |parts| Some(parts.options.expires.as_ref()?.span));
     if end <= now {
         let warning = Diagnostic::warning("this rule has expired", place());
         out.push(warning.label("it has no force any more").help("take it out, or give it a later date"));
@@ -128,6 +137,39 @@ fn expiring(rule: &Rule, sources: &[Source], now: Option<u64>, out: &mut Diagnos
         let days = (end - now).div_ceil(86_400);
         let warning = Diagnostic::warning("this rule expires soon", place());
         out.push(warning.label(format!("in {days} day{}", if days == 1 { "" } else { "s" })));
+    }
+}
+
+/// A lane that no host has: what asks for it is refused.
+fn missing_lane(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
+    let Some(lane @ (Lane::Ktls | Lane::Ipsec)) = rule.lane else { return };
+    let place = place_of(rule, sources, |parts| Some(parts.options.lane.as_ref()?.span));
+    let warning = Diagnostic::warning(format!("no host has the lane `{lane}` yet"), place);
+    out.push(
+        warning
+            .label("all that this rule decides is refused")
+            .help("`using tls` is mutual TLS 1.3 on any host"),
+    );
+}
+
+/// Two rules of one name: verdicts would not say which.
+fn same_name(rules: &[Rule], sources: &[Source], out: &mut Diagnostics) {
+    let mut first: HashMap<&str, &Rule> = HashMap::new();
+    let place = |rule: &Rule, sources: &[Source]| {
+        place_of(rule, sources, |parts| Some(parts.options.name.as_ref()?.span))
+    };
+    for rule in rules {
+        let Some(name) = rule.name.as_deref() else { continue };
+        if let Some(before) = first.get(name) {
+            let sources = if out.is_full() { &[] } else { sources };
+            out.push(
+                Diagnostic::warning(format!("two rules are called `{name}`"), place(rule, sources))
+                    .label("verdicts do not tell them apart by name")
+                    .related("the other one", place(before, sources)),
+            );
+        } else {
+            first.insert(name, rule);
+        }
     }
 }
 
@@ -265,8 +307,8 @@ fn weaker(rules: &[Rule], sources: &[Source], out: &mut Diagnostics) {
                 let side = if is_from { "FROM" } else { "TO" };
                 let sources = if out.is_full() { &[] } else { sources };
                 let place = place_of(rule, sources, |parts| {
-                    let [from, to] = parts.ends;
-                    Some(if is_from { from } else { to })
+                    let [from, to] = &parts.ends;
+                    Some(if is_from { from } else { to }.span())
                 });
                 out.push(
                     Diagnostic::warning(
@@ -283,6 +325,16 @@ fn weaker(rules: &[Rule], sources: &[Source], out: &mut Diagnostics) {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_protocol_without_ports_has_not_very_many() {
+        let said = |service: &str| {
+            let text = format!("allow {service}(*, x509{{name=\"a\"}});");
+            crate::load::parse_untested("t.pol", &text, None).unwrap().warnings.to_string()
+        };
+        assert_eq!(said("icmp, tcp/1-9"), "");
+        assert!(said("icmp, tcp").contains("very many ports"));
+    }
+
     /// What is said of a rule that expires at the end of 2027-01-31, so many seconds before that.
     fn said(seconds: u64) -> String {
         let text = "allow ssh(*, x509{name=\"a\"}) expires 2027-01-31;\n";

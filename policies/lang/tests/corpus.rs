@@ -68,6 +68,7 @@ fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
     let manual = fs::read_to_string(policies().join("LANGUAGE.md")).unwrap();
     let source = |file: &str| fs::read_to_string(policies().join("lang").join(file)).unwrap();
     let (meaning, differential) = (source("tests/meaning.rs"), source("src/differential.rs"));
+    let links = source("src/warn/links.rs");
     for folder in ["accept", "reject"] {
         let base = policies().join("corpus").join(folder);
         for path in fs::read_dir(&base)
@@ -86,6 +87,8 @@ fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
             assert!(meaning.contains(&format!("fn {name}()")), "no test {name}");
         } else if let Some(name) = word.strip_prefix("differential::") {
             assert!(differential.contains(&format!("fn {name}()")), "no test {name}");
+        } else if let Some(name) = word.strip_prefix("links::") {
+            assert!(links.contains(&format!("fn {name}()")), "no test {name}");
         }
     }
 }
@@ -102,8 +105,9 @@ fn each_statement_of_the_language_manual_names_what_shows_it() {
             // Neither a table nor the grammar.
             let is_prose =
                 !statement.trim().is_empty() && !statement.trim_start_matches('\n').starts_with(['|', ' ']);
-            let shown =
-                ["accept/", "reject/", "meaning::", "differential::"].iter().any(|w| statement.contains(w));
+            let shown = ["accept/", "reject/", "meaning::", "differential::", "links::"]
+                .iter()
+                .any(|w| statement.contains(w));
             // A paragraph that ends with a colon introduces what follows.
             if is_prose && !shown && !statement.trim_end().ends_with(':') {
                 bare.push(format!("{heading}: {statement}"));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::{Checker, and, not};
+use super::{Checker, and, not, shared};
 use crate::{
     diagnostic::{Diagnostic, nearest},
     model::{AddressSet, Atom, CertificateField, Expr, ProcessField, merge},
@@ -45,6 +45,11 @@ pub(super) fn process_field(name: &str) -> Option<(ProcessField, Scope)> {
 }
 
 impl Checker<'_> {
+    /// A condition: the one that equals it, if there was one before.
+    fn atom(&mut self, atom: Atom) -> Expr {
+        Expr::Atom(shared(&mut self.atoms, Arc::new(atom)))
+    }
+
     pub(super) fn addresses(&mut self, v6: bool, words: &[Name]) -> Expr {
         let mut set = (Vec::new(), Vec::new());
         for word in words {
@@ -60,7 +65,7 @@ impl Checker<'_> {
             }
         }
         let set = AddressSet { v4: merge(set.0).into(), v6: merge(set.1).into() };
-        if set.is_empty() { Expr::Nothing } else { Expr::Atom(Arc::new(Atom::Address(set))) }
+        if set.is_empty() { Expr::Nothing } else { self.atom(Atom::Address(set)) }
     }
 
     pub(super) fn attributes(&mut self, process: bool, list: &[Attribute]) -> Expr {
@@ -81,10 +86,10 @@ impl Checker<'_> {
             self.pattern(attribute, scope).map(|p| Atom::Certificate(field, p))
         };
         let Some(condition) = condition else { return Expr::Nothing };
-        let condition = Expr::Atom(Arc::new(condition));
+        let condition = self.atom(condition);
         if attribute.op == Comparison::NotEqual {
             // Of those who show a certificate, the others.
-            and(vec![Expr::Atom(Arc::new(Atom::Shown)), not(condition)])
+            and(vec![self.atom(Atom::Shown), not(condition)])
         } else {
             condition
         }
@@ -100,7 +105,7 @@ impl Checker<'_> {
             self.pattern(attribute, scope).map(|p| Atom::Process(field, p))
         };
         let Some(condition) = condition else { return Expr::Nothing };
-        let condition = Expr::Atom(Arc::new(condition));
+        let condition = self.atom(condition);
         if attribute.op == Comparison::NotEqual { not(condition) } else { condition }
     }
 

@@ -149,12 +149,12 @@ fn settle(holds: Result<bool, Truth>) -> Truth {
 fn text(op: u8, wanted: &[u8], view: &View<'_>) -> Result<bool, Truth> {
     use super::hash::same;
     Ok(match op {
-        NAME => view.shown()?.names.iter().any(|n| same::<true>(undotted(n), wanted)),
+        NAME => view.shown()?.names.iter().any(|n| same(undotted(n), wanted)),
         NAME_END => view.shown()?.names.iter().any(|n| {
             let name = undotted(n);
             let Some(at) = name.len().checked_sub(wanted.len()) else { return false };
             let (label, end) = name.split_at(at);
-            same::<true>(end, wanted) && !label.contains(&b'.')
+            same(end, wanted) && !label.contains(&b'.')
         }),
         GROUP => view.shown()?.groups.iter().any(|g| g.as_bytes() == wanted),
         EXE => view.exe()?.as_bytes() == wanted,

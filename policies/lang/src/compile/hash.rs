@@ -3,6 +3,8 @@
 //! A hash only ever narrows down where to look; what is found is compared in full. So a text made to
 //! collide costs its maker one comparison.
 
+use crate::source::to_usize;
+
 const MULTIPLIER: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Mixes two words: the halves of their product, folded.
@@ -23,36 +25,36 @@ const fn fold_case(word: u64) -> u64 {
     word | (upper >> 2)
 }
 
-/// Hashes a text under a seed; with `FOLD`, regardless of ASCII case.
+/// Hashes a text under a seed; with `FOLD`, regardless of ASCII case. Most texts have no more than sixteen bytes,
+/// so that one multiplication will do.
 #[inline]
 pub(super) fn text<const FOLD: bool>(seed: u64, bytes: &[u8]) -> u64 {
-    let fold = |word: u64| if FOLD { fold_case(word) } else { word };
+    let word = |bytes: [u8; 8]| {
+        let word = u64::from_le_bytes(bytes);
+        if FOLD { fold_case(word) } else { word }
+    };
     let mut hash = seed ^ (bytes.len() as u64).wrapping_mul(MULTIPLIER);
     let mut rest = bytes;
-    while let Some((chunk, after)) = rest.split_first_chunk::<8>() {
-        if after.is_empty() {
-            return mix(hash, fold(u64::from_le_bytes(*chunk)));
-        }
-        hash = mix(hash, fold(u64::from_le_bytes(*chunk)));
+    while let (17.., Some((chunk, after))) = (rest.len(), rest.split_first_chunk()) {
+        hash = mix(hash, word(*chunk));
         rest = after;
     }
-    // The last eight bytes, some of them for the second time, or all there are.
-    let word = match (bytes.last_chunk::<8>(), bytes.first_chunk::<4>(), bytes.last_chunk::<4>()) {
-        (Some(last), ..) => u64::from_le_bytes(*last),
-        (None, Some(first), Some(last)) => {
+    // The first and the last of what is left, some of it for the second time.
+    if let (Some(first), Some(last)) = (rest.first_chunk(), rest.last_chunk()) {
+        return mix(hash ^ word(*first), word(*last));
+    }
+    let both = match (rest.first_chunk::<4>(), rest.last_chunk::<4>()) {
+        (Some(first), Some(last)) => {
             u64::from(u32::from_le_bytes(*first)) | u64::from(u32::from_le_bytes(*last)) << 32
         }
-        _ => bytes.iter().fold(0, |word, byte| word << 8 | u64::from(*byte)),
+        _ => rest.iter().fold(0, |word, byte| word << 8 | u64::from(*byte)),
     };
-    mix(hash, fold(word))
+    mix(hash, word(both.to_le_bytes()))
 }
 
-/// Whether two texts are the same; with `FOLD`, the second is in small letters and case is ignored.
+/// Whether two texts are the same regardless of case, of which the second is in small letters.
 #[inline]
-pub(super) fn same<const FOLD: bool>(found: &[u8], wanted: &[u8]) -> bool {
-    if !FOLD {
-        return found == wanted;
-    }
+pub(super) fn same(found: &[u8], wanted: &[u8]) -> bool {
     if found.len() != wanted.len() {
         return false;
     }
@@ -72,70 +74,87 @@ pub(super) fn same<const FOLD: bool>(found: &[u8], wanted: &[u8]) -> bool {
 }
 
 /// What a [`Table`] holds.
-pub(super) trait Entry: Copy {
-    /// What stands where nothing is.
-    const NONE: Self;
+pub(super) trait Entry {
+    fn hash(&self) -> u64;
 
-    fn is_none(&self) -> bool;
+    /// Some bits, of which who looks for it has at least one.
+    fn kinds(&self) -> u32;
 }
 
-/// Open addressing, with a small word in front of each place: most of what is not there, or is not wanted,
-/// is never looked for further than in these, which stay in a near cache.
+/// Entries in the order of their hashes, without a gap, and at least as many homes: each is for one beginning
+/// that hashes may have.
+///
+/// In front of each home stands a small word: most of what is not there, or is not wanted, is never looked
+/// for further than in these, which stay in a near cache.
 #[derive(Debug)]
 pub(super) struct Table<E> {
-    /// By place: the kinds of all entries whose hash leads there, each kind a bit.
-    kinds: Box<[u32]>,
     entries: Box<[E]>,
-    mask: usize,
+    /// One more than there are, for the end of the last.
+    homes: Box<[Home]>,
+    /// Bits of a hash that do not tell its home.
+    rest: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Home {
+    /// The kinds of all its entries.
+    kinds: u32,
+    /// Where its entries begin.
+    start: u32,
 }
 
 impl<E: Entry> Table<E> {
-    /// A table for `count` entries with distinct keys, given with their hashes and kinds.
-    pub(super) fn new(count: usize, items: impl Iterator<Item = (u64, u32, E)>) -> Self {
-        let size = (count + count / 3 + 1).next_power_of_two().max(2);
-        let (kinds, entries) = (vec![0; size].into(), vec![E::NONE; size].into());
-        let mut table = Self { kinds, entries, mask: size - 1 };
-        for (hash, kinds, entry) in items {
-            let mut at = position(hash) & table.mask;
-            if let Some(all) = table.kinds.get_mut(at) {
-                *all |= kinds;
-            }
-            while table.entries.get(at).is_some_and(|entry| !entry.is_none()) {
-                at = (at + 1) & table.mask;
-            }
-            if let Some(slot) = table.entries.get_mut(at) {
-                *slot = entry;
+    /// A table of entries, which come sorted by their hashes.
+    pub(super) fn new(entries: Vec<E>) -> Self {
+        let count = entries.len().next_power_of_two().max(2);
+        let mut homes: Box<[Home]> = vec![Home::default(); count + 1].into();
+        let rest = u64::BITS - count.ilog2();
+        for entry in &entries {
+            let home = home(entry.hash(), rest);
+            if let Some([this, next]) = homes.get_mut(home..home + 2) {
+                this.kinds |= entry.kinds();
+                next.start += 1;
             }
         }
-        table
+        let mut sum = 0;
+        for Home { start, .. } in &mut homes {
+            sum += *start;
+            *start = sum;
+        }
+        Self { entries: entries.into(), homes, rest }
     }
 
     /// Whether there may be an entry with this hash and one of these kinds; if not, there is none.
-    #[inline]
+    #[inline(always)]
     pub(super) fn may_have(&self, hash: u64, kinds: u32) -> bool {
-        self.kinds.get(position(hash) & self.mask).is_some_and(|all| all & kinds != 0)
+        let all = self.homes.get(home(hash, self.rest)).map_or(0, |home| home.kinds);
+        all & kinds != 0
     }
 
-    /// The entry with this hash for which `is_it` holds; to be asked for if there may be one.
+    /// The entries with this hash, and few others; to be asked for if there may be one.
     #[inline]
-    pub(super) fn get(&self, hash: u64, is_it: impl Fn(&E) -> bool) -> Option<&E> {
-        let mut at = position(hash) & self.mask;
-        loop {
-            let entry = self.entries.get(at)?;
-            if is_it(entry) {
-                return Some(entry);
-            }
-            if entry.is_none() {
-                return None;
-            }
-            at = (at + 1) & self.mask;
-        }
+    pub(super) fn near(&self, hash: u64) -> &[E] {
+        let home = home(hash, self.rest);
+        let Some([this, next]) = self.homes.get(home..home + 2) else { return &[] };
+        let all = self.entries.get(to_usize(this.start)..to_usize(next.start)).unwrap_or_default();
+        if all.len() > CROWD { only(all, hash) } else { all }
     }
 }
 
+/// More entries than this at one home are not all looked at.
+const CROWD: usize = 8;
+
+#[cold]
+fn only<E: Entry>(all: &[E], hash: u64) -> &[E] {
+    let start = all.partition_point(|entry| entry.hash() < hash);
+    let end = all.partition_point(|entry| entry.hash() <= hash);
+    all.get(start..end).unwrap_or_default()
+}
+
+/// The home of a hash: its first bits, so that homes are in the order of hashes.
 #[expect(clippy::cast_possible_truncation, reason = "some bits of a hash are wanted")]
-const fn position(hash: u64) -> usize {
-    hash as usize
+const fn home(hash: u64, rest: u32) -> usize {
+    (hash >> rest) as usize
 }
 
 #[cfg(test)]
@@ -143,10 +162,12 @@ mod tests {
     use super::*;
 
     impl Entry for u64 {
-        const NONE: Self = Self::MAX;
+        fn hash(&self) -> u64 {
+            mix(*self, 0)
+        }
 
-        fn is_none(&self) -> bool {
-            *self == Self::MAX
+        fn kinds(&self) -> u32 {
+            1 << (self % 32)
         }
     }
 
@@ -165,18 +186,33 @@ mod tests {
             let text = "AbCdEfGhIj.KlMnOpQrStUvWxYz-0123456789É".get(..n).unwrap_or("");
             let lower = text.to_ascii_lowercase();
             assert_eq!(self::text::<true>(1, text.as_bytes()), self::text::<true>(1, lower.as_bytes()));
-            assert!(same::<true>(text.as_bytes(), lower.as_bytes()));
-            assert!(!same::<true>(text.as_bytes(), format!("{lower}x").as_bytes()));
+            assert!(same(text.as_bytes(), lower.as_bytes()));
+            assert!(!same(text.as_bytes(), format!("{lower}x").as_bytes()));
         }
     }
 
     #[test]
-    fn a_full_table_finds_all_and_nothing_else() {
-        let table = Table::new(1000, (0..1000_u64).map(|n| (mix(n, 0), 1 << (n % 32), n)));
-        for n in 0..1000 {
-            assert!(table.may_have(mix(n, 0), 1 << (n % 32)));
-            assert_eq!(table.get(mix(n, 0), |e| *e == n), Some(&n));
+    fn a_table_finds_all_and_nothing_else() {
+        for size in [0, 1, 2, 1000] {
+            let mut all: Vec<u64> = (0..size).collect();
+            all.sort_by_key(Entry::hash);
+            let table = Table::new(all);
+            for n in 0..size {
+                assert!(table.may_have(mix(n, 0), 1 << (n % 32)));
+                assert!(table.near(mix(n, 0)).contains(&n));
+            }
+            assert!(!table.near(mix(size, 0)).contains(&size));
+            let vain = (size..size + 1000).filter(|n| table.may_have(mix(*n, 0), 1 << (n % 32))).count();
+            assert!(vain < 100, "{vain} of 1000 are looked for in vain");
         }
-        assert_eq!(table.get(mix(1000, 0), |e| *e == 1000), None);
+    }
+
+    #[test]
+    fn all_entries_of_a_hash_are_found() {
+        let mut all: Vec<u64> = (0..100).chain([7; 100]).collect();
+        all.sort_by_key(Entry::hash);
+        let table = Table::new(all);
+        assert_eq!(table.near(mix(7, 0)), [7; 101]);
+        assert!(table.near(mix(8, 0)).contains(&8) && table.near(mix(8, 0)).len() <= CROWD);
     }
 }

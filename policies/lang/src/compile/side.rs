@@ -1,6 +1,6 @@
 //! Which principals one party is: from its facts, not by asking each principal.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use arrayvec::ArrayVec;
 
@@ -8,7 +8,7 @@ use super::{
     code::{self, Code},
     hash::{Entry, Table},
     terms::{self, Literal, Term},
-    values::{ADDRESS, Depths, EXE, GROUP, Lead, SHA256, UNIT, Values, both, candidates},
+    values::{ADDRESS, Depths, EXE, GROUP, Key, SHA256, UNIT, UsesOf, Values, both, keys},
 };
 use crate::{
     facts::{Fact, ProcessFact},
@@ -26,14 +26,24 @@ pub(super) struct Principal {
     pub(super) expr: Expr,
     /// A `deny` names it.
     pub(super) denies: bool,
-    /// One bit of each service of its rules: for others it need not be looked at.
+    pub(super) role: Role,
+}
+
+/// A principal's number and what it occurs together with, one bit of each number: so most combinations
+/// that no rule has are not even looked up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Role {
+    pub(super) principal: u32,
+    /// Services of its rules.
     pub(super) services: u32,
+    /// Principals that are the other side of its rules.
+    pub(super) partners: u32,
 }
 
 /// A principal that a party is, and how certainly.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hit {
-    pub(super) principal: u32,
+    pub(super) role: Role,
     pub(super) truth: Truth,
 }
 
@@ -47,27 +57,24 @@ pub(super) struct TooMany;
 #[repr(C, align(64))]
 struct Place {
     hash: u64,
-    principal: u32,
-    /// As in [`Principal`].
-    services: u32,
-    /// One more under the same key, in [`SideIndex::more`], from 1.
-    next: u32,
+    role: Role,
     code: Code,
 }
 
 impl Entry for Place {
-    const NONE: Self = Self { hash: 0, principal: u32::MAX, services: 0, next: 0, code: code::EMPTY };
+    fn hash(&self) -> u64 {
+        self.hash
+    }
 
-    fn is_none(&self) -> bool {
-        self.principal == u32::MAX
+    fn kinds(&self) -> u32 {
+        self.role.services
     }
 }
 
 /// One alternative of one principal, in full.
 #[derive(Debug)]
 struct Alternative {
-    principal: u32,
-    services: u32,
+    role: Role,
     literals: Box<[Literal]>,
     /// Conditions that are whole formulas.
     rest: Box<[Expr]>,
@@ -77,12 +84,9 @@ struct Alternative {
 #[derive(Debug)]
 pub(super) struct SideIndex {
     places: Table<Place>,
-    more: Vec<Place>,
-    /// Facts that lead somewhere together.
-    pairs: Vec<(Lead, Lead)>,
     depths: Depths,
-    /// Principals that are everyone, with their services.
-    everyone: Vec<(u32, u32)>,
+    /// Principals that are everyone.
+    everyone: Vec<Role>,
     /// Alternatives that do not fit a place, that no fact leads to, or that a `deny` names.
     alternatives: Vec<Alternative>,
     always: Vec<u32>,
@@ -91,146 +95,144 @@ pub(super) struct SideIndex {
     unknown: [Vec<u32>; 6],
 }
 
-/// How many share the value that a condition leads by, which condition it is, and the values.
-type Leading = (u32, usize, Vec<(Lead, u64)>);
+/// What conditions can be found by.
+#[derive(Default)]
+struct Keys {
+    /// By condition, which is one in memory: its keys, and how many alternatives have it.
+    known: HashMap<usize, (Box<[Key]>, u32)>,
+    /// How many alternatives a value leads to, if they are many.
+    crowds: HashMap<u64, u32>,
+}
 
 /// Values that more alternatives than this share are narrowed down by a second one.
 const CROWD: u32 = 3;
 
+/// Most pairs of values under which one alternative is kept.
+const LONGEST: usize = 1024;
+
+impl Keys {
+    fn of<'a>(all: impl Iterator<Item = &'a Literal>) -> Self {
+        let (mut known, mut crowds) = (HashMap::<usize, (Box<[Key]>, u32)>::new(), HashMap::new());
+        for literal in all.filter(|literal| !literal.negated) {
+            let (_, count) = known.entry(literal.place()).or_insert_with(|| (keys(literal).into(), 0));
+            *count += 1;
+        }
+        for (keys, count) in known.values() {
+            for key in keys.iter() {
+                *crowds.entry(key.hash).or_insert(0) += *count;
+            }
+        }
+        crowds.retain(|_, count| *count > CROWD);
+        Self { known, crowds }
+    }
+
+    fn get(&self, literal: &Literal) -> &[Key] {
+        let found = self.known.get(&literal.place()).filter(|_| !literal.negated);
+        found.map_or(&[], |(keys, _)| keys)
+    }
+
+    /// How many alternatives the values of a condition lead to; none if it has none.
+    fn crowd(&self, literal: &Literal) -> Option<u32> {
+        let keys = self.get(literal);
+        let most = keys.iter().map(|key| self.crowds.get(&key.hash).copied().unwrap_or(1)).max()?;
+        // Long lists cost memory.
+        Some(most.saturating_add(to_u32(keys.len() - 1)))
+    }
+}
+
 impl SideIndex {
     /// Indexes principals.
     pub(super) fn new(principals: &[Principal]) -> Self {
-        let mut found: Vec<(u32, Term)> = Vec::with_capacity(principals.len());
-        let mut everyone = Vec::new();
-        for (number, principal) in principals.iter().enumerate() {
+        let mut found: Vec<(&Principal, Term)> = Vec::with_capacity(principals.len());
+        let mut builder = Builder::default();
+        for principal in principals {
             for term in terms::terms(&principal.expr, false) {
                 if term.literals.is_empty() && term.rest.is_empty() {
-                    everyone.push((to_u32(number), principal.services));
+                    builder.everyone.push(principal.role);
                 } else {
-                    found.push((to_u32(number), term));
+                    found.push((principal, term));
                 }
             }
         }
-        let mut values: Vec<u64> = Vec::with_capacity(found.len() * 2);
-        for (_, term) in &found {
-            for literal in &term.literals {
-                values.extend(candidates(literal).iter().map(|(_, hash)| *hash));
-            }
-        }
-        values.sort_unstable();
-        let mut crowd: HashMap<u64, u32> = HashMap::new();
-        for same in values.chunk_by(|a, b| a == b) {
-            // What is rare need not be remembered.
-            if let (Some(value), true) = (same.first(), same.len() > to_usize(CROWD)) {
-                crowd.insert(*value, to_u32(same.len()));
-            }
-        }
-        let mut builder = Builder { principals, crowd, ..Builder::default() };
+        builder.places.reserve(found.len());
+        let keys = Keys::of(found.iter().flat_map(|(_, term)| &term.literals));
         for (principal, term) in found {
-            builder.add(principal, term);
+            builder.add(principal, term, &keys);
         }
-        builder.finish(everyone)
+        builder.finish()
     }
 }
 
 #[derive(Default)]
-struct Builder<'a> {
-    principals: &'a [Principal],
-    crowd: HashMap<u64, u32>,
+struct Builder {
     places: Vec<Place>,
+    everyone: Vec<Role>,
     alternatives: Vec<Alternative>,
-    single: u32,
-    pairs: BTreeSet<(Lead, Lead)>,
-    leading: Vec<std::sync::Arc<crate::model::Atom>>,
+    uses: UsesOf,
     always: Vec<u32>,
     unknown: [Vec<u32>; 6],
 }
 
-impl Builder<'_> {
-    fn add(&mut self, principal: u32, term: Term) {
-        let Some(Principal { denies, services, .. }) = self.principals.get(to_usize(principal)) else {
-            return;
-        };
-        let (denied, services) = (*denies, *services);
-        // What each condition leads by, the least crowded first; long lists cost memory.
-        let mut leads: Vec<Leading> = Vec::new();
+impl Builder {
+    fn add(&mut self, principal: &Principal, term: Term, keys: &Keys) {
+        // The condition whose values are least crowded leads, and the next one with it if they are.
+        let (mut first, mut second) = (None, None);
         for (at, literal) in term.literals.iter().enumerate() {
-            let facts = candidates(literal);
-            let most = facts.iter().map(|(_, h)| self.crowd.get(h).copied().unwrap_or(1)).max();
-            leads.extend(most.map(|most| (most.saturating_add(to_u32(facts.len() - 1)), at, facts)));
+            let Some(crowd) = keys.crowd(literal) else { continue };
+            if first.is_none_or(|(least, _)| crowd < least) {
+                (first, second) = (Some((crowd, at)), first);
+            } else if second.is_none_or(|(least, _)| crowd < least) {
+                second = Some((crowd, at));
+            }
         }
-        leads.sort_by_key(|(crowd, at, _)| (*crowd, *at));
-        let mut leads = leads.into_iter();
-        let mut keys: Vec<u64> = Vec::new();
-        let chosen = match (leads.next(), leads.next()) {
-            (None, _) => Vec::new(),
-            (Some(first), Some(second)) if first.0 > CROWD && first.2.len() * second.2.len() <= 1024 => {
-                for (a, left) in &first.2 {
-                    for (b, right) in &second.2 {
-                        self.pairs.insert((*a.min(b), *a.max(b)));
-                        keys.push(both(*left, *right));
-                    }
-                }
-                vec![first, second]
-            }
-            (Some(first), _) => {
-                for (lead, hash) in &first.2 {
-                    self.single |= lead.bit();
-                    keys.push(*hash);
-                }
-                vec![first]
-            }
-        };
+        let at = |chosen: Option<(u32, usize)>| chosen.and_then(|(_, at)| term.literals.get(at));
+        let of = |chosen| at(chosen).map_or(&[][..], |literal| keys.get(literal));
+        let crowded = first.is_some_and(|(crowd, _)| crowd > CROWD);
+        if !crowded || of(first).len() * of(second).len() > LONGEST {
+            second = None;
+        }
+        let led = |n: usize| [first, second].into_iter().flatten().any(|(_, at)| at == n);
         // What led here has been looked at by its hash, so it is made sure of last.
-        let led = |at: usize| chosen.iter().any(|(_, by, _)| *by == at);
-        let (last, first): (Vec<_>, Vec<_>) = term.literals.iter().enumerate().partition(|(at, _)| led(*at));
-        let order = first.into_iter().chain(last).map(|(_, literal)| literal);
-        let written = if term.rest.is_empty() { code::write(order) } else { None };
-        for (_, at, _) in &chosen {
-            self.leading.extend(term.literals.get(*at).map(|l| std::sync::Arc::clone(&l.atom)));
+        let part = |last: bool| {
+            let part = term.literals.iter().enumerate().filter(move |(n, _)| led(*n) == last);
+            part.map(|(_, literal)| literal)
+        };
+        let written = if term.rest.is_empty() { code::write(part(false).chain(part(true))) } else { None };
+        let code = written.unwrap_or_else(|| code::elsewhere(to_u32(self.alternatives.len())));
+        let role = principal.role;
+        for left in of(first) {
+            if second.is_none() {
+                self.uses.alone(left);
+                self.places.push(Place { hash: left.hash, role, code });
+            }
+            for right in of(second) {
+                let (a, b) = if left.lead <= right.lead { (left, right) } else { (right, left) };
+                self.uses.paired(a, b);
+                self.places.push(Place { hash: both(a.hash, b.hash), role, code });
+            }
         }
-        let mut code = written.unwrap_or(code::EMPTY);
-        if chosen.is_empty() || denied || written.is_none() {
+        if first.is_none() || principal.denies || written.is_none() {
             let number = to_u32(self.alternatives.len());
-            if chosen.is_empty() {
+            if first.is_none() {
                 self.always.push(number);
             }
-            if written.is_none() {
-                code = code::elsewhere(number);
-            }
-            for (_, _, facts) in &chosen {
-                let list = facts.first().and_then(|(lead, _)| lead.unknown()).filter(|_| denied);
+            for chosen in [first, second] {
+                let list = of(chosen).first().and_then(|key| key.lead.unknown()).filter(|_| principal.denies);
                 if let Some(list) = list.and_then(|n| self.unknown.get_mut(n)) {
                     list.push(number);
                 }
             }
             let (literals, rest) = (term.literals.into(), term.rest.into());
-            self.alternatives.push(Alternative { principal, services, literals, rest });
+            self.alternatives.push(Alternative { role, literals, rest });
         }
-        self.places.extend(keys.into_iter().map(|hash| Place { hash, principal, services, next: 0, code }));
     }
 
-    fn finish(mut self, everyone: Vec<(u32, u32)>) -> SideIndex {
-        self.places.sort_unstable_by_key(|p| (p.hash, p.principal));
-        let mut more: Vec<Place> = Vec::new();
-        let mut heads: Vec<(u32, Place)> = Vec::with_capacity(self.places.len());
-        for group in self.places.chunk_by(|a, b| a.hash == b.hash) {
-            let mut next = 0;
-            for place in group.iter().skip(1) {
-                more.push(Place { next, ..*place });
-                next = to_u32(more.len());
-            }
-            let services = group.iter().fold(0, |all, place| all | place.services);
-            heads.extend(group.first().map(|first| (services, Place { next, ..*first })));
-        }
-        drop(self.places);
-        let paired = self.pairs.iter().fold(0, |bits, (a, b)| bits | a.bit() | b.bit());
+    fn finish(mut self) -> SideIndex {
+        self.places.sort_unstable_by_key(|p| (p.hash, p.role.principal));
         SideIndex {
-            places: Table::new(heads.len(), heads.iter().map(|(services, p)| (p.hash, *services, *p))),
-            more,
-            pairs: self.pairs.into_iter().collect(),
-            depths: Depths::new(self.single, paired, self.leading.into_iter()),
-            everyone,
+            places: Table::new(self.places),
+            depths: Depths::new(&self.uses),
+            everyone: self.everyone,
             alternatives: self.alternatives,
             always: self.always,
             unknown: self.unknown,
@@ -242,8 +244,8 @@ impl SideIndex {
     /// The principals that a party is, among those with a rule for one of the services that are wanted.
     #[inline(always)]
     pub(super) fn hits(&self, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
-        for (principal, _) in self.everyone.iter().filter(|(_, services)| services & wanted != 0) {
-            hits.try_push(Hit { principal: *principal, truth: Truth::TRUE }).map_err(|_| TooMany)?;
+        for role in self.everyone.iter().filter(|role| role.services & wanted != 0) {
+            keep(role, Truth::TRUE, hits)?;
         }
         self.try_all(&self.always, view, wanted, hits)?;
         if self.depths.nothing() {
@@ -252,12 +254,13 @@ impl SideIndex {
         self.try_unknown(view, wanted, hits)?;
         let mut values = Values::new();
         self.depths.values(view, &mut values)?;
-        for hash in values.single() {
+        for hash in values.alone() {
             self.by_hash(*hash, view, wanted, hits)?;
         }
-        for (a, b) in &self.pairs {
-            for left in values.of(*a) {
-                for right in values.of(*b) {
+        for (a, b) in self.depths.pairs() {
+            let others = values.group(*b);
+            for left in values.group(*a) {
+                for right in others {
                     self.by_hash(both(*left, *right), view, wanted, hits)?;
                 }
             }
@@ -279,10 +282,10 @@ impl SideIndex {
 
     fn try_all(&self, numbers: &[u32], view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
         for number in numbers {
-            if let Some(Alternative { principal, services, .. }) = self.alternatives.get(to_usize(*number))
-                && services & wanted != 0
+            if let Some(Alternative { role, .. }) = self.alternatives.get(to_usize(*number))
+                && role.services & wanted != 0
             {
-                keep(*principal, self.alternative(*number, view), hits)?;
+                keep(role, self.alternative(*number, view), hits)?;
             }
         }
         Ok(())
@@ -296,13 +299,11 @@ impl SideIndex {
 
     #[inline(never)]
     fn at(&self, hash: u64, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
-        let mut next = self.places.get(hash, |place| place.hash == hash && !place.is_none());
-        while let Some(place) = next {
-            if place.services & wanted != 0 {
+        for place in self.places.near(hash) {
+            if place.hash == hash && place.role.services & wanted != 0 {
                 let truth = code::run(&place.code, view, |number| self.alternative(number, view));
-                keep(place.principal, truth, hits)?;
+                keep(&place.role, truth, hits)?;
             }
-            next = place.next.checked_sub(1).and_then(|n| self.more.get(to_usize(n)));
         }
         Ok(())
     }
@@ -337,9 +338,9 @@ impl SideIndex {
 
 /// A principal that may hold.
 #[inline]
-fn keep(principal: u32, truth: Truth, hits: &mut Hits) -> Result<(), TooMany> {
+fn keep(role: &Role, truth: Truth, hits: &mut Hits) -> Result<(), TooMany> {
     if truth == Truth::FALSE {
         return Ok(());
     }
-    hits.try_push(Hit { principal, truth }).map_err(|_| TooMany)
+    hits.try_push(Hit { role: *role, truth }).map_err(|_| TooMany)
 }

@@ -14,6 +14,13 @@ pub(super) struct Literal {
     pub(super) negated: bool,
 }
 
+impl Literal {
+    /// Where its condition lies in memory: those of one policy that are equal are one.
+    pub(super) fn place(&self) -> usize {
+        Arc::as_ptr(&self.atom).addr()
+    }
+}
+
 /// One alternative.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Term {

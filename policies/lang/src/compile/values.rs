@@ -1,6 +1,6 @@
 //! What a party's facts lead to: hashes of their values, by kind.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::{BTreeMap, BTreeSet};
 
 use arrayvec::ArrayVec;
 
@@ -13,7 +13,6 @@ use crate::{
     facts::{CertificateFact, CertificateFacts, Fact, ProcessFact},
     model::{Address, AddressSet, Atom, CertificateField, ProcessField},
     region::{prefixes_v4, prefixes_v6},
-    source::to_u32,
     view::{self, View},
 };
 
@@ -39,15 +38,11 @@ pub(super) enum Lead {
     Prefix,
 }
 
-const LEADS: usize = 16;
+const LEADS: usize = Lead::Prefix as usize + 1;
 
 impl Lead {
     const fn seed(self) -> u64 {
         (self as u64 + 1).wrapping_mul(0xa076_1d64_78bd_642f)
-    }
-
-    pub(super) const fn bit(self) -> u32 {
-        1 << self as u32
     }
 
     /// Which list of [`SideIndex::unknown`] holds what cannot be found when this is not known.
@@ -71,39 +66,54 @@ pub(super) const GROUP: usize = 3;
 pub(super) const UNIT: usize = 4;
 pub(super) const ADDRESS: usize = 5;
 
-pub(super) const ALL: [Lead; LEADS] = [
-    Lead::Name,
-    Lead::NameEnd,
-    Lead::Group,
-    Lead::Org,
-    Lead::Process,
-    Lead::Unit,
-    Lead::User,
-    Lead::Issuer,
-    Lead::Exe,
-    Lead::Folder,
-    Lead::Sha256,
-    Lead::ProcessUser,
-    Lead::ProcessUid,
-    Lead::ProcessGroup,
-    Lead::ProcessUnit,
-    Lead::Prefix,
-];
+/// By what a condition can be found: the hash of a fact, of what kind, and how deep it is (labels of a name,
+/// components of a path, bits of a prefix, which for IPv6 count from 64).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Key {
+    pub(super) lead: Lead,
+    depth: u8,
+    pub(super) hash: u64,
+}
 
-/// The hashes of what is known of a party, by kind.
+/// How facts are used, by kind and depth.
+#[derive(Debug, Default)]
+pub(super) struct UsesOf {
+    /// Whether one leads somewhere alone, and with another.
+    by_depth: BTreeMap<(Lead, u8), (bool, bool)>,
+    pairs: BTreeSet<(Lead, Lead)>,
+}
+
+impl UsesOf {
+    pub(super) fn alone(&mut self, key: &Key) {
+        self.by_depth.entry((key.lead, key.depth)).or_default().0 = true;
+    }
+
+    pub(super) fn paired(&mut self, a: &Key, b: &Key) {
+        for key in [a, b] {
+            self.by_depth.entry((key.lead, key.depth)).or_default().1 = true;
+        }
+        self.pairs.insert((a.lead, b.lead));
+    }
+}
+
+/// The hashes of what is known of a party, in groups.
 pub(super) struct Values {
     hashes: ArrayVec<u64, MOST>,
-    /// By kind: where its hashes begin and end.
-    ranges: [(u8, u8); LEADS],
-    /// How many of the first lead somewhere alone.
-    single: u8,
+    /// Where the hashes of each group begin; behind the last group, where they end.
+    starts: [u8; MOST_GROUPS + 1],
+    /// How many lead somewhere alone: the first.
+    alone: usize,
 }
+
+/// Each kind of fact in three: those that lead somewhere alone, with another, or both.
+const MOST_GROUPS: usize = 3 * LEADS;
 
 impl Values {
     pub(super) const fn new() -> Self {
-        Self { hashes: ArrayVec::new_const(), ranges: [(0, 0); LEADS], single: 0 }
+        Self { hashes: ArrayVec::new_const(), starts: [0; MOST_GROUPS + 1], alone: 0 }
     }
 
+    #[inline]
     fn push(&mut self, hash: u64) -> Result<(), TooMany> {
         self.hashes.try_push(hash).map_err(|_| TooMany)
     }
@@ -114,38 +124,40 @@ impl Values {
 
     /// Those that may lead somewhere alone.
     #[inline]
-    pub(super) fn single(&self) -> &[u64] {
-        self.hashes.get(..usize::from(self.single)).unwrap_or_default()
+    pub(super) fn alone(&self) -> &[u64] {
+        self.hashes.get(..self.alone).unwrap_or_default()
     }
 
+    /// Those of a group.
     #[inline]
-    pub(super) fn of(&self, lead: Lead) -> &[u64] {
-        let (start, end) = self.ranges.get(lead as usize).copied().unwrap_or_default();
-        let range = usize::from(start)..usize::from(end);
-        self.hashes.get(range).unwrap_or_default()
+    pub(super) fn group(&self, number: usize) -> &[u64] {
+        match self.starts.get(number..number + 2) {
+            Some(&[start, end]) => self.hashes.get(usize::from(start)..usize::from(end)).unwrap_or_default(),
+            _ => &[],
+        }
     }
 }
 
-/// Two values together; in either order.
+/// Two values together: both are hashes already. The first is of the lesser kind.
 pub(super) const fn both(a: u64, b: u64) -> u64 {
-    mix(a ^ b, a.wrapping_add(b))
+    a ^ b.rotate_left(32)
 }
 
-/// The facts by which a condition can be found.
-pub(super) fn candidates(literal: &Literal) -> Vec<(Lead, u64)> {
-    let text = |lead: Lead, bytes: &[u8]| vec![(lead, hash::text::<false>(lead.seed(), bytes))];
+/// The facts by which a condition can be found: any of them.
+pub(super) fn keys(literal: &Literal) -> Vec<Key> {
+    let text = |lead: Lead, bytes: &[u8]| key(lead, 0, hash::text::<false>(lead.seed(), bytes));
     if literal.negated {
         return Vec::new();
     }
-    match &*literal.atom {
-        Atom::Sha256(sha256) => text(Lead::Sha256, sha256),
-        Atom::Certificate(CertificateField::Name, pattern) => {
-            match (pattern.literal(), label_suffix(pattern)) {
-                (Some(name), _) => vec![(Lead::Name, hash::text::<true>(Lead::Name.seed(), &name))],
-                (None, Some(end)) => vec![(Lead::NameEnd, hash::text::<true>(Lead::NameEnd.seed(), &end))],
-                (None, None) => Vec::new(),
-            }
-        }
+    let found = match &*literal.atom {
+        Atom::Sha256(sha256) => Some(text(Lead::Sha256, sha256)),
+        Atom::Certificate(CertificateField::Name, pattern) => match pattern.literal() {
+            Some(name) => Some(key(Lead::Name, 0, hash::text::<true>(Lead::Name.seed(), &name))),
+            None => label_suffix(pattern).map(|end| {
+                let hash = hash::text::<true>(Lead::NameEnd.seed(), &end);
+                key(Lead::NameEnd, count(&end, b'.'), hash)
+            }),
+        },
         Atom::Certificate(field, pattern) => {
             let lead = match field {
                 CertificateField::Group => Lead::Group,
@@ -155,45 +167,58 @@ pub(super) fn candidates(literal: &Literal) -> Vec<(Lead, u64)> {
                 CertificateField::User => Lead::User,
                 CertificateField::Issuer | CertificateField::Name => Lead::Issuer,
             };
-            pattern.literal().map_or_else(Vec::new, |value| text(lead, &value))
+            pattern.literal().map(|value| text(lead, &value))
         }
         Atom::Process(field, pattern) => match (field, pattern.literal()) {
-            (ProcessField::Exe, Some(path)) => text(Lead::Exe, &path),
-            (ProcessField::Exe, None) => {
-                folder_prefix(pattern).map_or_else(Vec::new, |f| text(Lead::Folder, &f))
-            }
-            (ProcessField::Group, Some(group)) => text(Lead::ProcessGroup, &group),
-            (ProcessField::Unit, Some(unit)) => text(Lead::ProcessUnit, &unit),
+            (ProcessField::Exe, Some(path)) => Some(text(Lead::Exe, &path)),
+            (ProcessField::Exe, None) => folder_prefix(pattern)
+                .map(|folder| Key { depth: count(&folder, b'/'), ..text(Lead::Folder, &folder) }),
+            (ProcessField::Group, Some(group)) => Some(text(Lead::ProcessGroup, &group)),
+            (ProcessField::Unit, Some(unit)) => Some(text(Lead::ProcessUnit, &unit)),
             (ProcessField::User, Some(user)) => {
-                let mut found = text(Lead::ProcessUser, &user);
-                let uid = view::number(pattern);
-                found.extend(uid.map(|uid| (Lead::ProcessUid, mix(Lead::ProcessUid.seed(), uid.into()))));
-                found
+                let name = text(Lead::ProcessUser, &user);
+                if let Some(uid) = view::number(pattern) {
+                    let uid = key(Lead::ProcessUid, 0, mix(Lead::ProcessUid.seed(), uid.into()));
+                    return vec![name, uid];
+                }
+                Some(name)
             }
-            _ => Vec::new(),
+            _ => None,
         },
-        Atom::Address(set) => prefixes(set).map(|(_, _, hash)| (Lead::Prefix, hash)).collect(),
-        Atom::Shown | Atom::Version(..) => Vec::new(),
-    }
+        Atom::Address(set) => return prefixes(set),
+        Atom::Shown | Atom::Version(..) => None,
+    };
+    Vec::from_iter(found)
 }
 
-/// The prefixes of a set: family, length and hash.
-fn prefixes(set: &AddressSet) -> impl Iterator<Item = (bool, u8, u64)> {
-    let v4 = set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high)).map(|net| {
-        let (address, length) = (u32::from(net.network()), net.prefix_len());
-        (false, length, address_hash(address.into(), length))
-    });
-    let v6 = set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high)).map(|net| {
-        let (address, length) = (u128::from(net.network()), net.prefix_len());
-        // Kept apart from IPv4 by the length.
-        (true, length, address_hash(address, length + 64))
-    });
-    v4.chain(v6)
+const fn key(lead: Lead, depth: u8, hash: u64) -> Key {
+    Key { lead, depth, hash }
 }
+
+/// How often a byte occurs; very many are as many as [`DEEPEST`].
+fn count(text: &[u8], byte: u8) -> u8 {
+    let count = text.iter().filter(|b| **b == byte).count();
+    u8::try_from(count).unwrap_or(DEEPEST).min(DEEPEST)
+}
+
+/// Depths of names and paths from here on are not told apart.
+const DEEPEST: u8 = 63;
+
+/// The prefixes of a set.
+fn prefixes(set: &AddressSet) -> Vec<Key> {
+    let v4 = set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high));
+    let v4 = v4.map(|net| (u128::from(u32::from(net.network())), net.prefix_len()));
+    let v6 = set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high));
+    let v6 = v6.map(|net| (u128::from(net.network()), net.prefix_len() + V6));
+    v4.chain(v6).map(|(address, depth)| key(Lead::Prefix, depth, address_hash(address, depth))).collect()
+}
+
+/// What is added to the length of prefixes of IPv6, to keep them apart from those of IPv4.
+const V6: u8 = 64;
 
 #[expect(clippy::cast_possible_truncation, reason = "the two halves of the address are wanted")]
-const fn address_hash(address: u128, length: u8) -> u64 {
-    mix(address as u64 ^ (length as u64) << 56, (address >> 64) as u64 ^ Lead::Prefix.seed())
+const fn address_hash(address: u128, depth: u8) -> u64 {
+    mix(address as u64 ^ (depth as u64) << 56, (address >> 64) as u64 ^ Lead::Prefix.seed())
 }
 
 /// An address cut to its first bits.
@@ -202,55 +227,61 @@ fn cut(address: u128, width: u8, length: u8) -> u128 {
     address.checked_shr(drop).and_then(|a| a.checked_shl(drop)).unwrap_or(0)
 }
 
-/// At which depths of names and paths, and for which lengths of prefixes, something is to be found;
-/// for one set of principals.
+/// Which facts are looked at, for one set of principals.
 #[derive(Debug, Default)]
 pub(super) struct Depths {
-    /// Facts that lead somewhere: those that do alone, then those that do with another.
-    leads: Vec<Lead>,
-    single: usize,
-    labels: u64,
-    slashes: u64,
+    /// First those that lead somewhere alone, last those that only do so with another.
+    groups: Vec<Group>,
+    /// How many groups have facts that lead somewhere alone.
+    alone: usize,
+    /// Groups whose facts lead somewhere together.
+    pairs: Vec<(usize, usize)>,
+}
+
+/// Facts of one kind at some depths.
+#[derive(Debug)]
+struct Group {
+    lead: Lead,
+    /// Of names and paths: a bit for each depth.
+    levels: u64,
+    /// Of addresses: the lengths of prefixes.
     v4: Vec<u8>,
     v6: Vec<u8>,
 }
 
 impl Depths {
-    pub(super) fn new(single: u32, paired: u32, atoms: impl Iterator<Item = Arc<Atom>>) -> Self {
-        let of = |bits: u32| ALL.into_iter().filter(move |lead| bits & lead.bit() != 0);
-        let leads: Vec<Lead> = of(single).chain(of(paired & !single)).collect();
-        let mut depths = Self { leads, single: of(single).count(), ..Self::default() };
-        let mut lengths = BTreeSet::new();
-        for atom in atoms {
-            depths.add(&atom, &mut lengths);
+    pub(super) fn new(uses: &UsesOf) -> Self {
+        let mut depths = Self::default();
+        let mut first_paired = 0;
+        for part in [(true, false), (true, true), (false, true)] {
+            let keys = uses.by_depth.iter().filter(|(_, used)| **used == part);
+            let keys: Vec<(Lead, u8)> = keys.map(|(key, _)| *key).collect();
+            depths.groups.extend(keys.chunk_by(|a, b| a.0 == b.0).filter_map(Group::new));
+            match part {
+                (true, false) => first_paired = depths.groups.len(),
+                (true, true) => depths.alone = depths.groups.len(),
+                _ => {}
+            }
         }
-        for (v6, length) in lengths {
-            if v6 { depths.v6.push(length) } else { depths.v4.push(length) }
-        }
+        let of = |lead: Lead| {
+            let groups = depths.groups.iter().enumerate().skip(first_paired);
+            groups.filter(move |(_, group)| group.lead == lead).map(|(number, _)| number)
+        };
+        let all = uses
+            .pairs
+            .iter()
+            .flat_map(|(a, b)| of(*a).flat_map(|left| of(*b).map(move |right| (left, right))));
+        depths.pairs = all.collect();
         depths
     }
 
-    fn add(&mut self, atom: &Atom, lengths: &mut BTreeSet<(bool, u8)>) {
-        match atom {
-            Atom::Certificate(CertificateField::Name, pattern) => {
-                if let Some(end) = label_suffix(pattern) {
-                    let dots = end.iter().filter(|b| **b == b'.').count();
-                    self.labels |= 1_u64.checked_shl(to_u32(dots)).unwrap_or(1 << 63);
-                }
-            }
-            Atom::Process(ProcessField::Exe, pattern) => {
-                if let Some(folder) = folder_prefix(pattern) {
-                    let slashes = folder.iter().filter(|b| **b == b'/').count();
-                    self.slashes |= 1_u64.checked_shl(to_u32(slashes)).unwrap_or(1 << 63);
-                }
-            }
-            Atom::Address(set) => lengths.extend(prefixes(set).map(|(v6, length, _)| (v6, length))),
-            _ => {}
-        }
+    pub(super) const fn nothing(&self) -> bool {
+        self.groups.is_empty()
     }
 
-    pub(super) const fn nothing(&self) -> bool {
-        self.leads.is_empty()
+    /// Groups whose facts lead somewhere together.
+    pub(super) fn pairs(&self) -> &[(usize, usize)] {
+        &self.pairs
     }
 
     /// The hashes of what is known of a party, as far as they may lead somewhere.
@@ -263,34 +294,54 @@ impl Depths {
         // What a certificate says of its process counts where nothing nearer does.
         let remote = view.far && !view.no_process && matches!(view.process, ProcessFact::Unknown);
         let attested = certificate.filter(|_| remote);
-        // At most 128, so they fit.
-        let count = |values: &Values| u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
-        for (n, lead) in self.leads.iter().enumerate() {
-            if n == self.single {
-                values.single = count(values);
-            }
-            let start = count(values);
-            match lead {
-                Lead::Prefix => self.address(view, values)?,
-                Lead::Exe | Lead::Folder | Lead::Sha256 => self.executable(*lead, view, attested, values)?,
+        for (number, group) in self.groups.iter().enumerate() {
+            match group.lead {
+                Lead::Prefix => group.address(view, values)?,
+                Lead::Exe | Lead::Folder | Lead::Sha256 => group.executable(view, attested, values)?,
                 Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
-                    process(*lead, view, attested, values)?;
+                    process(group.lead, view, attested, values)?;
                 }
-                lead => {
+                _ => {
                     if let Some(facts) = certificate {
-                        self.certificate(*lead, facts, values)?;
+                        group.certificate(facts, values)?;
                     }
                 }
             }
-            let end = count(values);
-            if let Some(slot) = values.ranges.get_mut(*lead as usize) {
-                *slot = (start, end);
+            // At most 128, so it fits.
+            let end = u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
+            if let Some(start) = values.starts.get_mut(number + 1) {
+                *start = end;
+            }
+            if number + 1 == self.alone {
+                values.alone = values.hashes.len();
             }
         }
-        if self.single == self.leads.len() {
-            values.single = count(values);
-        }
         Ok(())
+    }
+}
+
+impl Group {
+    /// Of keys of one kind.
+    fn new(keys: &[(Lead, u8)]) -> Option<Self> {
+        let (lead, _) = *keys.first()?;
+        let mut group = Self { lead, levels: 0, v4: Vec::new(), v6: Vec::new() };
+        for (_, depth) in keys {
+            match (lead, depth.checked_sub(V6)) {
+                (Lead::Prefix, None) => group.v4.push(*depth),
+                (Lead::Prefix, Some(length)) => group.v6.push(length),
+                _ => group.levels |= 1 << depth.min(&DEEPEST),
+            }
+        }
+        Some(group)
+    }
+
+    const fn has_level(&self, depth: u32) -> bool {
+        self.levels >> (if depth < DEEPEST as u32 { depth } else { DEEPEST as u32 }) & 1 == 1
+    }
+
+    /// Whether nothing is to be found from this depth on.
+    const fn ends_before(&self, depth: u32) -> bool {
+        depth < DEEPEST as u32 && self.levels >> depth == 0
     }
 
     fn address(&self, view: &View<'_>, values: &mut Values) -> Result<(), TooMany> {
@@ -302,7 +353,7 @@ impl Depths {
             }
             Address::V6(v6) => {
                 for length in &self.v6 {
-                    values.push(address_hash(cut(v6, 128, *length), *length + 64))?;
+                    values.push(address_hash(cut(v6, 128, *length), *length + V6))?;
                 }
             }
             Address::Unknown | Address::Absent => {}
@@ -310,7 +361,8 @@ impl Depths {
         Ok(())
     }
 
-    fn certificate(&self, lead: Lead, facts: &CertificateFacts, values: &mut Values) -> Result<(), TooMany> {
+    fn certificate(&self, facts: &CertificateFacts, values: &mut Values) -> Result<(), TooMany> {
+        let lead = self.lead;
         let one = match lead {
             Lead::Name | Lead::NameEnd => {
                 for name in &facts.names {
@@ -335,17 +387,17 @@ impl Depths {
     }
 
     fn name_ends(&self, name: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let (mut dots, most) = (0, 64 - self.labels.leading_zeros());
+        let mut dots = 0;
         let mut rest = name;
         while let Some(at) = rest.iter().rposition(|byte| *byte == b'.') {
             rest = rest.get(..at).unwrap_or_default();
-            // What lies behind this dot has `dots` dots in it; very many share the last bit.
-            if self.labels >> dots.min(63) & 1 == 1 {
-                values
-                    .push(hash::text::<true>(Lead::NameEnd.seed(), name.get(at + 1..).unwrap_or_default()))?;
+            // What lies behind this dot has `dots` dots in it.
+            if self.has_level(dots) {
+                let end = name.get(at + 1..).unwrap_or_default();
+                values.push(hash::text::<true>(Lead::NameEnd.seed(), end))?;
             }
             dots += 1;
-            if dots >= most && most < 64 {
+            if self.ends_before(dots) {
                 break;
             }
         }
@@ -354,7 +406,6 @@ impl Depths {
 
     fn executable(
         &self,
-        lead: Lead,
         view: &View<'_>,
         attested: Option<&CertificateFacts>,
         values: &mut Values,
@@ -368,25 +419,26 @@ impl Depths {
             (_, Some(facts)) => (facts.exe.as_ref(), facts.sha256.as_ref()),
             _ => return Ok(()),
         };
-        match (lead, path, sha256) {
-            (Lead::Exe, Some(path), _) => values.text(lead, path),
+        match (self.lead, path, sha256) {
+            (Lead::Exe, Some(path), _) => values.text(Lead::Exe, path),
             (Lead::Folder, Some(path), _) => self.folders(path.as_bytes(), values),
-            (Lead::Sha256, _, Some(sha256)) => values.push(hash::text::<false>(lead.seed(), sha256)),
+            (Lead::Sha256, _, Some(sha256)) => values.push(hash::text::<false>(Lead::Sha256.seed(), sha256)),
             _ => Ok(()),
         }
     }
 
     fn folders(&self, path: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let (mut slashes, most) = (0, 64 - self.slashes.leading_zeros());
+        let mut slashes = 0;
         for (at, byte) in path.iter().enumerate() {
             if *byte != b'/' {
                 continue;
             }
             slashes += 1;
-            if self.slashes >> slashes.min(63) & 1 == 1 {
-                values.push(hash::text::<false>(Lead::Folder.seed(), path.get(..=at).unwrap_or_default()))?;
+            if self.has_level(slashes) {
+                let folder = path.get(..=at).unwrap_or_default();
+                values.push(hash::text::<false>(Lead::Folder.seed(), folder))?;
             }
-            if slashes >= most && most < 64 {
+            if self.ends_before(slashes + 1) {
                 break;
             }
         }

@@ -18,22 +18,35 @@ pub(super) const PRINCIPALS: [&str; 4] = ["x509", "IPv4", "IPv6", "process"];
 
 impl Parser<'_> {
     pub(super) fn expr(&mut self) -> Parsed<Expr> {
-        let mut list = vec![self.conjunction()?];
-        while self.accept(Kind::Or).is_some() {
-            list.push(self.conjunction()?);
-        }
+        let first = self.conjunction()?;
+        let expr = self.joined(first, Kind::Or, Self::conjunction, Expr::Or)?;
         if let word @ ("and" | "or") = self.word() {
             return self.lost(written(word, self.peek().span));
         }
-        Ok(if list.len() == 1 { list.remove(0) } else { Expr::Or(list) })
+        Ok(expr)
     }
 
     fn conjunction(&mut self) -> Parsed<Expr> {
-        let mut list = vec![self.unary()?];
-        while self.accept(Kind::And).is_some() {
-            list.push(self.unary()?);
+        let first = self.unary()?;
+        self.joined(first, Kind::And, Self::unary, Expr::And)
+    }
+
+    /// One operand, and as many more as there are signs between them.
+    fn joined(
+        &mut self,
+        first: Expr,
+        sign: Kind,
+        operand: impl Fn(&mut Self) -> Parsed<Expr>,
+        whole: impl FnOnce(Vec<Expr>) -> Expr,
+    ) -> Parsed<Expr> {
+        if self.peek().kind != sign {
+            return Ok(first);
         }
-        Ok(if list.len() == 1 { list.remove(0) } else { Expr::And(list) })
+        let mut list = vec![first];
+        while self.accept(sign).is_some() {
+            list.push(operand(self)?);
+        }
+        Ok(whole(list))
     }
 
     fn unary(&mut self) -> Parsed<Expr> {
@@ -145,7 +158,7 @@ impl Parser<'_> {
 
     fn addresses(&mut self, v6: bool, start: Span) -> Parsed<Expr> {
         self.expect(Kind::BraceOpen, "after the principal")?;
-        let mut words = Vec::new();
+        let mut words = Vec::with_capacity(1);
         loop {
             if let Some(close) = self.accept(Kind::BraceClose) {
                 return Ok(Expr::Addresses { v6, words, span: start.to(close.span) });
@@ -166,9 +179,11 @@ impl Parser<'_> {
 
     fn attributes(&mut self, process: bool, start: Span) -> Parsed<Expr> {
         self.expect(Kind::BraceOpen, "after the principal")?;
-        let mut list = Vec::new();
+        let mut list = Vec::with_capacity(1);
         loop {
             if let Some(close) = self.accept(Kind::BraceClose) {
+                // There are a hundred thousand of these, and room for four where two are.
+                list.shrink_to_fit();
                 return Ok(Expr::Attributes { process, list, span: start.to(close.span) });
             }
             list.extend(self.attribute()?);
