@@ -100,6 +100,7 @@ fn datagrams_are_judged_by_their_address_connected_or_not() {
             cage.granted(&[host(Op::Send, Protocol::UDP, to)], || sendto(fresh(), 0, &Sockaddr::new(to))),
             0
         );
+        socket_in.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
         assert_eq!(socket_in.recv(&mut byte).unwrap(), 1);
         // Connected to what was granted, then aimed elsewhere.
         let aim = || {

@@ -301,7 +301,8 @@ fn fragment(key: ProcessKey, of: &ProcessFacts) -> String {
 mod tests {
     use std::{
         fs,
-        process::{Child, Command},
+        io::Write as _,
+        process::{Child, Command, Stdio},
     };
 
     use std::os::fd::AsFd;
@@ -309,8 +310,24 @@ mod tests {
     use super::*;
     use crate::sys::pidfd_open;
 
+    /// A process that is what it was started for: `spawn` returns in the midst of its execve(2).
     fn sleeper(program: &std::path::Path) -> Child {
-        Command::new(program).arg("60").spawn().unwrap()
+        let child = Command::new(program).arg("60").spawn().unwrap();
+        until_it_runs(&child, program.file_name().unwrap().to_str().unwrap());
+        child
+    }
+
+    fn until_it_runs(child: &Child, name: &str) {
+        let line = || fs::read_to_string(format!("/proc/{}/cmdline", child.id())).unwrap();
+        while !line().split('\0').next().unwrap().ends_with(name) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// By another process: a child of another test's thread would inherit what is open for writing here, and what is
+    /// cannot be run.
+    fn copy(program: &std::path::Path) {
+        assert!(Command::new("cp").arg("/bin/sleep").arg(program).status().unwrap().success());
     }
 
     fn look(inspector: &mut Inspector, child: &Child) -> Context {
@@ -336,16 +353,15 @@ mod tests {
     fn an_upgraded_program_keeps_its_name_and_is_told_apart_by_hash() {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("daemon");
-        fs::copy("/bin/sleep", &program).unwrap();
+        copy(&program);
         let mut inspector = Inspector::default();
         let mut old = sleeper(&program);
         let before = look(&mut inspector, &old);
         fs::rename(&program, folder.path().join("old")).unwrap();
         fs::remove_file(folder.path().join("old")).unwrap();
-        let mut bytes = fs::read("/bin/sleep").unwrap();
-        bytes.push(0);
-        fs::copy("/bin/sleep", &program).unwrap();
-        fs::write(&program, bytes).unwrap();
+        copy(&program);
+        let one_more = "echo >>\"$0\"";
+        assert!(Command::new("sh").args(["-c", one_more]).arg(&program).status().unwrap().success());
         let after = look(&mut inspector, &old);
         // Renamed before it was unlinked, so the kernel now tells another path.
         assert_eq!((after.exe(), after.sha256()), (None, before.sha256()));
@@ -365,12 +381,15 @@ mod tests {
 
     #[test]
     fn an_exec_is_noticed() {
-        let mut child = Command::new("/bin/sh").args(["-c", "sleep 0.2; exec sleep 60"]).spawn().unwrap();
+        let mut shell = Command::new("/bin/sh");
+        let mut child = shell.args(["-c", "read x; exec sleep 60"]).stdin(Stdio::piped()).spawn().unwrap();
+        until_it_runs(&child, "/bin/sh");
         let at = ProcDir::open(child.id().cast_signed()).unwrap();
         let mut inspector = Inspector::default();
         let before = look(&mut inspector, &child);
         assert!(Inspector::is_current(&before, &at));
-        std::thread::sleep(Duration::from_millis(600));
+        child.stdin.take().unwrap().write_all(b"\n").unwrap();
+        until_it_runs(&child, "sleep");
         assert!(!Inspector::is_current(&before, &at));
         child.kill().unwrap();
         child.wait().unwrap();

@@ -73,11 +73,9 @@ fn in_the_daemons_namespace_the_kernel_destroys() {
     let mut keyd = Daemon::start();
     for at in ["127.0.0.1:0", "[fd00::1]:0", "[::ffff:127.0.0.1]:0"] {
         let (mut near, mut far) = pair(at);
-        let begun = Instant::now();
         assert_eq!(keyd.cut(&nothing(), Some(near.as_fd())), Ok(CutBy::Destroy as u32), "{at}");
         assert_eq!(near.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionAborted);
         assert_eq!(far.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-        assert!(begun.elapsed() < Duration::from_millis(100));
         assert_eq!(keyd.cut(&nothing(), Some(near.as_fd())), Ok(CutBy::Gone as u32));
     }
 }
@@ -111,11 +109,9 @@ fn in_another_namespace_the_descriptor_serves() {
         move || near.read(&mut [0; 8]).map_err(|e| e.raw_os_error())
     });
     std::thread::sleep(Duration::from_millis(100));
-    let begun = Instant::now();
     let by = keyd.cut(&nothing(), Some(near.as_fd())).unwrap();
     let far_sees = far.read(&mut [0; 8]);
     let woke = reader.join().unwrap();
-    assert!(begun.elapsed() < Duration::from_millis(100));
     assert_eq!(by, CutBy::Disconnect as u32);
     assert_eq!(far_sees.unwrap_err().kind(), ErrorKind::ConnectionReset);
     assert!(!matches!(woke, Ok(1..)), "{woke:?}");
@@ -140,12 +136,9 @@ fn a_connection_attempt_is_cut() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     keyd.filter(&listener, 1, &[]).unwrap();
     let to = listener.local_addr().unwrap();
-    let client = std::thread::spawn(move || TcpStream::connect_timeout(&to, Duration::from_secs(9)));
-    std::thread::sleep(Duration::from_millis(100));
-    drop(listener);
+    let client = std::thread::spawn(move || TcpStream::connect_timeout(&to, common::PATIENCE));
     // The socket is not at hand: cookie 0 is whoever has the two addresses.
-    keyd.wait_for_strangers(1, Duration::from_secs(1));
-    let seen = keyd.strangers[0];
+    let seen = keyd.strangers(1)[0];
     let flow = Flow { local: seen.source, remote: seen.destination, protocol: 6, ..nothing() };
     assert_eq!(keyd.cut(&flow, None), Ok(CutBy::Destroy as u32));
     assert_eq!(client.join().unwrap().unwrap_err().kind(), ErrorKind::ConnectionAborted);

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Daemon, net, own_network};
+use common::{Daemon, PATIENCE, net, own_network};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket, sockopt,
 };
@@ -20,27 +20,34 @@ use portcullis_wire::keyd::{Kind, Net};
 
 const SOON: Duration = Duration::from_millis(400);
 
-/// Connects from `source`; a SYN that nobody answers is `TimedOut` after [`SOON`].
+/// Connects from `source`, which may take a while where the machine has other things to do.
 fn connect_from(source: &str, to: SocketAddr) -> io::Result<TcpStream> {
-    connect_from_port(SocketAddr::new(source.parse().unwrap(), 0), to)
+    connect_from_port(SocketAddr::new(source.parse().unwrap(), 0), to, PATIENCE)
 }
 
-fn connect_from_port(source: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+/// Whether nobody answers a SYN from `source`.
+fn is_filtered(source: &str, to: SocketAddr) -> bool {
+    is_filtered_from_port(SocketAddr::new(source.parse().unwrap(), 0), to)
+}
+
+fn is_filtered_from_port(source: SocketAddr, to: SocketAddr) -> bool {
+    matches!(connect_from_port(source, to, SOON), Err(e) if e.kind() == io::ErrorKind::TimedOut)
+}
+
+fn connect_from_port(source: SocketAddr, to: SocketAddr, within: Duration) -> io::Result<TcpStream> {
     let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&fd, sockopt::ReuseAddr, &true)?;
     bind(fd.as_raw_fd(), &SockaddrStorage::from(source))?;
-    let timeout = nix::sys::time::TimeVal::new(0, 400_000);
+    let timeout = <nix::sys::time::TimeVal as nix::sys::time::TimeValLike>::milliseconds(
+        i64::try_from(within.as_millis()).unwrap(),
+    );
     setsockopt(&fd, sockopt::SendTimeout, &timeout)?;
     match connect(fd.as_raw_fd(), &SockaddrStorage::from(to)) {
         Ok(()) => Ok(TcpStream::from(fd)),
         Err(nix::Error::EINPROGRESS) => Err(io::ErrorKind::TimedOut.into()),
         Err(e) => Err(e.into()),
     }
-}
-
-fn is_filtered(result: &io::Result<TcpStream>) -> bool {
-    matches!(result, Err(e) if e.kind() == io::ErrorKind::TimedOut)
 }
 
 fn loopback(listener: &TcpListener, ip: &str) -> SocketAddr {
@@ -58,7 +65,8 @@ fn a_stranger_gets_no_syn_ack_and_is_reported_once() {
     keyd.filter(&listener, 77, &[net("127.0.0.2/32")]).unwrap();
     assert!(connect_from("127.0.0.2", to).is_ok());
     let source = SocketAddr::new("127.0.0.3".parse().unwrap(), 40_001);
-    let before = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let before = now();
     {
         // Long enough for the SYN to be sent again.
         let socket = socket(
@@ -70,6 +78,7 @@ fn a_stranger_gets_no_syn_ack_and_is_reported_once() {
         .unwrap();
         bind(socket.as_raw_fd(), &SockaddrStorage::from(source)).unwrap();
         let _ = connect(socket.as_raw_fd(), &SockaddrStorage::from(to));
+        keyd.strangers(1);
         keyd.wait_for_strangers(2, Duration::from_millis(3500));
         assert!(nix::sys::socket::getpeername::<SockaddrStorage>(socket.as_raw_fd()).is_err());
     }
@@ -77,8 +86,9 @@ fn a_stranger_gets_no_syn_ack_and_is_reported_once() {
     assert_eq!(stranger.source.socket_addr(), Some(source));
     assert_eq!(stranger.destination.socket_addr(), Some(to));
     assert_eq!((stranger.protocol, stranger.tag, stranger.missed), (6, 77, 0));
-    let age = Duration::from_nanos(stranger.time).abs_diff(before);
-    assert!(age < Duration::from_millis(500), "{age:?}");
+    // The kernel's clock is translated; what is lost on the way is little.
+    let (time, little) = (Duration::from_nanos(stranger.time), Duration::from_millis(500));
+    assert!(time > before - little && time < now() + little, "{time:?}");
 }
 
 #[test]
@@ -89,21 +99,21 @@ fn a_list_is_exchanged_while_listening_and_cannot_be_taken_off() {
     let to = listener.local_addr().unwrap();
     let handle = keyd.filter(&listener, 1, &[net("127.0.0.2/32")]).unwrap();
     assert!(connect_from("127.0.0.2", to).is_ok());
-    assert!(is_filtered(&connect_from("127.0.0.3", to)));
+    assert!(is_filtered("127.0.0.3", to));
 
     assert_eq!(keyd.refill(&handle, &[net("127.0.0.3/32"), net("127.0.1.0/24")]), 0);
-    assert!(is_filtered(&connect_from("127.0.0.2", to)));
+    assert!(is_filtered("127.0.0.2", to));
     assert!(connect_from("127.0.0.3", to).is_ok());
     assert!(connect_from("127.0.1.77", to).is_ok());
 
     assert!(detach(&listener).is_err(), "locked, even against root");
     assert_eq!(keyd.filter(&listener, 1, &[]).unwrap_err(), libc::EALREADY);
-    assert!(is_filtered(&connect_from("127.0.0.2", to)));
+    assert!(is_filtered("127.0.0.2", to));
 
     assert_eq!(keyd.refill(&handle, &Net::everyone()), 0);
     assert!(connect_from("127.0.0.2", to).is_ok());
     assert_eq!(keyd.refill(&handle, &[]), 0);
-    assert!(is_filtered(&connect_from("127.0.0.2", to)));
+    assert!(is_filtered("127.0.0.2", to));
 
     let plain = TcpListener::bind("127.0.0.1:0").unwrap();
     assert_eq!(detach(&plain).unwrap_err(), libc::ENOENT, "a socket without a filter may be asked");
@@ -134,7 +144,7 @@ fn the_longest_prefix_decides_and_a_hole_is_a_longer_one() {
     let nets = [net("127.0.0.0/8"), net("127.0.5.0/24").refused(), net("127.0.5.9/32")];
     keyd.filter(&listener, 1, &nets).unwrap();
     assert!(connect_from("127.0.4.1", to).is_ok());
-    assert!(is_filtered(&connect_from("127.0.5.1", to)));
+    assert!(is_filtered("127.0.5.1", to));
     assert!(connect_from("127.0.5.9", to).is_ok());
 }
 
@@ -147,12 +157,12 @@ fn source_ports_decide_within_a_prefix() {
     let one = net("127.0.0.2/32");
     let nets = [one.ports(20, 20), one.ports(5000, 5002)];
     keyd.filter(&listener, 1, &nets).unwrap();
-    let from = |port| connect_from_port(SocketAddr::new("127.0.0.2".parse().unwrap(), port), to);
+    let at = |port| SocketAddr::new("127.0.0.2".parse().unwrap(), port);
     for passes in [20, 5000, 5001, 5002] {
-        assert!(from(passes).is_ok(), "{passes}");
+        assert!(connect_from_port(at(passes), to, PATIENCE).is_ok(), "{passes}");
     }
     for dropped in [21, 19, 4999, 5003] {
-        assert!(is_filtered(&from(dropped)), "{dropped}");
+        assert!(is_filtered_from_port(at(dropped), to), "{dropped}");
     }
     let five = [one.ports(1, 1), one.ports(2, 2), one.ports(3, 3), one.ports(4, 4), one.ports(5, 5)];
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -169,16 +179,16 @@ fn ipv6_and_dual_stack_listeners_tell_the_families_apart() {
     assert!(connect_from("fd00::3", six).is_ok() && connect_from("127.0.0.3", four).is_ok());
     let handle = keyd.filter(&dual, 6, &[net("fd00::2/128"), net("127.0.0.2/32")]).unwrap();
     assert!(connect_from("fd00::2", six).is_ok() && connect_from("127.0.0.2", four).is_ok());
-    assert!(is_filtered(&connect_from("fd00::3", six)) && is_filtered(&connect_from("127.0.0.3", four)));
-    keyd.wait_for_strangers(2, Duration::from_secs(1));
+    assert!(is_filtered("fd00::3", six) && is_filtered("127.0.0.3", four));
+    keyd.strangers(2);
     let sources: Vec<_> = keyd.strangers.iter().filter_map(|s| Some(s.source.ip()?.to_string())).collect();
     assert_eq!(sources, ["fd00::3", "127.0.0.3"]);
 
     assert_eq!(keyd.refill(&handle, &[net("::/0")]), 0);
     assert!(connect_from("fd00::3", six).is_ok(), "all of IPv6");
-    assert!(is_filtered(&connect_from("127.0.0.2", four)), "and nothing of IPv4");
+    assert!(is_filtered("127.0.0.2", four), "and nothing of IPv4");
     assert_eq!(keyd.refill(&handle, &[net("0.0.0.0/0")]), 0);
-    assert!(is_filtered(&connect_from("fd00::3", six)));
+    assert!(is_filtered("fd00::3", six));
     assert!(connect_from("127.0.0.3", four).is_ok());
 }
 
@@ -191,7 +201,7 @@ fn a_hundred_thousand_prefixes_are_one_list() {
     let mut nets: Vec<_> =
         (0..100_000_u32).map(|i| Net::new(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + i * 64)), 27)).collect();
     let handle = keyd.filter(&listener, 1, &nets).unwrap();
-    assert!(is_filtered(&connect_from("127.0.0.2", to)));
+    assert!(is_filtered("127.0.0.2", to));
     nets.push(net("127.0.0.2/32"));
     assert_eq!(keyd.refill(&handle, &nets), 0);
     assert!(connect_from("127.0.0.2", to).is_ok());
@@ -224,7 +234,7 @@ fn datagrams_are_filtered_and_reported_likewise() {
     own_network(&[]);
     let mut keyd = Daemon::start();
     let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
-    receiver.set_read_timeout(Some(SOON)).unwrap();
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
     let to = receiver.local_addr().unwrap();
     let (friend, stranger) =
         (UdpSocket::bind("127.0.0.2:53").unwrap(), UdpSocket::bind("127.0.0.3:0").unwrap());
@@ -235,9 +245,12 @@ fn datagrams_are_filtered_and_reported_likewise() {
     for _ in 0..3 {
         stranger.send_to(b"after", to).unwrap();
     }
+    receiver.set_read_timeout(Some(SOON)).unwrap();
     assert!(receiver.recv(&mut buffer).is_err());
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
     friend.send_to(b"answer", to).unwrap();
     assert_eq!(receiver.recv(&mut buffer).unwrap(), 6);
+    keyd.strangers(1);
     keyd.wait_for_strangers(2, SOON);
     let [one] = keyd.strangers.as_slice() else { panic!("{:?}", keyd.strangers) };
     assert_eq!((one.protocol, one.source.socket_addr()), (17, stranger.local_addr().ok()));
@@ -255,11 +268,15 @@ fn a_flood_is_bounded_and_what_was_not_reported_is_counted() {
         let source = Ipv4Addr::from(0x7f01_0000 + i);
         UdpSocket::bind((source, 0)).unwrap().send_to(b"x", to).unwrap();
     }
-    let seconds = begun.elapsed().as_secs() + 2;
-    keyd.wait_for_strangers(usize::MAX, Duration::from_secs(3));
-    let reported = keyd.strangers.iter().filter(|s| s.time != 0).count() as u64;
-    let missed: u64 = keyd.strangers.iter().map(|s| s.missed).sum();
+    let end = Instant::now() + PATIENCE;
+    let (mut reported, mut missed) = (0, 0);
+    while reported + missed < 3000 && Instant::now() < end {
+        keyd.wait_for_strangers(keyd.strangers.len() + 1, Duration::from_secs(1));
+        reported = keyd.strangers.iter().filter(|s| s.time != 0).count() as u64;
+        missed = keyd.strangers.iter().map(|s| s.missed).sum();
+    }
     assert_eq!(reported + missed, 3000);
+    let seconds = begun.elapsed().as_secs() + 2;
     assert!((200..=200 * seconds).contains(&reported), "{reported} in {seconds} s");
 }
 
@@ -272,18 +289,16 @@ fn a_restarted_daemon_hears_of_strangers_to_filters_of_the_old_one() {
     let to = listener.local_addr().unwrap();
     let handle = old.filter(&listener, 5, &[net("127.0.0.2/32")]).unwrap();
     drop(old);
-    assert!(is_filtered(&connect_from("127.0.0.3", to)), "a filter outlives its daemon");
+    assert!(is_filtered("127.0.0.3", to), "a filter outlives its daemon");
 
     let mut new = Daemon::silent();
     let borrowed: Vec<_> = kept.iter().map(AsFd::as_fd).collect();
     new.ask(Kind::Hello, 0, 0, &[], &borrowed).unwrap();
-    new.wait_for_strangers(1, SOON);
-    assert_eq!(new.strangers.len(), 1, "dropped while there was no daemon");
+    assert_eq!(new.strangers(1).len(), 1, "dropped while there was no daemon");
     assert_eq!(new.refill(&handle, &[net("127.0.0.3/32")]), 0);
     assert!(connect_from("127.0.0.3", to).is_ok());
-    assert!(is_filtered(&connect_from("127.0.0.2", to)));
-    new.wait_for_strangers(2, SOON);
-    assert_eq!(new.strangers.last().unwrap().source.ip(), Some("127.0.0.2".parse().unwrap()));
+    assert!(is_filtered("127.0.0.2", to));
+    assert_eq!(new.strangers(2).last().unwrap().source.ip(), Some("127.0.0.2".parse().unwrap()));
 }
 
 #[test]

@@ -292,7 +292,7 @@ fn honest_programs_are_served_while_others_attack() {
     });
     let (made, bombs) = (made.into_inner(), bombs.into_inner());
     assert!(made > OPEN && bombs > 10, "{made} attacks, {bombs} bombs");
-    assert!(served >= HONEST * 99 / 100, "{served} of {HONEST}, the slowest after {slowest:?}");
+    assert!(served >= HONEST * 95 / 100, "{served} of {HONEST}, the slowest after {slowest:?}");
     let grown = largest.saturating_sub(idle.0);
     assert!(grown < 64 << 10, "{grown} KiB more than {} at rest", idle.0);
     // Nothing stays.

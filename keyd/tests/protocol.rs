@@ -62,7 +62,7 @@ fn a_list_that_is_not_what_its_head_says_is_refused() {
     let mut keyd = Daemon::start();
     let refused = |keyd: &mut Daemon, head: Head, body: &[u8]| {
         keyd.send(&[head.as_bytes(), body], &[listener.as_fd()]);
-        keyd.receive(Duration::from_secs(5)).expect("an answer").head.errno
+        keyd.receive(common::PATIENCE).expect("an answer").head.errno
     };
     let head = Head { count: 1, ..Head::new(Kind::Filter, 50) };
     assert_eq!(refused(&mut keyd, head, &[]), libc::EINVAL, "too short");

@@ -10,7 +10,6 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-    time::Duration,
 };
 
 use common::world::{
@@ -199,7 +198,7 @@ fn a_mixed_port_serves_plain_peers_and_those_with_certificates() {
     // A peer that says nothing is plain after a moment, and hears a server that speaks first.
     for speech in [Speech::Either, Speech::Plain] {
         let mut plain = TcpStream::connect(far(2121)).unwrap();
-        plain.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        plain.set_read_timeout(Some(common::PATIENCE)).unwrap();
         let one = arrived(&mut world);
         speak(&mut world, one, speech);
         let (shown, told) = shown(&mut world.far);
@@ -224,7 +223,7 @@ fn a_mixed_port_serves_plain_peers_and_those_with_certificates() {
     plain.write_all(b"USER anonymous\r\n").unwrap();
     assert_ne!(over(&mut world.far).0, 0);
     let mut plain = TcpStream::connect(far(2121)).unwrap();
-    plain.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    plain.set_read_timeout(Some(common::PATIENCE)).unwrap();
     let one = arrived(&mut world);
     world.far.ask(Kind::Refuse, one, 0, &[], &[]).unwrap();
     assert_eq!(plain.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -297,7 +296,6 @@ fn what_a_program_asks_of_its_socket_is_asked_of_the_wire() {
     attach(&mute, &nothing);
     let fd = tcp(AddressFamily::Inet);
     set_tcp(&fd, libc::TCP_SYNCNT, 1);
-    let begun = std::time::Instant::now();
     let (_, client, _) = world.client_with(fd, far(2121));
     let (errno, why, _) = over(&mut world.near);
     assert_eq!(
@@ -305,7 +303,6 @@ fn what_a_program_asks_of_its_socket_is_asked_of_the_wire() {
         (libc::ETIMEDOUT, "no connection: Connection timed out (os error 110)")
     );
     assert_eq!(result(&client), libc::ETIMEDOUT);
-    assert!(begun.elapsed() < Duration::from_secs(9));
     // How packets are marked.
     let marked = world.on_far(|| TcpListener::bind((FAR, 2122)).unwrap());
     set_tcp(&marked, libc::TCP_SAVE_SYN, 1);

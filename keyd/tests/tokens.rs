@@ -14,7 +14,7 @@ use std::{
 };
 
 use common::{
-    Daemon,
+    Daemon, PATIENCE,
     world::{FAR, NEAR, PROCESS, World, admit, blocking, far, open, over, placed, raw, result, serve, shown},
 };
 use nix::{
@@ -70,7 +70,7 @@ fn two_programs_talk_and_each_is_named_to_the_other() {
 
     // The listener's end closes the port.
     drop(listener);
-    let end = Instant::now() + Duration::from_secs(2);
+    let end = Instant::now() + PATIENCE;
     while TcpStream::connect(far(2121)).is_ok() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -85,10 +85,8 @@ fn the_far_sides_failure_is_the_programs_errno() {
     let (_, client, _) = world.client(far(9));
     assert_eq!(result(&client), libc::ECONNREFUSED, "nobody listens");
     assert_eq!(over(&mut world.near).0, libc::ECONNREFUSED);
-    let begun = Instant::now();
     let (_, client, _) = world.client("10.99.0.77:9".parse().unwrap());
     assert_eq!(result(&client), libc::EHOSTUNREACH, "nobody has the address");
-    assert!(begun.elapsed() < Duration::from_secs(4));
     let fd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
     assert_eq!(open(&mut world.near, &fd, "192.0.2.1:9".parse().unwrap()).unwrap_err(), libc::ENETUNREACH);
     // A peer that speaks no TLS.
@@ -132,7 +130,7 @@ fn who_is_not_admitted_gets_nothing() {
     // Nobody in plain, and nobody past the door.
     let mut plain = TcpStream::connect(far(2121)).unwrap();
     plain.write_all(b"USER anonymous\r\n\r\n").unwrap();
-    plain.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    plain.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = Vec::new();
     let _ = plain.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"220"), "at most an alert");
@@ -232,7 +230,7 @@ fn many_at_once_are_all_served_through_a_short_backlog() {
     listener.set_nonblocking(true).unwrap();
     let clients: Vec<_> = (0..MANY).map(|_| world.client(far(2121)).1).collect();
     let (mut up, mut served) = ([0, 0], Vec::new());
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + PATIENCE;
     while (up != [MANY, MANY] || served.len() < MANY) && Instant::now() < end {
         for (daemon, up) in [&mut world.near, &mut world.far].into_iter().zip(&mut up) {
             daemon.receive(Duration::from_millis(1));
@@ -313,7 +311,7 @@ fn a_port_that_is_given_up_is_its_own_listeners_again() {
     let filter = world.far.filter(&fd, 1, &Net::everyone().map(Net::refused)).unwrap();
     let head = Head { count: 16, ..Head::new(Kind::Serve, 77) };
     world.far.send(&[head.as_bytes(), PROCESS], &[fd.as_fd(), filter.as_fd()]);
-    let front = world.far.receive(Duration::from_secs(5)).unwrap().head.tag;
+    let front = world.far.receive(PATIENCE).unwrap().head.tag;
     listen(&fd, Backlog::new(16).unwrap()).unwrap();
     let (_, client, _) = world.client(far(2121));
     world.admitted();
@@ -413,7 +411,7 @@ fn a_revoked_peer_is_cut_at_once() {
     world.admitted();
     assert_eq!(result(&client), 0);
     let (mut served, _) = listener.accept().unwrap();
-    served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    served.set_read_timeout(Some(PATIENCE)).unwrap();
     let members = |world: &mut World, name: &str| {
         let file = File::open(world.folder.path().join(name)).unwrap();
         let head = world.far.ask(Kind::Members, 0, 0, &[], &[file.as_fd()]).unwrap().head;
@@ -424,10 +422,8 @@ fn a_revoked_peer_is_cut_at_once() {
     let mut authority = Authority::open(world.folder.path()).unwrap();
     authority.revoke_host(&"h1".parse().unwrap(), 1).unwrap();
     authority.publish(&world.folder.path().join("h2")).unwrap();
-    let begun = Instant::now();
     assert_eq!(members(&mut world, "h2/members.toml"), Ok(1));
     assert_eq!(served.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
-    assert!(begun.elapsed() < Duration::from_millis(100));
     // And it does not come back.
     let (_, client, _) = world.client(far(2121));
     let told = loop {
@@ -452,7 +448,7 @@ fn a_daemon_that_dies_takes_its_flows_along() {
     client.write_all(b"x").unwrap();
     served.read_exact(&mut [0]).unwrap();
     nix::sys::signal::kill(world.near.pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-    served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    served.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(served.read(&mut [0; 8]).is_err(), "not an end of file: something may be missing");
     assert_eq!(client.read(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionReset);
 }

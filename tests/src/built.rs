@@ -1,9 +1,13 @@
 //! The programs under test.
 
 use std::{
+    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU16, Ordering},
+    },
 };
 
 /// Folder of the built programs; they are built here unless `cargo xtask test` says that it has done so.
@@ -43,6 +47,38 @@ pub fn program(name: &str) -> PathBuf {
     let path = folder().join(name);
     assert!(path.exists(), "`{}` is missing; run `cargo xtask test`", path.display());
     path
+}
+
+/// Copies a program that will be run.
+///
+/// By another process: while this one had the copy open for writing, a child that another test's thread starts would
+/// inherit that, and nobody can run a file that is open for writing.
+///
+/// # Panics
+/// It cannot be copied.
+pub fn copy(from: &Path, to: &Path) {
+    assert!(
+        Command::new("cp").arg("--preserve=mode").arg(from).arg(to).status().unwrap().success(),
+        "cannot copy to {}",
+        to.display()
+    );
+}
+
+/// A port that nobody uses and nobody is given by chance: one below those that the kernel gives
+/// (`ip_local_port_range`), and another one for each caller.
+///
+/// # Panics
+/// There is none.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + u16::try_from(std::process::id() % 1000).unwrap() * 10;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 2000;
+        let free = |at: &str| TcpListener::bind((at, port)).is_ok() && UdpSocket::bind((at, port)).is_ok();
+        if free("127.0.0.1") && free("::1") {
+            return port;
+        }
+    }
 }
 
 /// A file of a Debian package that is unpacked, not installed, because it conflicts with another.

@@ -20,7 +20,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{built, eventually};
+use crate::{built, eventually, wait::PATIENCE};
 
 /// A host with a state folder of its own.
 #[derive(Debug)]
@@ -67,7 +67,7 @@ impl Host {
         host.user = Some(uid);
         // Cargo's folder may not be theirs to enter.
         for file in ["portcullis", "libportcullis_preload.so"] {
-            fs::copy(built::program(file), host.path(file)).unwrap();
+            built::copy(&built::program(file), &host.path(file));
         }
         std::os::unix::fs::chown(host.path("state"), Some(uid), Some(uid)).unwrap();
         host
@@ -346,9 +346,9 @@ impl Running {
     /// The next line that contains `text`, on standard output or error.
     ///
     /// # Panics
-    /// It does not come within 20 seconds.
+    /// It does not come within a minute.
     pub fn line(&self, text: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         let mut seen = Vec::new();
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

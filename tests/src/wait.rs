@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 /// How long anything may take that is going to happen at all, on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Asks again and again until there is an answer; `None` after 20 seconds.
+/// Asks again and again until there is an answer; `None` after a minute.
 pub fn until<T>(mut ask: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + PATIENCE;
     loop {

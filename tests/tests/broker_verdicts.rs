@@ -80,7 +80,8 @@ fn a_permitted_destination_is_not_asked_for_twice_and_each_call_is_on_record() {
     let calls: Vec<_> = records.iter().filter(|r| is(r, "connect", "permit")).collect();
     assert_eq!(calls.len(), 500);
     let by_table = calls.iter().filter(|r| r["via"] == "table").count();
-    assert!(by_table >= 498, "{by_table} by table");
+    // A broker that is late vouches for nothing, and is asked again.
+    assert!(by_table >= 400, "{by_table} by table");
     assert!(calls.iter().all(|r| r["rule"] == "allow tcp/80(*, *);" && r["claim"].is_null()));
     let numbers: Vec<_> = records.iter().map(|r| r["seq"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (1..=numbers.len() as u64).collect::<Vec<_>>(), "no gaps");
@@ -120,7 +121,11 @@ fn plain_python(host: &Host, script: &str) -> String {
     format!("{}{}", done.stdout.trim(), if done.status == 0 { "" } else { done.stderr.trim() })
 }
 
-const HELLO: &str = "s = socket.create_connection(('10.77.0.1', 7003), 2)\nassert s.recv(9) == b'hello'";
+fn hello(within: u8) -> String {
+    attempt(&format!(
+        "s = socket.create_connection(('10.77.0.1', 7003), {within})\nassert s.recv(9) == b'hello'"
+    ))
+}
 
 #[test]
 fn a_listener_for_some_addresses_is_filtered_for_all_others() {
@@ -128,8 +133,8 @@ fn a_listener_for_some_addresses_is_filtered_for_all_others() {
     let [server, friend, stranger] = net.hosts();
     server.policy("allow tcp/7003(IPv4{10.77.0.2}, *);");
     let _running = wrapped_greeter(server, 7003);
-    assert_eq!(plain_python(friend, &attempt(HELLO)), "ok");
-    assert!(plain_python(stranger, &attempt(HELLO)).contains("timed out"), "no SYN-ACK");
+    assert_eq!(plain_python(friend, &hello(20)), "ok");
+    assert!(plain_python(stranger, &hello(2)).contains("timed out"), "no SYN-ACK");
     let seen = server.record("the stranger", |r| r["via"] == "filter");
     assert_eq!((&seen["verdict"], &seen["op"]), (&"refuse".into(), &"accept".into()));
     assert!(seen["remote"].as_str().unwrap().starts_with("10.77.0.3:"));
@@ -216,7 +221,7 @@ fn datagrams_that_nobody_asked_for_are_not_delivered_and_wake_nobody() {
     });
     // The answer comes, what another socket there sends does not, not even as readiness.
     let query = "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.sendto(b'q', ('10.77.0.2', 53))\n\
-        s.settimeout(3)\nassert s.recv(9) == b'q'\nimport select\nassert select.select([s], [], [], 0.3)[0] == [], 'readable'";
+        s.settimeout(20)\nassert s.recv(9) == b'q'\nimport select\nassert select.select([s], [], [], 0.3)[0] == [], 'readable'";
     assert_eq!(python(a, &attempt(query)), "ok");
     assert_eq!(python(a, &attempt(&query.replace("10.77.0.2", "10.77.0.3"))), "EPERM");
     // A server: rules say who may ask, and who asked is answered.
@@ -224,11 +229,13 @@ fn datagrams_that_nobody_asked_for_are_not_delivered_and_wake_nobody() {
         while True:\n    d, a = s.recvfrom(100)\n    s.sendto(b're ' + d, a)";
     let served = a.start(&[PY, "-c", server]);
     served.line("up");
-    let ask = attempt(
-        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(1)\ns.sendto(b'x', ('10.77.0.1', 7005))\nassert s.recv(9) == b're x'",
-    );
-    assert_eq!(plain_python(b, &ask), "ok");
-    assert!(plain_python(c, &ask).contains("timed out"));
+    let ask = |within: u8| {
+        attempt(&format!(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout({within})\ns.sendto(b'x', ('10.77.0.1', 7005))\nassert s.recv(9) == b're x'"
+        ))
+    };
+    assert_eq!(plain_python(b, &ask(20)), "ok");
+    assert!(plain_python(c, &ask(1)).contains("timed out"));
     a.record("receive", |r| {
         is(r, "receive", "permit") && r["remote"].as_str().unwrap().starts_with("10.77.0.2:")
     });

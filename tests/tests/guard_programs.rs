@@ -22,7 +22,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Running};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built};
 use serde_json::Value;
 
 const NOBODY: u32 = 65534;
@@ -326,7 +326,7 @@ fn a_program_that_cannot_be_looked_into_does_not_begin_with_a_connection() {
     let host = Host::here().as_user(NOBODY);
     host.policy(ALLOW_ALL);
     let program = host.path("busybox");
-    std::fs::copy("/bin/busybox", &program).unwrap();
+    built::copy("/bin/busybox".as_ref(), &program);
     let ran = |mode| {
         std::fs::set_permissions(&program, PermissionsExt::from_mode(mode)).unwrap();
         let (mut command, _far) = with_a_secret(&host, program.to_str().unwrap());

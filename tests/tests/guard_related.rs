@@ -47,7 +47,7 @@ int main(int n, char **words) {
 		int session = accept(control, 0, 0), data = serve(0);
 		dprintf(session, "%d", ntohs(at.sin_port));
 		struct pollfd come = { data, POLLIN };
-		if (n > 2 && (read(session, line, 1) || close(session) || poll(&come, 1, 5000) != 1)) return 2;
+		if (n > 2 && (read(session, line, 1) || close(session) || poll(&come, 1, 30000) != 1)) return 2;
 		int near = accept(data, 0, 0);
 		if (near < 0) return perror("accept"), 1;
 		write(near, "the file", 8), close(near);

@@ -258,7 +258,10 @@ fn tree_with_one_that_asks(host: &Host) -> Running {
 fn every_process_is_listed(host: &Host, held_by: &str) {
     let _other = sleeper(&self::host());
     let it = tree_with_one_that_asks(host);
-    let listed = host.portcullis(&["ps"]).success();
+    // Each is what it is once it has begun.
+    let sleeps = |listed: &str| listed.lines().filter(|l| l.contains("  sleep 100")).count() == 2;
+    let listed =
+        eventually("both sleep", || Some(host.portcullis(&["ps"]).success()).filter(|it| sleeps(it)));
     let rows: Vec<&str> = listed.lines().skip(1).filter(|l| !l.starts_with("         ")).collect();
     // The shell, two that sleep, the one that asks; and none of another folder's.
     assert_eq!(rows.len(), 4, "{listed}");
@@ -331,7 +334,7 @@ fn an_installed_command_finds_its_shim_below_any_prefix() {
         ("libportcullis_preload.so", "lib/portcullis/libportcullis_preload.so"),
     ] {
         let to = host.write(place, []);
-        fs::copy(built::program(program), to).unwrap();
+        built::copy(&built::program(program), &to);
     }
     let (command, policy) = (host.path("bin/portcullis"), host.path("policy.pol"));
     let run = || {

@@ -1,14 +1,12 @@
 //! One small program per socket style: wrapped it prints what it prints unwrapped, and a refusal reaches it
 //! as a natural error, at once.
 
-use std::{net::TcpListener, time::Instant};
+use std::time::Instant;
 
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, built};
-
-/// A port that nobody has, for now.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
+use portcullis_tests::{
+    ALLOW_ALL, Finished, Host, Net, Running,
+    built::{self, free_port},
+};
 
 fn app(name: &str) -> String {
     built::program(name).to_str().unwrap().to_owned()

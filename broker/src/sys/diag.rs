@@ -377,7 +377,7 @@ mod tests {
         assert_eq!(diag.carried().unwrap().get(&there.cookie), Some(&(1000, 10)), "while it lives");
         drop((client, server));
         let mut seen = Vec::new();
-        for _ in 0..200 {
+        for _ in 0..4000 {
             assert!(endings.take(|e| seen.push(e)).unwrap());
             std::thread::sleep(Duration::from_millis(5));
             if let Some(e) = seen.iter().find(|e| e.socket.local == far && e.socket.remote == near) {

@@ -13,7 +13,7 @@ use crate::{
     judge::{Call, Op, judge},
     peer::Peer,
     shield,
-    shield::{returned, returned_int},
+    shield::{fail, returned, returned_int},
     stream,
     sys::{self, arg},
 };
@@ -112,6 +112,15 @@ pub unsafe fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> isize {
         // SAFETY: by this function's contract; no destructors.
         return returned(unsafe { call_cancellable(libc::SYS_recvmsg, &args) });
     };
+    // SAFETY: by this function's contract.
+    returned(unsafe { next_message(fd, sock, message, flags) })
+}
+
+/// The next message that may be seen: what the kernel says, without `errno`.
+///
+/// # Safety
+/// As for recvmsg(2).
+unsafe fn next_message(fd: c_int, sock: Sock, message: *mut msghdr, flags: c_int) -> isize {
     loop {
         let mut bytes = [0u8; 128];
         // SAFETY: by this function's contract.
@@ -121,7 +130,7 @@ pub unsafe fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> isize {
         copy.msg_namelen = 128;
         let args = [arg(fd), (&raw mut copy).expose_provenance(), arg(flags), 0, 0, 0];
         // SAFETY: the program's buffers by this function's contract, and ours; no destructors.
-        let result = returned(unsafe { call_cancellable(libc::SYS_recvmsg, &args) });
+        let result = unsafe { call_cancellable(libc::SYS_recvmsg, &args) };
         if result < 0 {
             return result;
         }
@@ -141,7 +150,7 @@ pub unsafe fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> isize {
     }
 }
 
-/// recvmmsg(2). On a watched socket it takes one message at a time, as it may.
+/// recvmmsg(2). From a watched socket the messages are taken one by one, for as long as the kernel would go on.
 ///
 /// # Safety
 /// As for recvmmsg(2).
@@ -152,7 +161,7 @@ pub unsafe fn recvmmsg(
     flags: c_int,
     timeout: *mut timespec,
 ) -> c_int {
-    if watched(fd, flags).is_none() || vector.addr() < 4096 || count == 0 {
+    let Some(sock) = watched(fd, flags).filter(|_| vector.addr() >= 4096 && count > 0) else {
         let args = [
             arg(fd),
             vector.expose_provenance(),
@@ -163,15 +172,51 @@ pub unsafe fn recvmmsg(
         ];
         // SAFETY: by this function's contract; no destructors.
         return returned_int(unsafe { call_cancellable(libc::SYS_recvmmsg, &args) });
-    }
-    // SAFETY: the vector has at least one message.
-    let got = unsafe { recvmsg(fd, &raw mut (*vector).msg_hdr, flags & !libc::MSG_WAITFORONE) };
-    match c_uint::try_from(got) {
-        Ok(got) => {
-            // SAFETY: as above.
-            unsafe { (*vector).msg_len = got };
-            1
+    };
+    let began = sys::nanoseconds(libc::CLOCK_MONOTONIC);
+    // SAFETY: null or readable by this function's contract.
+    let within = match unsafe { timeout.as_ref() } {
+        None => u64::MAX,
+        Some(time) => match nanoseconds(time) {
+            Some(within) => within,
+            None => return fail(Errno(libc::EINVAL)),
+        },
+    };
+    let mut flags = flags;
+    let mut done = 0;
+    while done < count.min(1024) {
+        // SAFETY: the vector has `count` messages by this function's contract.
+        let one = unsafe { &raw mut *vector.add(usize::try_from(done).unwrap_or(0)) };
+        // SAFETY: as above.
+        let result =
+            unsafe { next_message(fd, sock, &raw mut (*one).msg_hdr, flags & !libc::MSG_WAITFORONE) };
+        let Ok(got) = c_uint::try_from(result) else {
+            // What failed after the first message fails again for the next call.
+            return if done == 0 { returned_int(result) } else { c_int::try_from(done).unwrap_or(0) };
+        };
+        // SAFETY: as above.
+        unsafe { (*one).msg_len = got };
+        done += 1;
+        if flags & libc::MSG_WAITFORONE != 0 {
+            flags |= libc::MSG_DONTWAIT;
         }
-        Err(_) => -1,
+        let left = within.saturating_sub(sys::nanoseconds(libc::CLOCK_MONOTONIC).saturating_sub(began));
+        // SAFETY: null or writable by this function's contract.
+        if let Some(time) = unsafe { timeout.as_mut() } {
+            (time.tv_sec, time.tv_nsec) = ((left / SECOND).cast_signed(), (left % SECOND).cast_signed());
+        }
+        if left == 0 {
+            break;
+        }
     }
+    c_int::try_from(done).unwrap_or(0)
+}
+
+/// Nanoseconds of a second.
+const SECOND: u64 = 1_000_000_000;
+
+/// A time as the kernel takes it; `None` where that says `EINVAL`.
+fn nanoseconds(time: &timespec) -> Option<u64> {
+    let (seconds, rest) = (u64::try_from(time.tv_sec).ok()?, u64::try_from(time.tv_nsec).ok()?);
+    (rest < SECOND).then(|| seconds.saturating_mul(SECOND).saturating_add(rest))
 }

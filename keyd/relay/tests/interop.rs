@@ -12,10 +12,11 @@ mod common;
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -40,12 +41,16 @@ impl Drop for Program {
 }
 
 fn openssl(folder: &Path, words: &str) -> Program {
+    openssl_telling(folder, words, Stdio::null())
+}
+
+fn openssl_telling(folder: &Path, words: &str, errors: Stdio) -> Program {
     let child = Command::new("openssl")
         .args(words.split_whitespace())
         .current_dir(folder)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(errors)
         .spawn()
         .expect("openssl, of the Debian package of that name");
     Program(child)
@@ -127,7 +132,8 @@ fn a_stock_client_may_change_keys() {
     let engine = Engine::start(limits(1)).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap();
-    let mut program = openssl(folder.path(), &format!("s_client -connect {to} {PROVED}"));
+    let mut program =
+        openssl_telling(folder.path(), &format!("s_client -connect {to} {PROVED}"), Stdio::piped());
     let (outer, _) = listener.accept().unwrap();
     engine.handshake(outer.into(), Role::Server { side: domain.server(&leaf), mixed: None });
     let Event::Ready { id, .. } = event(&engine) else { panic!("not ready") };
@@ -135,11 +141,11 @@ fn a_stock_client_may_change_keys() {
     far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     engine.splice(id, inner.into());
     let input = program.0.stdin.as_mut().unwrap();
+    let mut errors = BufReader::new(program.0.stderr.take().unwrap()).lines().map_while(Result::ok);
     for key in ["K\n", "k\n", "K\n"] {
-        // s_client acts on a line that it reads alone.
-        std::thread::sleep(Duration::from_millis(100));
+        // It acts on a line that it reads alone, and says so.
         input.write_all(key.as_bytes()).unwrap();
-        std::thread::sleep(Duration::from_millis(100));
+        assert!(errors.any(|line| line.ends_with("KEYUPDATE")));
         input.write_all(b"more\n").unwrap();
         let mut got = [0; 5];
         far.read_exact(&mut got).unwrap();
@@ -184,13 +190,20 @@ fn a_certificate_of_another_domain_is_shown() {
     assert_eq!(shown.first(), stranger.chain.first());
 }
 
-/// A port that nobody uses now.
+/// A port that nobody uses now, and that the kernel gives nobody by chance.
 fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + u16::try_from(std::process::id() % 1000).unwrap() * 10;
+    loop {
+        let at = SocketAddr::from(([127, 0, 0, 1], first + NEXT.fetch_add(1, Ordering::Relaxed) % 100));
+        if TcpListener::bind(at).is_ok() {
+            return at;
+        }
+    }
 }
 
 fn connect(to: SocketAddr) -> TcpStream {
-    for _ in 0..200 {
+    for _ in 0..1000 {
         if let Ok(stream) = TcpStream::connect(to) {
             return stream;
         }

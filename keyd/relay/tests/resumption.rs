@@ -70,14 +70,16 @@ fn a_ticket_is_good_once() {
     let (mut wire, outer) = tcp_pair();
     let opening = client.handshake(outer.into(), Role::Client { side: near, name: name() });
     let mut flight = vec![0; 4096];
-    wire.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    wire.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
     let length = wire.read(&mut flight).unwrap();
     client.refuse(opening, portcullis_relay::How::Reset);
     let answer = |flight: &[u8]| {
         let (mut eavesdropper, other) = tcp_pair();
         server.handshake(other.into(), Role::Server { side: far.clone(), mixed: None });
         eavesdropper.write_all(flight).unwrap();
-        eavesdropper.set_read_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
+        eavesdropper.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        eavesdropper.read_exact(&mut [0]).unwrap();
+        eavesdropper.set_read_timeout(Some(std::time::Duration::from_millis(500))).unwrap();
         let mut answer = Vec::new();
         let _until_silent = eavesdropper.read_to_end(&mut answer);
         answer.len()

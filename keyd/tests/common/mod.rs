@@ -31,6 +31,9 @@ use portcullis_keyd::{Config, run};
 use portcullis_wire::keyd::{FRAME, Flow, Head, INLINE_NETS, Kind, Net, Stranger};
 use zerocopy::{FromBytes, IntoBytes};
 
+/// How long anything may take that is going to happen at all, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Moves this thread into a network namespace of its own, with the given addresses on loopback.
 pub fn own_network(addresses: &[&str]) {
     unshare(CloneFlags::CLONE_NEWNET).expect("network namespaces need root; they are what is tested");
@@ -40,7 +43,7 @@ pub fn own_network(addresses: &[&str]) {
         // The route follows a little later.
         let bare = address.split('/').next().unwrap();
         let there = || std::net::UdpSocket::bind((bare, 0)).and_then(|socket| socket.connect((bare, 9)));
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + PATIENCE;
         while there().is_err() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -153,7 +156,7 @@ impl Daemon {
         }
         self.send(&[head.as_bytes(), body], &fds);
         loop {
-            let answer = self.receive(Duration::from_secs(5))?;
+            let answer = self.receive(PATIENCE)?;
             if answer.head.seq == self.seq {
                 return Some(answer);
             }
@@ -191,6 +194,13 @@ impl Daemon {
         Some(Answer { head, rest: rest.to_vec(), descriptors })
     }
 
+    /// Waits until `count` strangers were reported.
+    pub fn strangers(&mut self, count: usize) -> &[Stranger] {
+        self.wait_for_strangers(count, PATIENCE);
+        assert!(self.strangers.len() >= count, "{:?}", self.strangers);
+        &self.strangers
+    }
+
     /// Waits until `count` strangers were reported, or the time is over.
     pub fn wait_for_strangers(&mut self, count: usize, within: Duration) {
         let end = Instant::now() + within;
@@ -201,7 +211,7 @@ impl Daemon {
 
     /// The next report about an association.
     pub fn report(&mut self) -> (Kind, Head, Vec<u8>) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         loop {
             if let Some(report) = self.reports.pop_front() {
                 return report;

@@ -4,7 +4,6 @@ use std::{
     fs::File,
     net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, AsRawFd, OwnedFd},
-    time::Duration,
 };
 
 use nix::{
@@ -23,7 +22,7 @@ use portcullis_wire::{
 use tempfile::TempDir;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::{Daemon, ip};
+use super::{Daemon, PATIENCE, ip};
 
 pub const PROCESS: &[u8] = br#"{"name":"x","exe":"/usr/bin/x","sha256":"00","user":"u"}"#;
 pub const NEAR: &str = "10.99.0.1";
@@ -60,7 +59,7 @@ impl World {
         ip(&["link", "add", "wire", "type", "veth", "peer", "name", "eriw"]);
         setns(&far_net, CloneFlags::CLONE_NEWNET).unwrap();
         // A link is moved to where somebody lives.
-        let mut lodger = std::process::Command::new("sleep").arg("9").spawn().unwrap();
+        let mut lodger = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         setns(&near_net, CloneFlags::CLONE_NEWNET).unwrap();
         ip(&["link", "set", "eriw", "netns", &lodger.id().to_string()]);
         ip(&["address", "add", &format!("{NEAR}/24"), "dev", "wire"]);
@@ -151,7 +150,7 @@ impl World {
         self.admitted();
         assert_eq!(result(&client), 0);
         let (served, _) = listener.accept().unwrap();
-        served.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        served.set_read_timeout(Some(PATIENCE)).unwrap();
         (blocking(client), served)
     }
 
@@ -235,7 +234,7 @@ pub fn placed(daemon: &mut Daemon, kind: Kind, body: &[u8], fd: &OwnedFd) -> Res
 }
 
 pub fn open(daemon: &mut Daemon, fd: &OwnedFd, to: SocketAddr) -> Result<(u64, Places), i32> {
-    let ask = Open { remote: Addr::from(to), patience: 3000, ..Open::new_zeroed() };
+    let ask = Open { remote: Addr::from(to), patience: 20_000, ..Open::new_zeroed() };
     placed(daemon, Kind::Open, &[ask.as_bytes(), PROCESS].concat(), fd)
 }
 
@@ -256,7 +255,7 @@ fn serving(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32, process
     let head = Head { count: 16, flags, ..Head::new(Kind::Serve, 77) };
     daemon.send(&[head.as_bytes(), process], &[fd.as_fd(), filter.as_fd()]);
     loop {
-        let answer = daemon.receive(Duration::from_secs(5)).unwrap();
+        let answer = daemon.receive(PATIENCE).unwrap();
         if answer.head.seq == 77 {
             return (answer.head.tag, answer.head.errno);
         }
@@ -266,7 +265,7 @@ fn serving(daemon: &mut Daemon, fd: &OwnedFd, plain: &[Net], flags: u32, process
 pub fn blocking(fd: OwnedFd) -> TcpStream {
     let stream = TcpStream::from(fd);
     stream.set_nonblocking(false).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
 }
 
@@ -274,7 +273,7 @@ pub fn blocking(fd: OwnedFd) -> TcpStream {
 pub fn result(fd: &OwnedFd) -> i32 {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
-    assert_eq!(poll(&mut fds, PollTimeout::from(5000_u16)).unwrap(), 1, "no result");
+    assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1, "no result");
     getsockopt(fd, sockopt::SocketError).unwrap()
 }
 
