@@ -248,7 +248,8 @@ impl Supervisor {
     fn is_done(&self) -> bool {
         let idle = self.trees.is_empty() && self.visitors.is_empty();
         let abandoned = self.used || self.born.elapsed() > UNUSED || self.parts.health().is_failed();
-        self.told_to_end || (idle && !self.is_service() && abandoned)
+        // What the last ones did while no broker was there is on record when the next one has begun.
+        self.told_to_end || (idle && !self.is_service() && abandoned && !self.parts.owes_records())
     }
 
     fn wait(&mut self) -> io::Result<()> {

@@ -56,6 +56,8 @@ const STEADY: Duration = Duration::from_secs(2);
 const STOPPED: Duration = Duration::from_secs(6);
 /// After how long without a broker held calls are refused instead of kept waiting.
 const ABSENT: Duration = Duration::from_secs(2);
+/// How long a broker that was there is waited for when nobody is left who would ask it.
+const OWED: Duration = Duration::from_secs(20);
 /// How long a part may take to end.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -133,7 +135,8 @@ impl Parts {
     /// When [`Self::tend`] has something to do.
     pub fn wake_in(&self) -> Option<Duration> {
         let stopped = [&self.keyd, &self.broker].into_iter().flatten().filter_map(|p| p.stopped);
-        let absent = self.absent.map(|since| since + ABSENT).filter(|at| *at > Instant::now());
+        let absent = self.absent.into_iter().flat_map(|since| [since + ABSENT, since + OWED]);
+        let absent = absent.filter(|at| *at > Instant::now());
         let next = stopped.map(|since| since + STOPPED).chain(self.next).chain(absent).min();
         next.map(|at| at.saturating_duration_since(Instant::now()))
     }
@@ -141,6 +144,11 @@ impl Parts {
     /// Whether no broker has served for so long that those who are held are not to wait any more.
     pub fn is_absent(&self) -> bool {
         self.absent.is_some_and(|since| since.elapsed() >= ABSENT)
+    }
+
+    /// Whether the kernel may have put on record what no broker has written yet, and one is to be hoped for.
+    pub fn owes_records(&self) -> bool {
+        self.absent.is_some_and(|since| self.served && since.elapsed() < OWED)
     }
 
     /// Pipes at which a part will say how it is.
