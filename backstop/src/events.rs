@@ -204,7 +204,8 @@ impl Events {
     }
 }
 
-/// The records that an earlier owner of this ring (see [`crate::events_of`]) has not released.
+/// The records that an earlier owner of this ring (see [`crate::events_of`]) has not released. They stay there, in case
+/// that their reader ends before they are safe.
 ///
 /// # Errors
 /// [`BackstopError::Map`].
@@ -212,7 +213,6 @@ pub fn left_over(ring: OwnedFd) -> Result<Vec<Event>, BackstopError> {
     let mut all = Vec::new();
     let mut ring = open(ring)?;
     take(&mut ring, |event| all.push(event));
-    ring.release();
     Ok(all)
 }
 

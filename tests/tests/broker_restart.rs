@@ -202,5 +202,10 @@ fn no_record_is_lost_with_a_broker() {
     running.wait();
     let count =
         || client.records().iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit").count();
-    eventually(&format!("all {done} are on record"), || (count() >= done).then_some(()));
+    if portcullis_tests::until(|| (count() >= done).then_some(())).is_none() {
+        let others =
+            |r: &serde_json::Value| !(r["op"] == "connect" && r["verdict"] == "permit") && r["op"] != "close";
+        let others: Vec<_> = client.records().into_iter().filter(others).collect();
+        panic!("of {done} only {} are on record; the others: {others:#?}", count());
+    }
 }

@@ -83,8 +83,7 @@ fn a_killed_broker_is_back_before_anybody_waits_long() {
         kill(part(host, "broker"), Signal::SIGKILL).unwrap();
         let (how, time) = scene.call();
         assert!(how == "connected" || is_refusal(&how), "{how}");
-        // A broker that is stopped, and one that is not there, cost more.
-        assert!(time < Duration::from_secs(5), "{time:?}");
+        assert!(time < Duration::from_secs(12), "{time:?}");
         scene.is_served();
         assert_eq!(part(host, "keyd"), keyd, "the key daemon outlives the broker");
     }

@@ -22,7 +22,7 @@ impl Broker {
                 Ok(Some(Handed::Backstop(descriptors))) => self.take_backstop(descriptors),
                 Ok(Some(Handed::Unbacked(why))) => self.unbacked = Some(why),
                 Ok(Some(Handed::Fenced(why))) => self.take_fence(why),
-                Ok(Some(Handed::Ring(ring))) => self.left_over = left_over(ring).unwrap_or_default(),
+                Ok(Some(Handed::Ring(ring))) => self.left_over.extend(left_over(ring).unwrap_or_default()),
                 Ok(Some(Handed::Trees { by_proxy, listeners })) => {
                     listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy));
                 }

@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeSet,
+    io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
@@ -20,6 +21,9 @@ use super::{
     table::{self, Table},
 };
 use crate::Mode;
+
+/// Of so many brokers that end as soon as they begin are the records kept; a ring is 4 MB of the kernel's memory.
+const MOST_RINGS: usize = 16;
 
 type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
 
@@ -39,8 +43,9 @@ pub struct Backing {
     table: Option<Table>,
     /// Map of the listeners that the last broker granted.
     listeners: Option<OwnedFd>,
-    /// Ring of the records that the last broker may not have had time for.
-    events: Option<OwnedFd>,
+    /// Rings of brokers that may not have had time for all records there, the oldest first; the last one is of the
+    /// broker that runs.
+    events: Vec<OwnedFd>,
     cgroups: Vec<Cgroup>,
     /// Where they were made.
     parents: BTreeSet<PathBuf>,
@@ -59,9 +64,18 @@ impl Backing {
         Self { state, name, without, mode, unwanted, ahead, ..Self::default() }
     }
 
-    /// What the last broker may not have put on record, for the next one.
-    pub const fn take_events(&mut self) -> Option<OwnedFd> {
-        self.events.take()
+    /// What earlier brokers may not have put on record, for the next one.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn events(&self) -> io::Result<Vec<OwnedFd>> {
+        self.events.iter().map(OwnedFd::try_clone).collect()
+    }
+
+    /// The broker that runs has put on record what those before it had no time for.
+    pub fn forget_earlier_events(&mut self) {
+        let earlier = self.events.len().saturating_sub(1);
+        self.events.drain(..earlier);
     }
 
     /// Sets everything up for a broker that is about to start; the result is for it. The earlier broker's
@@ -114,7 +128,13 @@ impl Backing {
             }
             self.listeners = fresh.try_clone_to_owned().ok();
         }
-        self.events = events_of(&descriptors).and_then(|ring| ring.try_clone_to_owned().ok());
+        self.events.extend(events_of(&descriptors).and_then(|ring| ring.try_clone_to_owned().ok()));
+        if self.events.len() > MOST_RINGS {
+            super::parts::log(
+                "no broker lived long enough to write what is on record: the oldest is given up",
+            );
+            self.events.remove(0);
+        }
         self.tidy();
         for cgroup in &self.cgroups {
             attacher.attach(cgroup)?;

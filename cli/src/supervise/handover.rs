@@ -42,12 +42,12 @@ impl Handover {
         self.link = None;
     }
 
-    /// Prepares all for a broker that is about to start; the result is its end. `ring` is what the one before had no
+    /// Prepares all for a broker that is about to start; the result is its end. `rings` are what those before had no
     /// time for.
     ///
     /// # Errors
     /// As socketpair(2) and sendmsg(2).
-    pub fn begin(&mut self, backstop: Option<Handed>, ring: Option<OwnedFd>) -> io::Result<OwnedFd> {
+    pub fn begin(&mut self, backstop: Option<Handed>, rings: Vec<OwnedFd>) -> io::Result<OwnedFd> {
         self.end();
         self.tidy();
         let (mut ours, theirs) = Link::pair()?;
@@ -55,7 +55,7 @@ impl Handover {
         if let Some(backstop) = backstop {
             ours.send(backstop);
         }
-        if let Some(ring) = ring {
+        for ring in rings {
             ours.send(Handed::Ring(ring));
         }
         for (tree, by_proxy) in &self.trees {

@@ -186,9 +186,9 @@ impl Parts {
         };
         // Whoever runs already is held at every moment; the first run of all is not there yet, and its broker
         // starts meanwhile.
-        let ring = self.backing.take_events();
+        let rings = self.backing.events()?;
         let before = self.served.then(|| self.backing.begin());
-        let handed = self.handover.begin(before, ring)?;
+        let handed = self.handover.begin(before, rings)?;
         command.args(["--handed-fd", &handed.as_raw_fd().to_string()]);
         let _handed = Pass::on(&handed)?;
         let (ended, life) = pipe2(OFlag::O_CLOEXEC)?;
@@ -243,6 +243,7 @@ impl Parts {
         let keyd_is_there = !geteuid().is_root() || ready(&self.keyd);
         if self.health == Health::Starting && keyd_is_there && ready(&self.broker) {
             self.health = Health::Serving;
+            self.backing.forget_earlier_events();
             self.served = true;
             self.absent = None;
         }
