@@ -68,7 +68,7 @@ fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
     let manual = fs::read_to_string(policies().join("LANGUAGE.md")).unwrap();
     let source = |file: &str| fs::read_to_string(policies().join("lang").join(file)).unwrap();
     let (meaning, differential) = (source("tests/meaning.rs"), source("src/differential.rs"));
-    let links = source("src/warn/links.rs");
+    let (links, hostile) = (source("src/warn/links.rs"), source("tests/hostile.rs"));
     for folder in ["accept", "reject"] {
         let base = policies().join("corpus").join(folder);
         for path in fs::read_dir(&base)
@@ -89,6 +89,8 @@ fn every_corpus_file_is_named_in_the_language_manual_and_every_name_exists() {
             assert!(differential.contains(&format!("fn {name}()")), "no test {name}");
         } else if let Some(name) = word.strip_prefix("links::") {
             assert!(links.contains(&format!("fn {name}()")), "no test {name}");
+        } else if let Some(name) = word.strip_prefix("hostile::") {
+            assert!(hostile.contains(&format!("fn {name}()")), "no test {name}");
         }
     }
 }

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use portcullis_policy::{LoadError, Policy};
+use portcullis_policy::{CertificateFact, CertificateFacts, Flow, LoadError, Party, Policy, Side};
+use portcullis_types::{Protocol, Verdict};
 
 /// Far more than any of these takes, even unoptimised on a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -187,6 +188,35 @@ fn nothing_in_a_policy_moves_the_cursor() {
     assert!(
         !message.contains('\u{1b}') && !message.contains('\u{7}') && !message.contains('\u{202e}'),
         "{message}"
+    );
+}
+
+/// More groups than the index takes in, so that each rule is asked; of them 20,000.
+#[test]
+fn a_party_that_is_very_many_principals_is_decided_in_bounded_time() {
+    let mut text = String::from("deny tcp/7(x509{group=\"g299\"}, *);\n");
+    for n in 0..20_000 {
+        text += &format!("allow tcp/{}(x509{{group=\"g{}\"}}, *);\n", n % 100, n % 200);
+    }
+    let policy = Policy::parse("many.pol", &text).unwrap().policy;
+    let decide = |groups: u32, port: u16| {
+        let groups = (0..groups).map(|n| format!("g{n}")).collect();
+        let certificate = CertificateFacts { groups, ..CertificateFacts::default() };
+        let from = Party { certificate: CertificateFact::Shown(&certificate), ..Party::UNKNOWN };
+        let flow =
+            Flow { from: &from, to: &Party::UNKNOWN, protocol: Protocol::TCP, port, now: 0, far: Side::To };
+        policy.evaluate(&flow).verdict
+    };
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert_eq!((decide(300, 99), decide(300, 7)), (Verdict::Permit, Verdict::Refuse));
+        assert_eq!(decide(300, 100), Verdict::Refuse);
+    }
+    assert!(begun.elapsed() < LIMIT, "took {:?}", begun.elapsed());
+    // Of a party that is few, the same.
+    assert_eq!(
+        (decide(100, 99), decide(9, 99), decide(100, 7)),
+        (Verdict::Permit, Verdict::Refuse, Verdict::Permit)
     );
 }
 
