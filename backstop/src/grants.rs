@@ -18,6 +18,9 @@ use crate::{
     sys,
 };
 
+/// Most marks that are told of a thread: one for each filter that is looked at, and the word that there are more.
+const MARKS: usize = 64 + 1;
+
 /// One call that is granted for one destination, a number of times.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Once {
@@ -138,14 +141,31 @@ impl Backstop {
     /// # Errors
     /// [`BackstopError::Identify`], [`BackstopError::Map`].
     pub fn identify(&mut self, tid: u32) -> Result<Option<Holder>, BackstopError> {
+        let mut out = [0u8; size_of::<Who>()];
+        let told = self.ask_for(tid, &mut out)?;
+        Ok(told.first_chunk().and_then(parse_who).map(Holder::from_who))
+    }
+
+    /// The marks that a thread is under, the newest first: seccomp filters that log
+    /// (`SECCOMP_FILTER_FLAG_LOG`) and have nothing to say, as numbers that stand for them as long as a task has them. A task inherits
+    /// them and cannot take one off. `None` if it has ended, or has so many filters that not all were looked at.
+    ///
+    /// # Errors
+    /// As [`Self::identify`].
+    pub fn marks(&mut self, tid: u32) -> Result<Option<Vec<u64>>, BackstopError> {
+        let mut out = [0u8; size_of::<Who>() + 8 * MARKS];
+        let told = self.ask_for(tid, &mut out)?;
+        let Some(marks) = told.get(size_of::<Who>()..) else { return Ok(None) };
+        let (marks, _) = marks.as_chunks::<8>();
+        let marks: Vec<u64> = marks.iter().map(|mark| u64::from_ne_bytes(*mark)).collect();
+        Ok(Some(marks).filter(|marks| !marks.contains(&0)))
+    }
+
+    fn ask_for<'a>(&mut self, tid: u32, out: &'a mut [u8]) -> Result<&'a [u8], BackstopError> {
         self.now.wanted = tid;
         self.write_control()?;
-        let mut out = [0u8; size_of::<Who>()];
-        let got = sys::iterate(self.identify.as_fd(), tid, &mut out).map_err(BackstopError::Identify)?;
-        if got != out.len() {
-            return Ok(None);
-        }
-        Ok(parse_who(&out).map(Holder::from_who))
+        let got = sys::iterate(self.identify.as_fd(), tid, out).map_err(BackstopError::Identify)?;
+        Ok(out.get(..got).unwrap_or_default())
     }
 
     /// Adds regions to what a process holds.

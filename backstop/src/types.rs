@@ -17,10 +17,19 @@ use crate::{error::BackstopError, sys::Contents};
 const FROM: &str = "/sys/kernel/btf/vmlinux";
 
 /// What `bpf/kernel.h` declares with `KERNEL`.
-const STRUCTURES: [&[u8]; 6] =
-    [b"net", b"nsproxy", b"cred", b"task_struct", b"bpf_iter_meta", b"bpf_iter__task"];
+const STRUCTURES: [&[u8]; 9] = [
+    b"net",
+    b"nsproxy",
+    b"cred",
+    b"seccomp",
+    b"seccomp_filter",
+    b"bpf_prog",
+    b"task_struct",
+    b"bpf_iter_meta",
+    b"bpf_iter__task",
+];
 /// The fields that are read of them, and of what is in them.
-const FIELDS: [&[u8]; 14] = [
+const FIELDS: [&[u8]; 20] = [
     b"net_cookie",
     b"net_ns",
     b"euid",
@@ -32,6 +41,12 @@ const FIELDS: [&[u8]; 14] = [
     b"self_exec_id",
     b"cred",
     b"nsproxy",
+    b"seccomp",
+    b"filter",
+    b"log",
+    b"prev",
+    b"prog",
+    b"len",
     b"seq",
     b"meta",
     b"task",

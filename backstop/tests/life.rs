@@ -556,3 +556,47 @@ fn a_thousand_processes_can_be_granted_and_forgotten() {
     assert_eq!(child.go(), 0);
     assert!(TcpListener::bind("127.0.0.1:0").is_ok());
 }
+
+/// `cat` under filters that permit all: whether each logs, and how many instructions it has.
+fn marked(filters: &'static [(bool, u16)]) -> std::process::Child {
+    let mark = move || {
+        let all = libc::sock_filter { code: 6, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+        // Loads the number of the call, as often as there is room.
+        let mut code =
+            [libc::sock_filter { code: 0x20, ..all }; 40].map(|it| libc::sock_filter { k: 0, ..it });
+        for (log, length) in filters {
+            code[usize::from(*length) - 1] = all;
+            let program = libc::sock_fprog { len: *length, filter: code.as_mut_ptr() };
+            let flags = if *log { libc::SECCOMP_FILTER_FLAG_LOG } else { 0 };
+            let mode = libc::SECCOMP_SET_MODE_FILTER;
+            // SAFETY: seccomp(2) reads the program, which outlives the call.
+            if unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) } != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    let mut command = std::process::Command::new("/bin/sh");
+    command.args(["-c", "cat; true"]).stdin(std::process::Stdio::piped());
+    // SAFETY: the closure makes system calls only.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, mark) };
+    command.spawn().unwrap()
+}
+
+#[test]
+fn marks_are_told_and_so_is_that_they_are_buried() {
+    let mut cage = Cage::new();
+    let mut marks = |filters| {
+        let mut child = marked(filters);
+        let told = cage.backstop.marks(child.id()).unwrap();
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        told
+    };
+    assert_eq!(marks(&[(false, 1), (true, 40)]).unwrap(), [0; 0], "somebody else's filter");
+    let two = marks(&[(true, 1), (false, 1), (true, 1), (false, 1)]).unwrap();
+    assert!(two.len() == 2 && two[0] != two[1]);
+    assert_eq!(marks(&[(true, 1); 64]).unwrap().len(), 64);
+    assert_eq!(marks(&[(false, 1); 65]), None, "a mark may lie below them");
+    assert_eq!(cage.backstop.marks(u32::MAX >> 1).unwrap(), None);
+}

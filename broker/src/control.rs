@@ -78,6 +78,9 @@ pub struct ProcessRow {
     /// The same, one by one, with what does not hold it.
     #[serde(default)]
     pub coverage: Vec<Hold>,
+    /// Policies of runs that narrow what it may, beside the one for all.
+    #[serde(default)]
+    pub narrowed_by: Vec<String>,
     /// Since when the broker knows it, RFC 3339; `null` if it has not asked anything yet.
     pub since: Option<String>,
     /// Live associations that are known.
@@ -205,6 +208,9 @@ pub struct Status {
     pub loaded: Option<String>,
     /// Why the file as it is now is not in force: the diagnostic, as `policy check` prints it.
     pub diagnostic: Option<String>,
+    /// What runs have brought along.
+    #[serde(default)]
+    pub layers: Vec<LayerRow>,
     /// Processes of the trees, whether they have asked anything or not.
     pub processes: usize,
     /// Open channels and doors.
@@ -226,6 +232,21 @@ pub struct Status {
     pub coverage: Vec<Covered>,
     /// What is not held here, one sentence each.
     pub gaps: Vec<String>,
+}
+
+/// The policy of runs, which narrows what their trees may.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct LayerRow {
+    /// Its file.
+    pub policy: String,
+    /// Enforce or audit.
+    pub mode: Mode,
+    /// How many runs are under it.
+    pub runs: usize,
+    /// Whether there is one in force; else everything is refused to them.
+    pub in_force: bool,
+    /// Why the file as it is now is not in force.
+    pub diagnostic: Option<String>,
 }
 
 #[cfg(test)]

@@ -103,6 +103,8 @@ pub struct Judgement {
     pub verdict: Verdict,
     /// The rule that decided.
     pub rule: Option<RuleId>,
+    /// The layer whose policy decided; 0 is the policy that is in force for all.
+    pub layer: u8,
     /// How it travels.
     pub lane: Lane,
     /// What proves the far side.
@@ -127,6 +129,7 @@ impl Judgement {
             permitted: false,
             verdict: Verdict::Refuse,
             rule: None,
+            layer: 0,
             lane: Lane::Plain,
             assurance: Assurance::None,
             related: false,
@@ -258,6 +261,7 @@ fn protect(question: &Question<'_>, decision: &Decision) -> Judgement {
         permitted: reason.is_none(),
         verdict: Verdict::Protect,
         rule: decision.rule,
+        layer: 0,
         lane,
         assurance: Assurance::Certificate,
         related: decision.related,
@@ -313,6 +317,7 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
         permitted,
         verdict: decision.verdict,
         rule: decision.rule,
+        layer: 0,
         lane,
         assurance: match decision.assurance {
             _ if shown => Assurance::Certificate,

@@ -6,4 +6,4 @@
 
 pub(crate) mod calls;
 pub mod link;
-pub(crate) mod target;
+pub mod target;

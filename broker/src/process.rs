@@ -53,6 +53,23 @@ pub struct Ancestor {
     pub exe: Option<String>,
 }
 
+/// Which runs' own policies a process is under, beside the one for all.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Under {
+    /// These, by the broker's numbers.
+    Layers(Vec<u8>),
+    /// That is not known, so it may be any.
+    Unknown,
+    /// One of a run that nobody knows any more.
+    Lost,
+}
+
+impl Default for Under {
+    fn default() -> Self {
+        Self::Layers(Vec::new())
+    }
+}
+
 /// What is known of a process.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Context {
@@ -60,6 +77,8 @@ pub struct Context {
     pub key: ProcessKey,
     /// What a policy may ask of it. `exe` is unknown if this host cannot vouch for a path.
     pub facts: ProcessFacts,
+    /// Whose policies hold for it.
+    pub under: Under,
     /// From the parent up.
     pub ancestors: Vec<Ancestor>,
     /// The executable's file, to notice execve(2).
@@ -169,7 +188,7 @@ impl Inspector {
             ancestors: ancestors.iter().map(|a| a.exe.clone().map_or(Fact::Unknown, Fact::Known)).collect(),
         };
         let json = fragment(key, &facts);
-        Some(Context { key, facts, ancestors, file, credentials, json })
+        Some(Context { key, facts, under: Under::default(), ancestors, file, credentials, json })
     }
 
     /// Parents of a process, from `pid` up.

@@ -16,6 +16,7 @@ mod guard;
 mod handed;
 mod judge;
 mod lanes;
+mod layers;
 mod listeners;
 mod members;
 mod nets;
@@ -195,6 +196,7 @@ pub(crate) struct Broker {
     log: Log,
     page: &'static Shared<StatePage>,
     in_force: Option<InForce>,
+    layers: layers::Layers,
     /// Highest generation that ever was.
     generation: u64,
     diagnostic: Option<String>,
@@ -219,6 +221,8 @@ pub(crate) struct Broker {
     cgroups_looked_at: u64,
     sessions: sessions::Sessions,
     listeners: HashMap<u64, listeners::Listener>,
+    /// Listeners, by cookie, that were refused to images which began with them.
+    turned_down: HashMap<u64, Rc<Context>>,
     datagrams: datagrams::Datagrams,
     flows: flows::Flows,
     holders: far::Holders,
@@ -432,7 +436,8 @@ impl Broker {
 
     /// Text and place of a rule in force.
     fn rule_text(&self, rule: Option<RuleId>) -> Option<RuleText> {
-        let found = self.in_force.as_ref()?.policy.get(rule?)?;
+        let (policy, rule) = self.policy_of(rule?)?;
+        let found = policy.get(rule)?;
         Some(RuleText {
             text: Rc::from(&*found.text),
             at: Rc::from(format!("{}:{}", found.file, found.line)),

@@ -28,14 +28,15 @@ pub struct Args {
     /// Only records with this verdict; may be repeated
     #[arg(long, value_enum)]
     verdict: Vec<Verdict>,
-    /// Only records since this time: `2026-01-31T10:00:00Z`, or a duration such as `10m` or `2h`
+    /// Only records since this time: `2026-01-31T10:00:00Z`, a local date, time or both (`2026-01-31`, `10:00`), or a
+    /// duration such as `10m` or `2h`
     #[arg(long, value_name = "TIME", value_parser = select::since)]
     since: Option<jiff::Timestamp>,
     /// Only records of this process: its id, or its executable's path or name
     #[arg(long, value_name = "P")]
     process: Option<String>,
     /// Only records with this peer: an address, a prefix, `address:port`, or a part of the peer's name
-    #[arg(long, value_name = "A")]
+    #[arg(long, value_name = "A", value_parser = select::peer)]
     peer: Option<String>,
     /// How records are printed
     #[arg(long, value_enum, default_value_t)]

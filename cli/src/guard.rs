@@ -55,6 +55,17 @@ pub fn install(hold: Hold) -> io::Result<Guard> {
     outcome.map(Guard::Listener)
 }
 
+/// Puts a mark under the calling process and all its descendants: that they are narrowed.
+///
+/// # Errors
+/// As seccomp(2).
+pub fn mark() -> io::Result<()> {
+    match listener::mark(Privileges::Kept) {
+        Err(error) if error.raw_os_error() == Some(Errno::EACCES as i32) => listener::mark(Privileges::NoNew),
+        done => done,
+    }
+}
+
 /// Takes connect(2) of TCP from the tree, where the kernel can; it is made by proxy.
 fn lock_connect() -> io::Result<()> {
     match landlock::forbid_connect() {

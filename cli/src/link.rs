@@ -28,12 +28,15 @@ const LONGEST: usize = 64 << 10;
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Say {
-    /// First: what this run expects to be in force. `None`: whatever is.
+    /// First: what this run expects to be in force. `None`: whatever is. If it expects something, the process's pidfd
+    /// is attached.
     Hello {
         /// Absolute path of the policy.
         policy: Option<PathBuf>,
         /// Whether refusals are enforced.
         mode: Option<Mode>,
+        /// It is within another run's tree.
+        nested: bool,
     },
     /// Before the guard: put this process under the backstop; its pidfd is attached.
     Enclose,
@@ -44,9 +47,11 @@ pub enum Say {
         guarded: bool,
         /// The listener's number in the sender, who cannot attach anything any more: its calls are held.
         listener: Option<i32>,
-        /// Whether the program begins with connections of somebody else's making.
+        /// Whether the program begins with connections or listeners of somebody else's making.
         connected: bool,
     },
+    /// Then, if nested and narrowed: the mark is there.
+    Narrowed,
 }
 
 /// What there is to hold a tree beside the shim.
@@ -76,6 +81,8 @@ pub enum Answer {
         uid: u32,
         /// The shim that every uid can load.
         shim: PathBuf,
+        /// A policy of its own narrows its tree, which puts a mark under itself.
+        narrowed: bool,
     },
     /// To `Hello`: something else is in force.
     Conflict(String),
@@ -83,7 +90,7 @@ pub enum Answer {
     Failed(String),
     /// To `Enclose`: what there is to hold it beside the shim.
     Enclosed(Hold),
-    /// To `Tree`: it is being watched, and stopped at its beginning if it has connections.
+    /// To `Tree` and `Narrowed`: it is being watched, and stopped at its beginning if it has connections.
     Watched,
 }
 
@@ -244,9 +251,9 @@ mod tests {
         listen(&listener).unwrap();
         let here = Link::to(&path, Duration::from_secs(5)).unwrap();
         let there = Link::accept(&listener).unwrap();
-        here.send(&Say::Hello { policy: None, mode: Some(Mode::Audit) }, &[0]).unwrap();
+        here.send(&Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true }, &[0]).unwrap();
         let (said, fds) = there.receive::<Say>().unwrap().unwrap();
-        assert!(matches!(said, Say::Hello { policy: None, mode: Some(Mode::Audit) }));
+        assert!(matches!(said, Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true }));
         assert_eq!(fds.len(), 1);
         drop(there);
         assert!(here.receive::<Answer>().unwrap().is_none());

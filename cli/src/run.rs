@@ -35,7 +35,8 @@ use crate::{
 /// Options of `portcullis run`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Policy file [default: DIR/policy.pol, else /etc/portcullis/policy.pol]
+    /// Policy file [default: DIR/policy.pol, else /etc/portcullis/policy.pol]; under a service it narrows what the
+    /// service's own permits
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
     /// Whether what the policy refuses is refused, or only recorded [default: enforce]
@@ -60,6 +61,9 @@ const NOT_FOUND: u8 = 127;
 
 /// How long a broker may take to become ready.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a run starts a supervisor at most.
+const STARTS: u32 = 3;
 
 /// Why a program was not run.
 #[derive(Debug, thiserror::Error)]
@@ -164,14 +168,23 @@ pub fn run(args: Args, out: &mut Out) -> u8 {
 fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     sys::hold_standard_descriptors().map_err(failed("open /dev/null"))?;
     let policy = args.policy.as_deref().map(readable).transpose()?;
-    let hello = Say::Hello { policy, mode: args.mode };
+    let asks = args.policy.is_some() || args.mode.is_some();
+    let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
     if let Some(broker) = outer() {
-        return join(&broker, &hello, args.policy.is_some() || args.mode.is_some());
+        return join(
+            &broker,
+            &Hello { say: Say::Hello { policy, mode: args.mode, nested: true }, pidfd },
+            asks,
+        );
     }
+    let hello = Hello { say: Say::Hello { policy, mode: args.mode, nested: false }, pidfd };
     let place = Place::make(args.state.state.as_deref())?;
     let (link, welcome) = reach(&place, &hello, args)?;
     let door = place_door(&welcome)?;
-    let pidfd = sys::pidfd_open(unistd::getpid()).map_err(failed("open a pidfd"))?;
+    if welcome.narrowed {
+        narrow(&hello)?;
+    }
+    let pidfd = hello.pidfd;
     let hold = enclose(&link, &pidfd)?;
     let guard = guard::install(hold).map_err(failed("install the guard's filter"))?;
     let by_number = match &guard {
@@ -192,22 +205,33 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
         fds.clear();
     }
     link.send(&tree, &fds).map_err(failed("hand the guard over"))?;
-    match link.receive::<Answer>().map_err(failed("hand the guard over"))? {
-        Some((Answer::Watched, _)) => {}
-        Some((Answer::Failed(why), _)) => return Err(RunError::NoBroker(why)),
-        _ => return Err(RunError::NoBroker("it ended before the program began".into())),
-    }
+    await_watch(&link)?;
     Ok(environment(&welcome, door, args.name.as_deref()))
 }
 
-/// Whether the program will have connections that are there already, or on their way.
+/// Waits until the tree is watched, and narrowed if it is to be.
+fn await_watch(link: &Link) -> Result<(), RunError> {
+    match link.receive::<Answer>().map_err(failed("hand the guard over"))? {
+        Some((Answer::Watched, _)) => Ok(()),
+        Some((Answer::Failed(why), _)) => Err(RunError::NoBroker(why)),
+        _ => Err(RunError::NoBroker("it ended before the program began".into())),
+    }
+}
+
+/// What a run says first, and who it is.
+struct Hello {
+    say: Say,
+    pidfd: OwnedFd,
+}
+
+/// Whether the program will have connections, or listeners, that are there already, or on their way.
 fn is_connected() -> bool {
     let Ok(all) = fs::read_dir("/proc/self/fd") else { return true };
     let numbers = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
     numbers.into_iter().any(|fd| {
         let peer = nix::sys::socket::getpeername::<nix::sys::socket::SockaddrStorage>(fd);
         peer.is_ok_and(|at| at.as_sockaddr_in().is_some() || at.as_sockaddr_in6().is_some())
-            || sys::is_opening(fd)
+            || sys::has_begun(fd)
     })
 }
 
@@ -227,10 +251,11 @@ struct Welcome {
     uid: u32,
     shim: PathBuf,
     door: OwnedFd,
+    narrowed: bool,
 }
 
 /// Reaches the folder's supervisor, starting one if there is none.
-fn reach(place: &Place, hello: &Say, args: &Args) -> Result<(Link, Welcome), RunError> {
+fn reach(place: &Place, hello: &Hello, args: &Args) -> Result<(Link, Welcome), RunError> {
     let mut ahead = None;
     let reached = try_to_reach(place, hello, args, &mut ahead);
     if reached.is_err()
@@ -243,11 +268,12 @@ fn reach(place: &Place, hello: &Say, args: &Args) -> Result<(Link, Welcome), Run
 
 fn try_to_reach(
     place: &Place,
-    hello: &Say,
+    hello: &Hello,
     args: &Args,
     ahead: &mut Option<Cgroup>,
 ) -> Result<(Link, Welcome), RunError> {
     let deadline = Instant::now() + PATIENCE;
+    let mut started = 0;
     while Instant::now() < deadline {
         match Link::to(&place.supervisor_socket(), deadline.saturating_duration_since(Instant::now())) {
             Ok(link) => match greet(&link, hello)? {
@@ -265,7 +291,14 @@ fn try_to_reach(
             .open(place.lock())
             .map_err(|source| PlaceError::State { path: place.state.clone(), source })?;
         match lock.try_lock() {
+            // One may have met another that was about to end; what ends each time has a reason.
+            Ok(()) if started == STARTS => {
+                let log = fs::read_to_string(place.log()).unwrap_or_default();
+                let last = log.lines().last().unwrap_or("its log says nothing").to_owned();
+                return Err(RunError::NoBroker(format!("the supervisor ends as it begins: {last}")));
+            }
             Ok(()) => {
+                started += 1;
                 let without = without()?;
                 start(place, &lock, args, without).inspect_err(|_| {
                     let _not_empty = fs::remove_dir(&place.runtime);
@@ -298,14 +331,18 @@ fn move_ahead(place: &Place, without: Without) -> Option<Cgroup> {
 }
 
 /// Greets a supervisor. `None`: it closed without an answer, because it ends.
-fn greet(link: &Link, hello: &Say) -> Result<Option<Welcome>, RunError> {
+fn greet(link: &Link, hello: &Hello) -> Result<Option<Welcome>, RunError> {
     let ended =
         |e: &io::Error| matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
-    let exchange = link.send(hello, &[]).and_then(|()| link.receive::<Answer>());
+    let attached: &[RawFd] = match hello.say {
+        Say::Hello { policy: None, mode: None, .. } => &[],
+        _ => &[hello.pidfd.as_raw_fd()],
+    };
+    let exchange = link.send(&hello.say, attached).and_then(|()| link.receive::<Answer>());
     match exchange {
-        Ok(Some((Answer::Welcome { broker, uid, shim }, fds))) => {
+        Ok(Some((Answer::Welcome { broker, uid, shim, narrowed }, fds))) => {
             let door = fds.into_iter().next().ok_or_else(|| RunError::NoBroker("it gives no door".into()))?;
-            Ok(Some(Welcome { broker, uid, shim, door }))
+            Ok(Some(Welcome { broker, uid, shim, door, narrowed }))
         }
         Ok(Some((Answer::Conflict(why), _))) => Err(RunError::Conflict(why)),
         Ok(Some((Answer::Failed(why), _))) => Err(RunError::NoBroker(why)),
@@ -323,12 +360,7 @@ fn start(place: &Place, lock: &fs::File, args: &Args, without: Without) -> Resul
         Some(path) => readable(path)?,
         None => default_policy(place)?,
     };
-    // The broker would refuse everything and say why in its log; here the user sees it.
-    match Policy::load(&policy) {
-        Ok(_) => {}
-        Err(LoadError::Policy(text)) => return Err(RunError::BadPolicy(text.to_string())),
-        Err(error) => return Err(RunError::BadPolicy(format!("portcullis: error: {error}\n"))),
-    }
+    check(&policy)?;
     place.make_runtime()?;
     let shim = supervise::place_shim(place)?;
     let socket =
@@ -389,6 +421,23 @@ fn detach(
     Ok(unistd::execve(c"/proc/self/exe", arguments, &environment)?)
 }
 
+/// The broker would refuse everything and say why in its log; here the user sees it.
+fn check(policy: &Path) -> Result<(), RunError> {
+    match Policy::load(policy) {
+        Ok(_) => Ok(()),
+        Err(LoadError::Policy(text)) => Err(RunError::BadPolicy(text.to_string())),
+        Err(error) => Err(RunError::BadPolicy(format!("portcullis: error: {error}\n"))),
+    }
+}
+
+/// Begins to be narrowed by a policy of its own: what comes after is known by its mark.
+fn narrow(hello: &Hello) -> Result<(), RunError> {
+    if let Say::Hello { policy: Some(policy), .. } = &hello.say {
+        check(policy)?;
+    }
+    guard::mark().map_err(failed("put the mark of its policy under the program"))
+}
+
 /// The policy file's absolute path, once it has been seen to be readable.
 fn readable(path: &Path) -> Result<PathBuf, RunError> {
     let policy = |source| RunError::Policy { path: path.to_owned(), source };
@@ -413,14 +462,17 @@ fn outer() -> Option<PathBuf> {
     status.lines().any(|l| l == "Seccomp:\t2").then_some(path)
 }
 
-/// Joins the outer run: same door, same broker, same policy.
-fn join(broker: &Path, hello: &Say, asks: bool) -> Result<Vec<CString>, RunError> {
+/// Joins the outer run: same door, same broker, same policy, which a policy of its own may narrow.
+fn join(broker: &Path, hello: &Hello, asks: bool) -> Result<Vec<CString>, RunError> {
     if asks {
         let supervisor = broker.with_file_name("supervisor.sock");
         let link = Link::to(&supervisor, PATIENCE)
             .map_err(|source| RunError::Outer { path: supervisor.clone(), source })?;
-        if greet(&link, hello)?.is_none() {
-            return Err(RunError::NoBroker("the outer run ends".into()));
+        let welcome = greet(&link, hello)?.ok_or_else(|| RunError::NoBroker("the outer run ends".into()))?;
+        if welcome.narrowed {
+            narrow(hello)?;
+            link.send(&Say::Narrowed, &[]).map_err(failed("say that the mark is there"))?;
+            await_watch(&link)?;
         }
     }
     link::connect(broker).map_err(|source| RunError::Outer { path: broker.to_owned(), source })?;

@@ -11,15 +11,16 @@ mod parts;
 mod shim;
 mod sweep;
 mod table;
+mod visitors;
 
 use std::{
     ffi::CString,
     fs, io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -30,19 +31,15 @@ use nix::{
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
     },
-    unistd::{Pid, geteuid},
 };
 
-use portcullis_types::{Lack, Without};
+use portcullis_types::Without;
 
 pub use self::shim::{INSTALLED, NAME as SHIM, place as place_shim};
-use self::{
-    outset::Outset,
-    parts::{Health, Parts},
-};
+use self::{outset::Outset, parts::Parts, visitors::Visitor};
 use crate::{
     COULD_NOT, Mode,
-    link::{self, Answer, Hold, Link, Say},
+    link::{self, Link},
     output::Out,
     place::Place,
     run::{RunError, failed},
@@ -109,16 +106,8 @@ struct Tree {
     /// The guard's listener; without one, the first process's pidfd stands for the tree.
     watched: OwnedFd,
     guarded: bool,
-}
-
-/// A run that has connected and not yet become its program.
-struct Visitor {
-    link: Link,
-    /// What it expects, once it has said so.
-    hello: Option<(Option<PathBuf>, Option<Mode>)>,
-    welcomed: bool,
-    /// The process, and what there is to hold it.
-    enclosed: Option<(OwnedFd, Hold)>,
+    /// Its run's tag, if a policy of its own narrows it.
+    run: Option<u64>,
 }
 
 struct Supervisor {
@@ -136,6 +125,9 @@ struct Supervisor {
     born: Instant,
     told_to_end: bool,
 }
+
+/// What it is to have room for where it may take that: as many as systemd gives to a service (systemd.exec(5)).
+const DESCRIPTORS: u64 = 524_288;
 
 /// How long a supervisor waits for the run that started it.
 const UNUSED: Duration = Duration::from_secs(15);
@@ -170,9 +162,12 @@ fn supervise(args: Args) -> Result<(), RunError> {
         // The run that happens to come first may be a niced one, and what is started here serves all that follow.
         sys::be_as_nice_as_others();
     }
-    // One for each tree, one for each door, and what brokers leave here.
+    // One for each tree, one for each door, and what brokers leave here. Root's limit may have been meant for the one
+    // program that happens to come first.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+        let raised = hard.max(DESCRIPTORS);
+        let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, raised, raised)
+            .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     }
     place.make_runtime()?;
     let shim = match &args.shim {
@@ -263,7 +258,7 @@ impl Supervisor {
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
         ];
-        fds.extend(self.visitors.iter().map(|v| PollFd::new(v.link.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.visitors.iter().map(|v| PollFd::new(v.as_fd(), PollFlags::POLLIN)));
         // A guard's listener reports POLLHUP; its notifications are not ours to take, but for a broker that does
         // not come back. A pidfd is readable at its process's end.
         let absent = self.parts.is_absent();
@@ -298,7 +293,11 @@ impl Supervisor {
             if only_held {
                 handover::refuse(&tree.watched);
             }
-            !fired || only_held
+            let lives = !fired || only_held;
+            if let Some(run) = tree.run.filter(|_| !lives) {
+                self.parts.handover.end_run(run);
+            }
+            lives
         });
         if self.trees.len() != before {
             self.parts.backing.tidy();
@@ -309,85 +308,13 @@ impl Supervisor {
         }
         self.hear(&spoke);
         if arrived && let Ok(link) = Link::accept(&self.socket) {
-            self.visitors.push(Visitor { link, hello: None, welcomed: false, enclosed: None });
+            self.visitors.push(Visitor::new(link));
         }
         if signalled {
             self.take_signals();
         }
         self.parts.read_pipes();
         Ok(())
-    }
-
-    /// Takes what visitors say; one that has said all, or nonsense, is gone.
-    fn hear(&mut self, spoke: &[bool]) {
-        let visitors = std::mem::take(&mut self.visitors);
-        for (i, mut visitor) in visitors.into_iter().enumerate() {
-            if !spoke.get(i).copied().unwrap_or(false) {
-                self.visitors.push(visitor);
-                continue;
-            }
-            match visitor.link.receive::<Say>() {
-                Ok(Some((Say::Hello { policy, mode }, _))) if visitor.hello.is_none() => {
-                    visitor.hello = Some((policy, mode));
-                    self.visitors.push(visitor);
-                }
-                Ok(Some((Say::Enclose, fds))) if visitor.welcomed && visitor.enclosed.is_none() => {
-                    let pidfd = fds.into_iter().next();
-                    let answer = match pidfd.as_ref().map(|p| self.enclose(p)) {
-                        Some(Ok(hold)) => Answer::Enclosed(hold),
-                        Some(Err(error)) => Answer::Failed(error.to_string()),
-                        None => continue,
-                    };
-                    visitor.enclosed = pidfd.zip(match answer {
-                        Answer::Enclosed(hold) => Some(hold),
-                        _ => None,
-                    });
-                    if visitor.link.send(&answer, &[]).is_ok() {
-                        self.visitors.push(visitor);
-                    }
-                }
-                Ok(Some((Say::Tree { guarded, listener, connected }, fds))) if visitor.welcomed => {
-                    if connected && let Err(error) = self.expect(&visitor) {
-                        let why =
-                            format!("the connections that the program begins with cannot be judged: {error}");
-                        let _gone = visitor.link.send(&Answer::Failed(why), &[]);
-                        continue;
-                    }
-                    let taken = listener.and_then(|n| self.take_listener(&visitor, n));
-                    if let Some(watched) = taken.or_else(|| fds.into_iter().next())
-                        && visitor.link.send(&Answer::Watched, &[]).is_ok()
-                    {
-                        self.trees.push(Tree { watched, guarded });
-                        self.used = true;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.visitors.push(visitor),
-                // It ended, or does not keep to the order: closing is the answer.
-                _ => self.used = true,
-            }
-        }
-    }
-
-    /// Puts a process under the backstop, if there is one.
-    fn enclose(&mut self, pidfd: &OwnedFd) -> io::Result<Hold> {
-        let pid = behind(pidfd)?.as_raw().cast_unsigned();
-        if self.parts.backing.enclose(pid).map_err(io::Error::other)? {
-            return Ok(Hold::Backstop);
-        }
-        // Whoever makes calls for it must be able to take its descriptors; whether it has this one is no matter.
-        let barred = sys::pidfd_getfd(pidfd, 0).is_err_and(|e| e.raw_os_error() == Some(libc::EPERM));
-        let locked = !self.args.without.has(Lack::Landlock);
-        Ok(if barred { Hold::Nothing } else { Hold::Proxy { locked } })
-    }
-
-    /// Has a process stopped when it has become its program, so that its connections are judged. Where nobody may act
-    /// for it, the shim alone judges them.
-    fn expect(&mut self, visitor: &Visitor) -> io::Result<()> {
-        match &visitor.enclosed {
-            Some((_, Hold::Nothing)) => Ok(()),
-            Some((process, _)) => Ok(self.outset.expect(behind(process)?, process.try_clone()?)?),
-            None => Err(io::ErrorKind::NotFound.into()),
-        }
     }
 
     fn tend_outset(&mut self) {
@@ -397,48 +324,6 @@ impl Supervisor {
         for tag in self.outset.tend() {
             self.parts.handover.forget_begun(tag);
             parts::log("a program was ended: nobody judged in time the connections that it begins with");
-        }
-    }
-
-    /// Takes the guard's listener out of a process that sends nothing any more, and lets the broker serve it.
-    fn take_listener(&mut self, visitor: &Visitor, number: i32) -> Option<OwnedFd> {
-        let (process, hold) = visitor.enclosed.as_ref()?;
-        let listener = sys::pidfd_getfd(process, number).ok()?;
-        self.parts.handover.add_tree(&listener, matches!(hold, Hold::Proxy { .. })).ok()?;
-        Some(listener)
-    }
-
-    /// Answers those who wait for the broker, once it is known how it is.
-    fn answer_visitors(&mut self) {
-        let health = self.parts.health().clone();
-        for visitor in &mut self.visitors {
-            let Some((policy, mode)) = &visitor.hello else { continue };
-            if visitor.welcomed {
-                continue;
-            }
-            let mut door = None;
-            let answer = match (conflict(&self.args, policy.as_deref(), *mode), &health) {
-                (Some(why), _) => Answer::Conflict(why),
-                (None, Health::Starting) => continue,
-                (None, Health::Failed(why)) => Answer::Failed(why.clone()),
-                (None, Health::Serving) => match self.parts.handover.add_door() {
-                    Ok(end) => {
-                        door = Some(end);
-                        Answer::Welcome {
-                            broker: self.place.broker_socket(),
-                            // The supervisor has called listen(2), and keeps the socket over the broker's
-                            // restarts.
-                            uid: geteuid().as_raw(),
-                            shim: self.shim.clone(),
-                        }
-                    }
-                    Err(error) => Answer::Failed(format!("no door: {error}")),
-                },
-            };
-            let attached: Vec<i32> = door.iter().map(AsRawFd::as_raw_fd).collect();
-            visitor.welcomed = true;
-            // A visitor that has gone is noticed at the next turn.
-            let _gone = visitor.link.send(&answer, &attached);
         }
     }
 
@@ -474,36 +359,4 @@ impl Supervisor {
         sweep::sweep(place);
         let _not_empty = fs::remove_dir(&place.runtime);
     }
-}
-
-/// The process that a pidfd is of.
-fn behind(pidfd: &OwnedFd) -> io::Result<Pid> {
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
-    let pid = info.lines().find_map(|l| l.strip_prefix("Pid:")).and_then(|p| p.trim().parse().ok());
-    pid.filter(|pid| *pid > 0).map(Pid::from_raw).ok_or_else(|| io::ErrorKind::NotFound.into())
-}
-
-/// Why what a run expects is not what is in force.
-fn conflict(args: &Args, policy: Option<&Path>, mode: Option<Mode>) -> Option<String> {
-    let state = args.state.display();
-    if let Some(mode) = mode
-        && mode != args.mode
-    {
-        return Some(format!(
-            "a broker in mode `{}` serves state folder `{state}`, so this run cannot have mode `{}`; \
-             give another --state or leave --mode out",
-            args.mode.as_str(),
-            mode.as_str()
-        ));
-    }
-    let policy = policy?;
-    let same = || fs::read(policy).ok().zip(fs::read(&args.policy).ok()).is_some_and(|(a, b)| a == b);
-    (policy != args.policy && !same()).then(|| {
-        format!(
-            "a broker with policy `{}` serves state folder `{state}`, so this run cannot have policy `{}`; \
-             give another --state or leave --policy out",
-            args.policy.display(),
-            policy.display()
-        )
-    })
 }

@@ -138,19 +138,18 @@ pub fn pidfd_getfd(process: &OwnedFd, number: RawFd) -> io::Result<OwnedFd> {
     adopt(RawFd::try_from(fd).map_err(io::Error::other)?)
 }
 
-/// Whether a number is a TCP socket that has begun to connect (tcp(7), `TCP_INFO`): getpeername(2) does not name the far
-/// side before it has answered.
-pub fn is_opening(fd: RawFd) -> bool {
+/// Whether a number is a TCP socket that listens or has begun to connect (tcp(7), `TCP_INFO`): getpeername(2) names no far
+/// side before that has answered.
+pub fn has_begun(fd: RawFd) -> bool {
     // net/tcp_states.h
     const CLOSE: u8 = 7;
-    const LISTEN: u8 = 10;
     let mut state = 0_u8;
     let mut length: libc::socklen_t = 1;
     // SAFETY: the kernel writes at most `length` bytes, of which the state is the first; the number need not be open.
     let done = unsafe {
         libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut state).cast(), &raw mut length)
     };
-    done == 0 && ![CLOSE, LISTEN].contains(&state)
+    done == 0 && state != CLOSE
 }
 
 /// Leaves a traced process in its group stop, from which SIGCONT takes it (ptrace(2), `PTRACE_LISTEN`).

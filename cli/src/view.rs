@@ -82,6 +82,9 @@ fn table(rows: &[Row], out: &mut Out) {
             // The broker has escaped it already.
             row.cmdline,
         ));
+        for policy in &row.narrowed_by {
+            out.line(out.ink(Ink::Faint, &format!("         narrowed by {policy}")));
+        }
         for line in coverage(&row.coverage) {
             out.line(out.ink(Ink::Faint, &format!("         {}", escape(&line))));
         }
@@ -177,6 +180,7 @@ pub fn status(args: &Args, out: &mut Out) -> u8 {
 fn is_sound(status: &Status) -> bool {
     status.generation > 0
         && status.diagnostic.is_none()
+        && status.layers.iter().all(|layer| layer.diagnostic.is_none())
         && status.audit_lost == 0
         && status.audit_error.is_none()
 }
@@ -197,6 +201,19 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
     match s.generation {
         0 => out.line(out.ink(Ink::Bad, "generation   none in force: everything is refused")),
         n => out.line(format!("generation   {n}{loaded}")),
+    }
+    for layer in &s.layers {
+        let mode = if layer.mode == portcullis_broker::Mode::Audit { "audit" } else { "enforce" };
+        let text = format!("narrowed by  {}, mode {mode}, for {} runs", layer.policy, layer.runs);
+        out.line(if layer.in_force {
+            text
+        } else {
+            out.ink(Ink::Bad, &format!("{text}: none in force, refused"))
+        });
+        if let Some(diagnostic) = &layer.diagnostic {
+            out.line(out.ink(Ink::Bad, "             the file as it is now is not in force:"));
+            diagnostic.lines().for_each(|line| out.line(format!("               {}", escape(line))));
+        }
     }
     out.line(format!("serves       {} processes, {} associations", s.processes, s.associations));
     for covered in &s.coverage {

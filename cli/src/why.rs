@@ -96,7 +96,7 @@ fn tell(record: &Record, out: &mut Out) {
 /// Who, what, and by which rule, in plain words and safe for a terminal.
 fn sentences(record: &Record) -> Vec<String> {
     let reason = record.shown("reason").map(|reason| capital(&reason));
-    [who(record), what(record), rule(record), reason, certificate(record), other(record)]
+    [who(record), what(record), own_policy(record), rule(record), reason, certificate(record), other(record)]
         .into_iter()
         .flatten()
         .collect()
@@ -158,6 +158,13 @@ fn rule(record: &Record) -> Option<String> {
     let named = record.shown("rule_name").map_or_else(String::new, |n| format!(" ({n})"));
     let at = record.shown("rule_at").map_or_else(String::new, |at| format!(", at {at}"));
     Some(format!("Rule: {}{named}{at}.", rule.trim_end_matches(';')))
+}
+
+/// Which policy it was that refused, if not the one that is in force for all. (A record of the policy itself has that
+/// field too.)
+fn own_policy(record: &Record) -> Option<String> {
+    let policy = record.shown("policy").filter(|_| record.is_refusal())?;
+    Some(format!("Policy: its run's own, {policy}, which narrows what the service permits."))
 }
 
 fn certificate(record: &Record) -> Option<String> {

@@ -7,7 +7,7 @@ use nix::{
     unistd::Pid,
 };
 use portcullis_tests::{
-    Host, Net, Running, eventually,
+    Finished, Host, Net, Running, eventually,
     ftp::{self, Daemon},
 };
 
@@ -208,4 +208,37 @@ fn no_record_is_lost_with_a_broker() {
         let others: Vec<_> = client.records().into_iter().filter(others).collect();
         panic!("of {done} only {} are on record; the others: {others:#?}", count());
     }
+}
+
+#[test]
+fn datagrams_follow_a_new_generation_before_their_socket_is_used_again() {
+    let net = Net::new(&["server", "one", "two"]);
+    let [server, one, two] = net.hosts();
+    server.policy("allow udp/5353(IPv4{10.77.0.2}, *);");
+    // Nothing brings the socket before the broker, not even its reading: read(2) is not asked about.
+    let script = "import os, socket, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+        s.bind(('10.77.0.1', 5353))\ns.setblocking(False)\nprint('bound', flush=True)\nfor line in sys.stdin:\n    \
+        got = []\n    try:\n        while True: got.append(os.read(s.fileno(), 9).decode())\n    \
+        except BlockingIOError: print('got', *got, flush=True)";
+    let mut running = server.start(&["/usr/bin/python3", "-c", script]);
+    running.line("bound");
+    let send = |host: &Host, text: &str| {
+        let script = format!(
+            "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'{text}', ('10.77.0.1', 5353))"
+        );
+        let _sent = Finished::of(&mut host.plain(&["/usr/bin/python3", "-c", &script])).success();
+    };
+    kill_and_wait(server, "broker");
+    for (host, text) in [(one, "one"), (two, "two")] {
+        send(host, text);
+    }
+    server.policy("allow udp/5353(IPv4{10.77.0.3}, *);");
+    server.record("the new generation", |r| {
+        r["op"] == "policy" && r["reason"].as_str().unwrap().contains("generation 3")
+    });
+    for (host, text) in [(one, "three"), (two, "four")] {
+        send(host, text);
+    }
+    running.say("read\n");
+    assert_eq!(running.line("got"), "got one four", "what had arrived stays, and no other but who may");
 }

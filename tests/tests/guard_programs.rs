@@ -22,7 +22,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, built};
 use serde_json::Value;
 
 const NOBODY: u32 = 65534;
@@ -350,4 +350,51 @@ fn a_program_begins_with_nothing_that_nobody_has_judged() {
     kill(Pid::from_raw(host.broker()), Signal::SIGSTOP).unwrap();
     let ran = Finished::of(&mut command);
     assert_eq!(ran.stdout, "", "{ran}");
+}
+
+const GREETER: &str = r#"
+#include <stdio.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main() {
+	puts("up");
+	fflush(stdout);
+	for (;;) {
+		int fd = accept(9, 0, 0);
+		write(fd, "hello", 5);
+		close(fd);
+	}
+}
+"#;
+
+#[test]
+fn a_listener_that_a_static_program_begins_with_is_filtered_before_its_first_instruction() {
+    let net = Net::new(&["server", "friend", "stranger"]);
+    let [server, friend, stranger] = net.hosts();
+    let (source, program) = (server.write("greeter.c", GREETER), server.path("greeter"));
+    let _built =
+        Finished::of(Command::new("cc").args(["-static", "-w", "-o"]).arg(&program).arg(source)).success();
+    for alone in ["0", "1"] {
+        for (policy, there) in [(ALLOW_ALL, "open"), ("allow tcp/8001(IPv4{10.77.0.2}, *);", "filtered")] {
+            server.policy(policy);
+            let run = server.run(&[program.to_str().unwrap()]);
+            let words: Vec<String> = run.get_args().map(|word| word.to_str().unwrap().to_owned()).collect();
+            // As a service manager does it.
+            let begin = "import os, socket, sys\ns = socket.create_server(('', 8001))\nos.dup2(s.fileno(), 9)\n\
+                os.execvp(sys.argv[1], sys.argv[1:])";
+            let run = words.iter().position(|word| word == "--").unwrap() + 1;
+            let line = [&["/usr/bin/python3", "-c", begin].map(str::to_owned), &words[run..]].concat();
+            let mut command = server.plain(&line);
+            command.env("PORTCULLIS_NO_BACKSTOP", alone);
+            let running = Running::start(command);
+            running.line("up");
+            assert_eq!(friend.sees("10.77.0.1", 8001), "open", "{policy}, {alone}");
+            assert_eq!(stranger.sees("10.77.0.1", 8001), there, "{policy}, {alone}");
+            drop(running);
+            portcullis_tests::eventually("all is over", || server.daemons().is_empty().then_some(()));
+        }
+    }
+    let took = |r: &Value| r["op"] == "listen" && r["verdict"] == "permit" && r["via"] == "guard";
+    assert_eq!(server.records().iter().filter(|r| took(r)).count(), 4);
+    server.record("the stranger", |r| r["op"] == "accept" && r["via"] == "filter");
 }

@@ -13,6 +13,7 @@ use nix::{
 };
 use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, eventually};
 
+const NOBODY: u32 = 65534;
 const PY: &str = "/usr/bin/python3";
 
 type Spoil = fn(&Path);
@@ -104,4 +105,25 @@ fn whoever_takes_the_brokers_place_is_told_nothing() {
     caller.say("\n");
     assert_ne!(caller.line(""), "ok");
     assert_eq!(impostor.line("told"), "told 0", "it was found out by its user id, and left");
+}
+
+#[test]
+fn want_of_descriptors_is_said_at_once() {
+    let here = Host::here();
+    let user = here.as_user(NOBODY);
+    for (host, few) in [(&here, "1000"), (&user, "1000"), (&user, "12")] {
+        host.policy(ALLOW_ALL);
+        let program =
+            if host.is_ordinary() { host.path("portcullis") } else { portcullis_tests::built::portcullis() };
+        let script = format!(
+            "ulimit -n {few}; exec \"$0\" run --state state --policy policy.pol -- sh -c 'echo ran; ulimit -n'"
+        );
+        let done = Finished::of(&mut host.plain(&["sh", "-c", &script, program.to_str().unwrap()]));
+        if few == "12" {
+            assert_eq!((done.status, done.stdout.as_str()), (125, ""), "{done}");
+            assert!(done.stderr.contains("Too many open files"), "{done}");
+        } else {
+            assert_eq!(done.success(), format!("ran\n{few}\n"), "{few}");
+        }
+    }
 }

@@ -71,6 +71,20 @@ struct cred {
 	struct kuid euid;
 } KERNEL;
 
+struct bpf_prog {
+	u32 len;
+} KERNEL;
+
+struct seccomp_filter {
+	u8 log; /* SECCOMP_FILTER_FLAG_LOG */
+	struct seccomp_filter *prev;
+	struct bpf_prog *prog;
+} KERNEL;
+
+struct seccomp {
+	struct seccomp_filter *filter; /* the newest; each leads to the one before */
+} KERNEL;
+
 struct task_struct {
 	s32 pid, tgid;
 	struct task_struct *group_leader;
@@ -78,6 +92,7 @@ struct task_struct {
 	u64 self_exec_id;   /* grows by one with every exec */
 	const struct cred *cred;
 	struct nsproxy *nsproxy;
+	struct seccomp seccomp;
 } KERNEL;
 
 struct bpf_iter_meta {

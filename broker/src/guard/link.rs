@@ -8,8 +8,12 @@
 //! | `N` | why there is no backstop, as text | | supervisor |
 //! | `A` | why the backstop is an nftables table, as text | | supervisor |
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
-//! | `T` | | guards' listeners, one of each tree that the backstop holds too | supervisor |
-//! | `P` | | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
+//! | `L` | a tag, a mark or 0, a mode, and a policy's path as text | pidfd of a run whose tree that policy narrows | supervisor |
+//! | `M` | a tag | none: that run has put its mark under itself | supervisor |
+//! | `Y` | a tag, a mark or 0 | none: it is known | broker |
+//! | `U` | a tag | none: that run's tree is no more, or cannot be narrowed | both |
+//! | `T` | a tag of `L`, or 0 | guards' listeners, one of each tree that the backstop holds too | supervisor |
+//! | `P` | a tag of `L`, or 0 | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
 //! | `S` | a tag | pidfd of a program that begins with connections, and is stopped until they are judged | supervisor |
 //! | `J` | a tag | none: they are judged | broker |
 //! | `K` | | the book of held calls (`portcullis_guard::book`), after all trees | supervisor |
@@ -20,8 +24,13 @@
 
 use std::{
     collections::VecDeque,
+    ffi::OsStr,
     io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::PathBuf,
 };
 
 use nix::{
@@ -32,12 +41,38 @@ use nix::{
     },
 };
 
+use crate::Mode;
+
 /// Most descriptors in one message; the kernel takes 253 (`SCM_MAX_FD`).
 pub const MOST: usize = 128;
+
+/// Longest path of a policy that can be told.
+pub const LONGEST_PATH: usize = 8 * MOST - 3 * 8;
+
+/// A run's own policy, which narrows what its tree may.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Narrowing {
+    /// The supervisor's number of the run.
+    pub tag: u64,
+    /// What the kernel knows its tree by, if a broker before has found that out; else 0.
+    pub mark: u64,
+    /// Whether what it refuses is refused.
+    pub mode: Mode,
+    /// Its file, no longer than [`LONGEST_PATH`].
+    pub policy: PathBuf,
+}
 
 /// One message.
 #[derive(Debug)]
 pub enum Handed {
+    /// A run, and what narrows it.
+    Layer(Narrowing, OwnedFd),
+    /// It has put its mark under itself.
+    Marked(u64),
+    /// It is known, by this mark.
+    Layered(u64, u64),
+    /// It is no more, or cannot be narrowed.
+    Unlayered(u64),
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
     Backstop(Vec<OwnedFd>),
     /// Why there is none.
@@ -50,6 +85,8 @@ pub enum Handed {
     Trees {
         /// By proxy.
         by_proxy: bool,
+        /// The run's tag, if it is narrowed; else 0.
+        run: u64,
         /// One of each tree.
         listeners: Vec<OwnedFd>,
     },
@@ -152,9 +189,16 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
     let raw = |fds: &[OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
     let (letter, tags, fds): (u8, Vec<u64>, Vec<RawFd>) = match handed {
         Handed::Backstop(fds) => (b'B', Vec::new(), raw(fds)),
-        Handed::Trees { by_proxy, listeners } => {
-            (if *by_proxy { b'P' } else { b'T' }, Vec::new(), raw(listeners))
+        Handed::Trees { by_proxy, run, listeners } => {
+            (if *by_proxy { b'P' } else { b'T' }, vec![*run], raw(listeners))
         }
+        Handed::Layer(it, process) => {
+            let mode = u64::from(it.mode == Mode::Audit);
+            (b'L', vec![it.tag, it.mark, mode], vec![process.as_raw_fd()])
+        }
+        Handed::Marked(tag) => (b'M', vec![*tag], Vec::new()),
+        Handed::Layered(tag, mark) => (b'Y', vec![*tag, *mark], Vec::new()),
+        Handed::Unlayered(tag) => (b'U', vec![*tag], Vec::new()),
         Handed::Unbacked(_) => (b'N', Vec::new(), Vec::new()),
         Handed::Fenced(_) => (b'A', Vec::new(), Vec::new()),
         Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
@@ -170,6 +214,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
     };
     let words = match handed {
         Handed::Unbacked(why) | Handed::Fenced(why) => why.as_bytes(),
+        Handed::Layer(it, _) => it.policy.as_os_str().as_bytes(),
         _ => &[],
     };
     let words = words.iter().take(8 * MOST).copied();
@@ -186,23 +231,33 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
     let words = tags;
     let (tags, rest) = tags.as_chunks::<8>();
     let mut tags = tags.iter().map(|t| u64::from_ne_bytes(*t));
+    let wrong = || io::Error::from(io::ErrorKind::InvalidData);
     Ok(match letter {
+        b'L' => {
+            let [tag, mark, audit] = [tags.next(), tags.next(), tags.next()];
+            let mode = if audit.ok_or_else(wrong)? == 0 { Mode::Enforce } else { Mode::Audit };
+            let policy = OsStr::from_bytes(words.get(24..).unwrap_or_default()).into();
+            let (tag, mark) = (tag.ok_or_else(wrong)?, mark.ok_or_else(wrong)?);
+            Handed::Layer(Narrowing { tag, mark, mode, policy }, fds.pop().ok_or_else(wrong)?)
+        }
+        b'M' => Handed::Marked(tags.next().ok_or_else(wrong)?),
+        b'Y' => Handed::Layered(tags.next().ok_or_else(wrong)?, tags.next().ok_or_else(wrong)?),
+        b'U' => Handed::Unlayered(tags.next().ok_or_else(wrong)?),
         b'B' => Handed::Backstop(fds),
-        b'T' | b'P' => Handed::Trees { by_proxy: letter == b'P', listeners: fds },
+        b'T' | b'P' => {
+            Handed::Trees { by_proxy: letter == b'P', run: tags.next().ok_or_else(wrong)?, listeners: fds }
+        }
         b'N' => Handed::Unbacked(String::from_utf8_lossy(words).into_owned()),
         b'A' => Handed::Fenced(String::from_utf8_lossy(words).into_owned()),
-        b'R' => Handed::Ring(fds.pop().ok_or(io::ErrorKind::InvalidData)?),
+        b'R' => Handed::Ring(fds.pop().ok_or_else(wrong)?),
         b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),
         b'W' => Handed::Watch(fds),
         b'F' if tags.len() == fds.len() && rest.is_empty() => Handed::Filters(tags.zip(fds).collect()),
-        b'S' => Handed::Begun(
-            tags.next().ok_or(io::ErrorKind::InvalidData)?,
-            fds.pop().ok_or(io::ErrorKind::InvalidData)?,
-        ),
-        b'J' => Handed::Judged(tags.next().ok_or(io::ErrorKind::InvalidData)?),
-        b'X' if fds.is_empty() => Handed::Forget(tags.next().ok_or(io::ErrorKind::InvalidData)?),
-        _ => return Err(io::ErrorKind::InvalidData.into()),
+        b'S' => Handed::Begun(tags.next().ok_or_else(wrong)?, fds.pop().ok_or_else(wrong)?),
+        b'J' => Handed::Judged(tags.next().ok_or_else(wrong)?),
+        b'X' if fds.is_empty() => Handed::Forget(tags.next().ok_or_else(wrong)?),
+        _ => return Err(wrong()),
     })
 }
 
@@ -223,16 +278,22 @@ mod tests {
         let fd = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         ours.send(Handed::Backstop(vec![fd(), fd(), fd()]));
         ours.send(Handed::Filters((0..MOST as u64).map(|tag| (tag, fd())).collect()));
-        ours.send(Handed::Trees { by_proxy: true, listeners: vec![fd()] });
+        ours.send(Handed::Trees { by_proxy: true, run: 3, listeners: vec![fd()] });
+        let narrowing =
+            Narrowing { tag: 3, mark: u64::MAX, mode: Mode::Audit, policy: "/".repeat(LONGEST_PATH).into() };
+        ours.send(Handed::Layer(narrowing.clone(), fd()));
+        ours.send(Handed::Layered(3, 4));
         ours.send(Handed::Forget(7));
         ours.send(Handed::Unbacked("no types".to_owned()));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Filters(all))) if all.len() == MOST));
-        assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, .. }))));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, run: 3, .. }))));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Layer(told, _))) if told == narrowing));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Layered(3, 4)))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Unbacked(why))) if why == "no types"));
         assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567"] {
+        for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567", b"T", b"L12345678", b"Y12345678"] {
             nix::sys::socket::send(ours.socket.as_raw_fd(), nonsense, MsgFlags::empty()).unwrap();
             assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::InvalidData);
         }

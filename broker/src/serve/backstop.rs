@@ -71,6 +71,11 @@ impl Kernel {
     pub(super) const fn is_awake(&self) -> bool {
         self.awake
     }
+
+    /// The marks that a process is under. `None`: it cannot be told.
+    pub(super) fn marks(&mut self, pid: i32) -> Option<Vec<u64>> {
+        self.backstop.marks(pid.cast_unsigned()).ok().flatten()
+    }
 }
 
 /// 128-bit form in which v4 is v4-mapped.

@@ -7,6 +7,7 @@ use std::{
 
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
 use portcullis_backstop::Holder;
+use portcullis_policy::Policy;
 use portcullis_types::Lack;
 use portcullis_wire::{Flags, OpCode, Reply, Request};
 use zerocopy::IntoBytes;
@@ -14,7 +15,7 @@ use zerocopy::IntoBytes;
 use super::{Broker, Process, Source};
 use crate::{
     audit::{Line, More},
-    process::{Inspector, ProcessKey},
+    process::{Context, Inspector, ProcessKey},
     sys::{
         has_ended,
         message::{self, Message, Writer, name_writers},
@@ -289,7 +290,7 @@ impl Broker {
         if !named && at.credentials().ok()?.real != writer.uid {
             return None;
         }
-        let context = self.inspector.read(writer.pid, pidfd.as_fd(), &at)?;
+        let context = self.read_context(writer.pid, pidfd.as_fd(), &at)?;
         let key = context.key;
         let most = self.settings.limits.processes_per_user;
         let share = self.users.entry(writer.uid).or_default();
@@ -324,6 +325,12 @@ impl Broker {
         Some(key)
     }
 
+    /// Who a process is, and under whose policies.
+    pub(super) fn read_context(&mut self, pid: i32, pidfd: BorrowedFd<'_>, at: &ProcDir) -> Option<Context> {
+        let context = self.inspector.read(pid, pidfd, at)?;
+        Some(Context { under: self.under(context.key), ..context })
+    }
+
     /// Takes leave of a process that has ended: what is left in its ring is written.
     pub(super) fn bury(&mut self, key: ProcessKey) {
         self.drain(key);
@@ -339,6 +346,8 @@ impl Broker {
         self.forget_grants(key);
         self.forget_held(key);
         self.forget_datagrams(key);
+        self.forget_seen(key);
+        self.turned_down.retain(|_, context| context.key != key);
     }
 
     /// Makes sure that what is known of a process is still so; with `anew` reads it in any case.
@@ -350,7 +359,7 @@ impl Broker {
 
     /// As [`Self::refresh`]; `now` is what the kernel said before: what changes meanwhile shows the next time.
     pub(super) fn refresh_as(&mut self, key: ProcessKey, anew: bool, now: Option<Holder>) -> bool {
-        let by_groups = self.in_force.as_ref().is_none_or(|f| f.policy.uses_process_groups());
+        let by_groups = self.policies().any(Policy::uses_process_groups);
         let Some(process) = self.processes.get_mut(&key) else { return false };
         let same = now.is_some() && now == process.seen && !by_groups;
         let current = |process: &Process| match same {
@@ -363,10 +372,12 @@ impl Broker {
         }
         self.drain(key); // by the old context
         let Some(process) = self.processes.get_mut(&key) else { return false };
-        let Some(context) = self.inspector.read(key.pid, process.pidfd.as_fd(), &process.at) else {
+        let Some(mut context) = self.inspector.read(key.pid, process.pidfd.as_fd(), &process.at) else {
             return false;
         };
-        if context.facts != process.context.facts
+        context.under = self.under(key);
+        let Some(process) = self.processes.get_mut(&key) else { return false };
+        if (&context.facts, &context.under) != (&process.context.facts, &process.context.under)
             && let Some(memory) = &mut process.memory
         {
             memory.clear(self.in_force.as_ref().map_or(0, |f| f.generation));

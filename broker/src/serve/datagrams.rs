@@ -3,19 +3,25 @@
 use std::{
     collections::{HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    rc::Rc,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use portcullis_policy::{CertificateFact, ListenerScope, Party, ProcessFact};
+use portcullis_policy::{CertificateFact, ListenerScope, Party, Policy, ProcessFact};
 use portcullis_types::Protocol;
 
-use super::{Broker, now_seconds};
+use super::{
+    Broker,
+    nets::{SomeNet, common},
+    now_seconds,
+};
 use crate::{
     Mode,
     process::{Context, ProcessKey},
     sys::{
-        pidfd_getfd,
+        diag::Found,
+        pidfd_getfd, pidfd_open,
         socket::{Facts, attach_filter, detach_filter},
     },
     udp_filter::{Heard, PEERS, compile},
@@ -71,6 +77,25 @@ enum Inbound {
     Some(Vec<(IpNet, u16, u16)>),
 }
 
+impl Inbound {
+    /// Who may by both.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Anyone, it) | (it, Self::Anyone) => it,
+            (Self::Some(one), Self::Some(two)) => Self::Some(both(&one, &two)),
+        }
+    }
+}
+
+/// What lies in both of two lists.
+fn both(one: &[(IpNet, u16, u16)], two: &[(IpNet, u16, u16)]) -> Vec<(IpNet, u16, u16)> {
+    let nets =
+        |all: &[(IpNet, u16, u16)]| all.iter().map(|(net, ..)| SomeNet::from(*net)).collect::<Vec<_>>();
+    let (one, two) = (nets(one), nets(two));
+    let shared = common(&one, &two);
+    shared.into_iter().filter_map(|net| Some((net.prefix()?, 0, u16::MAX))).collect()
+}
+
 impl Broker {
     /// Notes that a socket is bound, or sends to `peer`, and puts the filter that follows from it
     /// under the socket. `true`: the kernel lets through nothing but replies, so senders need not be
@@ -84,10 +109,10 @@ impl Broker {
         peer: Option<SocketAddr>,
         socket: BorrowedFd<'_>,
     ) -> bool {
-        if self.mode == Mode::Audit {
+        let Some(context) = self.context_of(key) else { return false };
+        if self.mode_for(&context) == Mode::Audit {
             return false;
         }
-        let Some(context) = self.context_of(key) else { return false };
         if !self.datagrams.all.contains_key(&facts.cookie) {
             while self.datagrams.order.len() >= MOST {
                 if let Some(oldest) = self.datagrams.order.pop_front() {
@@ -118,14 +143,27 @@ impl Broker {
     }
 
     fn inbound(&self, context: &Context, protocol: Protocol, local: Option<SocketAddr>) -> Inbound {
-        let Some(force) = &self.in_force else { return Inbound::Some(Vec::new()) };
+        let Ok(rulings) = self.rulings(context) else { return Inbound::Some(Vec::new()) };
+        let mode = self.mode_for(context);
+        let some = rulings.iter().filter(|it| it.mode == mode);
+        some.map(|it| self.inbound_by(&it.policy, context, protocol, local))
+            .fold(Inbound::Anyone, Inbound::and)
+    }
+
+    fn inbound_by(
+        &self,
+        policy: &Policy,
+        context: &Context,
+        protocol: Protocol,
+        local: Option<SocketAddr>,
+    ) -> Inbound {
         let party = Party {
             addr: local.map(|l| l.ip()).or(Some(Ipv4Addr::UNSPECIFIED.into())),
             process: ProcessFact::Known(&context.facts),
             certificate: CertificateFact::None,
         };
         let port = local.map_or(0, |l| l.port());
-        match force.policy.listener(&party, protocol, port, now_seconds()) {
+        match policy.listener(&party, protocol, port, now_seconds()) {
             ListenerScope::Anyone => Inbound::Anyone,
             ListenerScope::Nobody => Inbound::Some(Vec::new()),
             ListenerScope::Addresses { v4, v6, processes, .. } => {
@@ -143,21 +181,48 @@ impl Broker {
         }
     }
 
+    /// After a restart: takes on a socket of a wrapped process. Whom it has sent to is not known any more, so the filter
+    /// that it has stays until the next generation.
+    pub(super) fn adopt_datagram(&mut self, owner: ProcessKey, number: i32, found: &Found) {
+        let datagram = Datagram {
+            owner,
+            number,
+            local: Some(found.local),
+            protocol: Protocol::UDP,
+            peers: Some(found.remote).filter(|at| at.port() != 0).into_iter().collect(),
+            filtered: true,
+        };
+        self.datagrams.order.push_back(found.cookie);
+        self.datagrams.all.insert(found.cookie, datagram);
+    }
+
     /// Exchanges the filters of all sockets after a reload.
     pub(super) fn refit_datagrams(&mut self) {
-        if self.mode == Mode::Audit {
-            return;
-        }
         let cookies: Vec<u64> = self.datagrams.all.keys().copied().collect();
         for cookie in cookies {
             let Some(datagram) = self.datagrams.all.get(&cookie) else { continue };
             let (owner, number) = (datagram.owner, datagram.number);
             let (protocol, local) = (datagram.protocol, datagram.local);
-            let socket = self.processes.get(&owner).and_then(|p| {
-                let socket = pidfd_getfd(p.pidfd.as_fd(), number).ok()?;
-                Facts::of(socket.as_fd()).is_ok_and(|f| f.cookie == cookie).then_some(socket)
-            });
-            let (Some(socket), Some(context)) = (socket, self.context_of(owner)) else { continue };
+            let is_it = |socket: &OwnedFd| Facts::of(socket.as_fd()).is_ok_and(|f| f.cookie == cookie);
+            let pidfd = match self.processes.get(&owner) {
+                Some(process) => process.pidfd.try_clone().ok(),
+                None => pidfd_open(owner.pid).ok(),
+            };
+            let socket = pidfd.and_then(|pidfd| pidfd_getfd(pidfd.as_fd(), number).ok()).filter(is_it);
+            // One that has not asked since a broker before was there is looked up.
+            let context = self
+                .context_of(owner)
+                .or_else(|| self.look_up(owner.pid).map(Rc::new))
+                .filter(|c| c.key == owner);
+            let (Some(socket), Some(context)) = (socket, context) else {
+                if !self.processes.contains_key(&owner) {
+                    self.datagrams.all.remove(&cookie);
+                }
+                continue;
+            };
+            if self.mode_for(&context) == Mode::Audit {
+                continue;
+            }
             let inbound = self.inbound(&context, protocol, local);
             if let Some(datagram) = self.datagrams.all.get_mut(&cookie) {
                 datagram.fit(inbound, socket.as_fd());

@@ -19,6 +19,7 @@ use super::{
     far::{FarEnd, loopback_for},
     flows::Flow,
     judge::{Call, Finding},
+    layers::{Ruling, layer_of},
     sessions::{Control, ticks},
     word,
 };
@@ -41,7 +42,10 @@ impl Broker {
     ) -> u64 {
         let judgement = &finding.judgement;
         let observed = self.rule_text(judgement.observed);
-        let would = (!judgement.permitted && self.mode == Mode::Audit) || observed.is_some();
+        let watched = (!judgement.permitted && self.mode_for(context) == Mode::Audit) || observed.is_some();
+        // What a policy says that is only watched is told, where nothing else has to be.
+        let remark = finding.would.as_deref().filter(|_| judgement.permitted && observed.is_none());
+        let would = watched || remark.is_some();
         let verdict = if would {
             "would-refuse"
         } else if judgement.permitted && call.association.is_none() {
@@ -59,14 +63,25 @@ impl Broker {
             None => finding.far.as_ref().and_then(FarEnd::shown),
         };
         let shared = finding.shared.map(|n| format!("the process is in {n} sessions at once"));
+        let remarked = remark.and_then(|it| self.rule_text(it.judgement.rule));
+        let rule = if remark.is_some() { remarked.as_ref() } else { observed.as_ref().or(rule) };
+        let by = match (remark, judgement.observed) {
+            (Some(remark), _) => remark.judgement.layer,
+            (None, Some(observed)) => layer_of(observed),
+            (None, None) => judgement.layer,
+        };
+        let policy = self.layer_file(by).filter(|_| would || !judgement.permitted);
         let observed_why = observed.as_ref().map(|_| "a rule under audit would refuse it");
         let parents;
         let mut more = Vec::with_capacity(8);
-        if let Some(rule) = observed.as_ref().or(rule) {
+        if let Some(rule) = rule {
             more.push(("rule_at", More::Text(&rule.at)));
             if let Some(name) = &rule.name {
                 more.push(("rule_name", More::Text(name)));
             }
+        }
+        if let Some(policy) = &policy {
+            more.push(("policy", More::Text(policy)));
         }
         if let Some(shared) = &shared {
             more.push(("shared", More::Text(shared)));
@@ -85,7 +100,7 @@ impl Broker {
                 .collect::<Vec<_>>()
                 .join(" < ");
             more.push(("parents", More::Text(&parents)));
-            if let Some(allow) = &finding.allow {
+            if let Some(allow) = remark.map_or(&finding.allow, |it| &it.allow) {
                 more.push(("allow", More::Text(allow)));
             }
         }
@@ -98,8 +113,11 @@ impl Broker {
             peer: shown.as_deref(),
             assurance: Some(judgement.assurance),
             verdict: Some(verdict),
-            rule: observed.as_ref().or(rule).map(|r| &*r.text),
-            reason: observed_why.or(judgement.reason.as_deref()),
+            rule: rule.map(|r| &*r.text),
+            reason: match remark {
+                Some(remark) => remark.judgement.reason.as_deref(),
+                None => observed_why.or(judgement.reason.as_deref()),
+            },
             lane: Some(judgement.lane),
             association: call.flow_cookie(),
             generation: self.in_force.as_ref().map(|f| f.generation),
@@ -124,6 +142,7 @@ impl Broker {
         let judgement = &finding.judgement;
         if judgement.permitted
             && judgement.observed.is_none()
+            && finding.would.is_none()
             && let Some(entry) = self.cacheable(key, call, finding)
         {
             // Whoever asks by the guard has no table to look into.
@@ -136,7 +155,7 @@ impl Broker {
         let Some((socket, facts)) = &call.socket else { return };
         if call.protocol == Protocol::TCP {
             match (call.op, &finding.scope) {
-                (Op::Listen, Some(scope)) if self.mode == Mode::Enforce => {
+                (Op::Listen, Some(scope)) if self.mode_for(context) == Mode::Enforce => {
                     let local = call.local.unwrap_or_else(|| SocketAddr::new(IpAddr::from([0, 0, 0, 0]), 0));
                     match self.add_listener(key, call.number, facts, local, scope.clone(), socket.as_fd()) {
                         Ok(true) => reply.flags |= Flags::FILTERED,
@@ -193,7 +212,7 @@ impl Broker {
                 remote: loopback_for(remote),
                 since: ticks(boottime()),
                 maker: (context.key, call.number),
-                rule_id: judgement.rule,
+                rules: finding.related_by.clone(),
                 lane: judgement.lane,
                 association: call.association,
             });
@@ -227,10 +246,7 @@ impl Broker {
 
     /// How far around a permit holds, if it depends on nothing that a table cannot tell.
     fn cacheable(&self, key: ProcessKey, call: &Call, finding: &Finding) -> Option<Entry> {
-        let (Some(force), Some(remote), Some(facts)) = (self.in_force.clone(), call.remote, call.facts())
-        else {
-            return None;
-        };
+        let (Some(remote), Some(facts)) = (call.remote, call.facts()) else { return None };
         // A process elsewhere may see other hosts under the same addresses.
         let here = facts.namespace == self.namespace && self.namespace != 0;
         let cacheable = match call.op {
@@ -242,8 +258,11 @@ impl Broker {
         let mut region = finding.judgement.region.clone().filter(|_| here && cacheable)?;
         let outbound = call.op.is_outbound();
         let context = self.context_of(key)?;
-        let papers = self.papers(&force.policy, &context, call);
-        if force.policy.uses_addresses_of(if outbound { Side::From } else { Side::To }) {
+        let rulings = self.rulings(&context).ok()?;
+        let near = if outbound { Side::From } else { Side::To };
+        if rulings.iter().any(|it| it.policy.uses_addresses_of(near)) {
+            let [Ruling { policy, .. }] = rulings.as_slice() else { return None };
+            let papers = self.papers(&context, call);
             // The same must hold from (or at) whichever own address the next flow has.
             let same_family = |ip: &IpAddr| ip.is_ipv4() == remote.is_ipv4();
             let own: Vec<IpAddr> = self.own.iter().filter(same_family).collect();
@@ -252,9 +271,9 @@ impl Broker {
             }
             for near in own {
                 let mut question =
-                    self.question(&force.policy, &context, call, outbound, Far::Remote, papers.lend());
+                    self.question(policy, &context, call, outbound, Far::Remote, papers.lend());
                 question.near = Some(near);
-                let there = decide::judge(&force.policy, &question);
+                let there = decide::judge(policy, &question);
                 let (true, true, Some(other)) =
                     (there.permitted, there.rule == finding.judgement.rule, there.region)
                 else {

@@ -51,6 +51,8 @@ struct Tree {
     source: u64,
     /// Its calls are made by proxy.
     by_proxy: bool,
+    /// The tag of its run, if that is narrowed.
+    run: Option<u64>,
 }
 
 /// All that is kept of held calls.
@@ -120,13 +122,15 @@ const fn fail(errno: i32) -> Outcome {
 }
 
 impl Broker {
-    pub(super) fn add_guard(&mut self, listener: OwnedFd, by_proxy: bool) {
+    pub(super) fn add_guard(&mut self, listener: OwnedFd, by_proxy: bool, run: u64) {
         let wakes = !self.without.has(Lack::WakeUp) && listener::wake_synchronously(listener.as_fd());
         self.slow_to_wake |= !wakes;
         let id = self.watch.id();
         match self.watch.add(&listener, Source::Guard(id)) {
             Ok(source) => {
-                self.guards.trees.insert(id, Tree { listener, source, by_proxy });
+                self.guards
+                    .trees
+                    .insert(id, Tree { listener, source, by_proxy, run: Some(run).filter(|tag| *tag != 0) });
             }
             Err(error) => self.note("broker", &format!("a program's calls cannot be served: {error}"), &[]),
         }
@@ -260,6 +264,8 @@ impl Broker {
         }
         self.forget_interrupted(key);
         self.know_thread(tid, key);
+        let run = self.guards.trees.get(&tree).and_then(|tree| tree.run);
+        self.see_tree(key, run);
         let held = Held { tree, call: *call, key, by_proxy };
         match what {
             Asked::Socket { domain, kind, protocol } => {

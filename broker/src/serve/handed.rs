@@ -23,15 +23,18 @@ impl Broker {
                 Ok(Some(Handed::Unbacked(why))) => self.unbacked = Some(why),
                 Ok(Some(Handed::Fenced(why))) => self.take_fence(why),
                 Ok(Some(Handed::Ring(ring))) => self.left_over.extend(left_over(ring).unwrap_or_default()),
-                Ok(Some(Handed::Trees { by_proxy, listeners })) => {
-                    listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy));
+                Ok(Some(Handed::Layer(narrowing, process))) => self.expect_run(&narrowing, process),
+                Ok(Some(Handed::Marked(tag))) => self.mark_run(tag),
+                Ok(Some(Handed::Unlayered(tag))) => self.forget_run(tag),
+                Ok(Some(Handed::Trees { by_proxy, run, listeners })) => {
+                    listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy, run));
                 }
                 Ok(Some(Handed::Book(book))) => book.iter().for_each(|it| self.take_book(it)),
                 Ok(Some(Handed::Doors(doors))) => doors.into_iter().for_each(|it| self.add_door(it)),
                 Ok(Some(Handed::Filters(some))) => self.inherited.extend(some),
                 Ok(Some(Handed::Watch(kept))) => self.keepsake = Keepsake::from(kept),
                 Ok(Some(Handed::Begun(tag, process))) => self.judge_outset(tag, &process),
-                Ok(Some(Handed::Forget(_) | Handed::Judged(_))) => {}
+                Ok(Some(Handed::Forget(_) | Handed::Judged(_) | Handed::Layered(..))) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(None) | Err(_) => {

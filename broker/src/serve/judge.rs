@@ -7,8 +7,8 @@ use std::{
     rc::Rc,
 };
 
-use portcullis_policy::{Policy, Side};
-use portcullis_types::{Assurance, Op, Protocol, Verdict};
+use portcullis_policy::{Policy, Region, Side};
+use portcullis_types::{Assurance, Op, Protocol, RuleId, Verdict};
 use portcullis_wire::{Flags, Reply, Request};
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
     far::{FarEnd, SHOWN, loopback_for},
     flows::Flow,
     lanes::Opened,
+    layers::{Ruling, rule_of},
     listeners::Scope,
     now_seconds,
     sessions::Control,
@@ -62,13 +63,100 @@ pub(super) struct Finding {
     pub(super) opened: Option<Opened>,
     /// It is permitted, and fails as it would natively.
     pub(super) errno: Option<i32>,
+    /// What a policy says that is only watched, and would refuse it.
+    pub(super) would: Option<Box<Would>>,
+    /// The rules by which it opens related channels, one of each policy that has one.
+    pub(super) related_by: Vec<RuleId>,
+}
+
+/// A refusal that is only put on record.
+#[derive(Debug)]
+pub(super) struct Would {
+    pub(super) judgement: Judgement,
+    pub(super) allow: Option<String>,
 }
 
 impl Finding {
-    pub(super) const fn of(judgement: Judgement) -> Self {
+    pub(super) fn of(judgement: Judgement) -> Self {
         let (far, session, shared, scope, allow) = (None, None, None, None, None);
-        Self { judgement, far, session, shared, scope, allow, opened: None, errno: None, known: false }
+        let (opened, errno, would, known, related_by) = (None, None, None, false, Vec::new());
+        Self { judgement, far, session, shared, scope, allow, opened, errno, known, would, related_by }
     }
+
+    /// What one policy says, as one of several.
+    fn of_layer(mut self, layer: u8) -> Self {
+        let judgement = &mut self.judgement;
+        judgement.layer = layer;
+        judgement.rule = judgement.rule.map(|rule| rule_of(layer, rule));
+        judgement.observed = judgement.observed.map(|rule| rule_of(layer, rule));
+        self.related_by = judgement.rule.filter(|_| judgement.related).into_iter().collect();
+        self
+    }
+
+    /// What two policies say that both permit it.
+    fn and(mut self, other: Self) -> Self {
+        let region = match (self.judgement.region.take(), other.judgement.region.clone()) {
+            (Some(one), Some(two)) => common(&one, &two),
+            _ => None,
+        };
+        let related = self.judgement.related || other.judgement.related;
+        let observed = self.judgement.observed.or(other.judgement.observed);
+        // What must be protected for one of them is, and the proof is there for both.
+        if self.judgement.verdict != Verdict::Protect && other.judgement.verdict == Verdict::Protect {
+            self.judgement = other.judgement;
+        } else if self.judgement.assurance < other.judgement.assurance {
+            self.judgement.assurance = other.judgement.assurance;
+        }
+        self.judgement = Judgement { region, related, observed, ..self.judgement };
+        self.related_by.extend(other.related_by);
+        self.session = self.session.or(other.session);
+        self.shared = self.shared.or(other.shared);
+        self.far = self.far.or(other.far);
+        self.allow = self.allow.or(other.allow);
+        self
+    }
+}
+
+/// What lies in two regions around the same destination.
+fn common(one: &Region, two: &Region) -> Option<Region> {
+    let prefix = if one.prefix.prefix_len() < two.prefix.prefix_len() { two.prefix } else { one.prefix };
+    let low = *one.ports.start().max(two.ports.start());
+    let high = *one.ports.end().min(two.ports.end());
+    (low <= high).then_some(Region { prefix, ports: low..=high })
+}
+
+/// What all policies say that a process is under: a refusal that is carried out comes first, in their order. One that
+/// is only watched is, if others are not, no more than a remark.
+fn together(all: Vec<(Mode, Finding)>) -> Finding {
+    let enforced = all.iter().any(|(mode, _)| *mode == Mode::Enforce);
+    let mut sum: Option<Finding> = None;
+    let mut would = None;
+    for (mode, finding) in all {
+        let watched = enforced && mode == Mode::Audit;
+        if finding.judgement.permitted {
+            let region = finding.judgement.region.clone();
+            sum = Some(match sum {
+                None => finding,
+                Some(mut before) if watched => {
+                    let both = before.judgement.region.take().zip(region);
+                    before.judgement.region = both.and_then(|(one, two)| common(&one, &two));
+                    before
+                }
+                Some(before) => before.and(finding),
+            });
+        } else if watched {
+            let Finding { judgement, allow, .. } = finding;
+            would.get_or_insert_with(|| Box::new(Would { judgement, allow }));
+        } else {
+            return finding;
+        }
+    }
+    let mut sum = sum.unwrap_or_else(|| Finding::of(Judgement::refusal("no policy is in force")));
+    if would.is_some() {
+        sum.judgement.region = None; // each is to be on record
+        sum.would = would;
+    }
+    sum
 }
 
 impl Call {
@@ -110,13 +198,21 @@ impl Broker {
         }
         if op == Op::Listen
             && inherited
-            && call.facts().is_some_and(|f| self.listeners.contains_key(&f.cookie))
+            && (call.facts().is_some_and(|f| self.listeners.contains_key(&f.cookie))
+                || self.was_turned_down(key, &call))
         {
             return; // it is whose it was
         }
         if self.is_held_alone(key) {
             reply.flags |= Flags::HELD;
             if call.op == Op::Accept && self.has_arrived(key, &call) {
+                return;
+            }
+            // The guard holds the call itself, and knows whose it is.
+            if !inherited
+                && self.is_unseen(key)
+                && matches!(call.op, Op::Connect | Op::Bind | Op::Listen | Op::Send)
+            {
                 return;
             }
         }
@@ -228,7 +324,7 @@ impl Broker {
             finding = Finding::of(Judgement::refusal(format!("the audit log cannot be written: {why}")));
         }
         self.protect(context, call, &mut finding);
-        let permitted = finding.judgement.permitted || self.mode == Mode::Audit;
+        let permitted = finding.judgement.permitted || self.mode_for(context) == Mode::Audit;
         let rule = self.rule_text(finding.judgement.rule);
         let seq = self.record(context, call, &finding, rule.as_ref());
         // What is known is written with the rest of this turn, as what a process finds in its table is.
@@ -285,10 +381,11 @@ impl Broker {
         }
     }
 
-    /// What the policy, the kernel and the sessions say to one call.
+    /// What the policies, the kernel and the sessions say to one call.
     pub(super) fn consider(&mut self, context: &Context, call: &Call) -> Finding {
-        let Some(force) = self.in_force.clone() else {
-            return Finding::of(Judgement::refusal(self.no_policy()));
+        let rulings = match self.rulings(context) {
+            Ok(rulings) => rulings,
+            Err(why) => return Finding::of(Judgement::refusal(why)),
         };
         match call.op {
             Op::Bind => Finding::of(Judgement {
@@ -298,15 +395,24 @@ impl Broker {
                 ..Judgement::refusal(String::new())
             }),
             Op::Listen => self.consider_listen(context, call),
-            Op::Socket => {
-                let papers = self.papers(&force.policy, context, call);
-                let question = self.question(&force.policy, context, call, true, Far::Remote, papers.lend());
-                Finding::of(decide::judge(&force.policy, &question))
-            }
-            Op::Connect | Op::Accept | Op::Send | Op::Receive => {
-                self.consider_flow(&force.policy, context, call)
+            Op::Socket | Op::Connect | Op::Accept | Op::Send | Op::Receive => {
+                let papers = self.papers(context, call);
+                let one = |it: &Ruling| {
+                    let finding = self.consider_by(it, context, call, papers.lend());
+                    (it.mode, finding.of_layer(it.layer))
+                };
+                together(rulings.iter().map(one).collect())
             }
         }
+    }
+
+    /// What one policy says.
+    fn consider_by(&mut self, by: &Ruling, context: &Context, call: &Call, papers: Papers<'_>) -> Finding {
+        if call.op == Op::Socket {
+            let question = self.question(&by.policy, context, call, true, Far::Remote, papers);
+            return Finding::of(decide::judge(&by.policy, &question));
+        }
+        self.consider_flow(by, context, call, papers)
     }
 
     fn consider_listen(&mut self, context: &Context, call: &Call) -> Finding {
@@ -320,17 +426,22 @@ impl Broker {
 
     fn listening(&mut self, context: &Context, protocol: Protocol, local: SocketAddr) -> Finding {
         let listening = self.scope_for(context, protocol, local);
+        let would = listening.would.map(|(layer, reason)| {
+            let allow = self.suggest_inbound(context, layer, protocol, local.port(), local.ip());
+            Box::new(Would { judgement: Judgement { layer, ..Judgement::refusal(reason) }, allow })
+        });
         if listening.scope == Scope::Nobody {
-            let reason = listening.reason.unwrap_or_default();
-            let allow = self.suggest_inbound(context, protocol, local.port(), local.ip());
-            return Finding { allow, ..Finding::of(Judgement::refusal(reason)) };
+            let (layer, reason) = listening.reason.unwrap_or_default();
+            let allow = self.suggest_inbound(context, layer, protocol, local.port(), local.ip());
+            let judgement = Judgement { layer, ..Judgement::refusal(reason) };
+            return Finding { allow, ..Finding::of(judgement) };
         }
         let session = listening.sessions.first().cloned();
         let by_session = session.as_ref().filter(|_| listening.scope.is_of_sessions());
         let judgement = Judgement {
             permitted: true,
             verdict: Verdict::Permit,
-            rule: by_session.and_then(|c| c.rule_id),
+            rule: by_session.and_then(|c| c.rules.first().copied()),
             assurance: match by_session {
                 Some(control) if control.protected().is_some() => Assurance::Certificate,
                 Some(_) => Assurance::Address,
@@ -340,10 +451,11 @@ impl Broker {
             ..Judgement::refusal(String::new())
         };
         let shared = (listening.sessions.len() > 1).then_some(listening.sessions.len());
-        Finding { session, shared, scope: Some(listening.scope), ..Finding::of(judgement) }
+        Finding { session, shared, scope: Some(listening.scope), would, ..Finding::of(judgement) }
     }
 
-    fn consider_flow(&mut self, policy: &Policy, context: &Context, call: &Call) -> Finding {
+    fn consider_flow(&mut self, by: &Ruling, context: &Context, call: &Call, papers: Papers<'_>) -> Finding {
+        let policy = &*by.policy;
         let outbound = call.op.is_outbound();
         let Some(remote) = call.remote else {
             return Finding::of(Judgement::refusal("the far address is not known"));
@@ -369,8 +481,6 @@ impl Broker {
                 ..Judgement::refusal(String::new())
             });
         }
-        let papers = self.papers(policy, context, call);
-        let papers = papers.lend();
         let far = match call.association {
             Some(_) => None,
             None => self.far_end_of(policy, context, call, remote, outbound),
@@ -405,14 +515,14 @@ impl Broker {
         if !finding.judgement.permitted
             && !finding.judgement.denied
             && call.protocol == Protocol::TCP
-            && let Some(by) = self.related(context, call, remote, finding.far.as_ref())
+            && let Some(by) = self.related(by.layer, context, call, remote, finding.far.as_ref())
         {
             finding.shared = (by.of > 1).then_some(by.of);
             let protected = by.control.protected().is_some() && call.association.is_none();
             finding.judgement = Judgement {
                 permitted: true,
                 verdict: if protected { Verdict::Protect } else { Verdict::Permit },
-                rule: by.control.rule_id,
+                rule: by.rule,
                 lane: by.control.lane,
                 assurance: by.assurance,
                 reason: Some("related to a control association that lives".to_owned()),
@@ -499,21 +609,16 @@ impl Broker {
         }
     }
 
-    /// Why there is no policy to decide by.
-    pub(super) fn no_policy(&self) -> String {
-        let path = crate::escape::sentence(&self.policy_path.to_string_lossy());
-        format!("no policy is in force: `{path}` cannot be used (see `portcullis status`)")
-    }
-
-    /// The rule that would let `remote` reach a listener.
+    /// The rule of a policy that would let `remote` reach a listener.
     pub(super) fn suggest_inbound(
         &self,
         context: &Context,
+        layer: u8,
         protocol: Protocol,
         port: u16,
         remote: IpAddr,
     ) -> Option<String> {
-        let force = self.in_force.as_ref()?;
+        let (policy, _) = self.policy_of(rule_of(layer, RuleId(0)))?;
         let question = Question {
             outbound: false,
             protocol,
@@ -525,17 +630,17 @@ impl Broker {
             far: Far::Remote,
             papers: Papers::NONE,
         };
-        decide::suggest(&force.policy, &question)
+        decide::suggest(policy, &question)
     }
 
     /// Judges what goes on already by the generation in force; `None` if it may.
     pub(super) fn judge_again(&mut self, context: &Context, flow: &Flow) -> Option<Judgement> {
-        let judgement = self.judge_flow(context, flow);
+        let judgement = self.judge_flow(context, flow).judgement;
         (!judgement.permitted).then_some(judgement)
     }
 
     /// Judges a flow as if it were to begin now.
-    pub(super) fn judge_flow(&mut self, context: &Context, flow: &Flow) -> Judgement {
+    pub(super) fn judge_flow(&mut self, context: &Context, flow: &Flow) -> Finding {
         let call = Call {
             op: flow.op,
             protocol: flow.protocol,
@@ -546,12 +651,13 @@ impl Broker {
             via: "broker",
             association: None,
         };
-        let mut judgement = self.consider(context, &call).judgement;
+        let mut finding = self.consider(context, &call);
+        let judgement = &mut finding.judgement;
         if judgement.permitted && judgement.verdict == Verdict::Protect {
             judgement.permitted = false;
             judgement.reason = Some("needs certificate, and it goes in plain".to_owned());
         }
-        judgement
+        finding
     }
 }
 

@@ -282,10 +282,11 @@ impl OwnPapers {
 
 impl Broker {
     /// What is known of certificates at the two ends of a call.
-    pub(super) fn papers(&self, policy: &Policy, context: &Context, call: &Call) -> OwnPapers {
-        let Some(who) = &self.lanes.who else { return OwnPapers::default() };
+    pub(super) fn papers(&self, context: &Context, call: &Call) -> OwnPapers {
+        // What a process is called on the wire is not a run's own affair.
+        let (Some(who), Some(force)) = (&self.lanes.who, &self.in_force) else { return OwnPapers::default() };
         OwnPapers {
-            mine: Some(certificate(who, policy, context)),
+            mine: Some(certificate(who, &force.policy, context)),
             shown: call.association.and_then(|id| self.lanes.peer(id)),
             member: call.remote.is_some_and(|at| self.lanes.members.has(at.ip()) && !self.own.has(at.ip())),
         }
@@ -331,7 +332,7 @@ impl Broker {
         if judgement.verdict != Verdict::Protect || !judgement.permitted || call.op != Op::Connect {
             return;
         }
-        if self.mode == Mode::Audit {
+        if self.mode_for(context) == Mode::Audit {
             // No listener of such a host stands behind a front: what is only watched goes as it went before.
             let judgement = &mut finding.judgement;
             (judgement.verdict, judgement.lane) = (Verdict::Permit, Lane::Plain);
@@ -393,7 +394,7 @@ impl Broker {
             remote,
             since: ticks(boottime()),
             maker: (context.key, call.number),
-            rule_id: judgement.rule,
+            rules: finding.related_by.clone(),
             lane: judgement.lane,
             association: Some(id),
         });

@@ -6,14 +6,15 @@ use std::{
     rc::Rc,
 };
 
-use portcullis_policy::{CertificateFact, ListenerScope, Party, ProcessFact};
+use portcullis_policy::{CertificateFact, ListenerScope, Party, Policy, ProcessFact};
 use portcullis_types::{Assurance, Lane, Op, Protocol, Verdict};
 use portcullis_wire::keyd::{Net, Places, Speech, Stranger};
 
 use super::{
     Broker,
     judge::Call,
-    nets::{Nets, SomeNet},
+    layers::Ruling,
+    nets::{Nets, SomeNet, common},
     now_seconds,
 };
 use crate::{
@@ -58,6 +59,42 @@ impl Scope {
     /// Whether only peers of sessions may come.
     pub(super) fn is_of_sessions(&self) -> bool {
         matches!(self, Self::Some { nets, proven, own, .. } if [nets, proven, own].iter().all(|some| some.is_empty()))
+    }
+}
+
+impl Scope {
+    /// Who may by both. `peer`: the address of a session's peer.
+    fn and(self, other: Self, peer: impl Fn(u64) -> Option<IpAddr>) -> Self {
+        let (Self::Some { nets, sessions, proven, own }, two) = (match (self, other) {
+            (Self::Nobody, _) | (_, Self::Nobody) => return Self::Nobody,
+            (Self::Anyone, it) | (it, Self::Anyone) => return it,
+            both => both,
+        }) else {
+            return Self::Nobody;
+        };
+        let Self::Some { nets: nets2, sessions: sessions2, proven: proven2, own: own2 } = two else {
+            return Self::Nobody;
+        };
+        // One who must prove who he is for one of them, does so.
+        let either = |one: &[SomeNet], two: &[SomeNet]| {
+            let mut all = common(one, two);
+            all.extend(common(&nets, two));
+            all.extend(common(one, &nets2));
+            all
+        };
+        let (proven, own) = (either(&proven, &proven2), either(&own, &own2));
+        // A session's peer may by one, and by the other as such or by his address.
+        let may = |session: &u64, sessions: &[u64], nets: &[SomeNet]| {
+            let comes = |ip| nets.iter().collect::<Nets>().cover(SomeNet::of(ip));
+            sessions.contains(session) || peer(*session).is_some_and(comes)
+        };
+        let mut both: Vec<u64> = sessions.iter().filter(|s| may(s, &sessions2, &nets2)).copied().collect();
+        both.extend(sessions2.iter().filter(|s| !sessions.contains(s) && may(s, &[], &nets)));
+        let nets = common(&nets, &nets2);
+        match nets.is_empty() && both.is_empty() && proven.is_empty() && own.is_empty() {
+            true => Self::Nobody,
+            false => Self::Some { nets, sessions: both, proven, own },
+        }
     }
 }
 
@@ -114,36 +151,87 @@ impl Listener {
 pub(super) struct Listening {
     pub(super) scope: Scope,
     pub(super) sessions: Vec<super::sessions::Control>,
-    pub(super) reason: Option<String>,
+    /// Why nobody may come, and by which layer.
+    pub(super) reason: Option<(u8, String)>,
+    /// The same of a policy that is only watched.
+    pub(super) would: Option<(u8, String)>,
 }
 
+impl Listening {
+    const fn nobody(layer: u8, reason: String) -> Self {
+        Self { scope: Scope::Nobody, sessions: Vec::new(), reason: Some((layer, reason)), would: None }
+    }
+}
+
+const NOBODY: &str = "no rule lets anyone reach it there";
+
 impl Broker {
-    /// Who may reach a listener of this process, by rules and by the sessions it is in.
+    /// Who may reach a listener of this process, by rules and by the sessions it is in: by all policies that it is
+    /// under.
     pub(super) fn scope_for(
         &mut self,
         context: &Context,
         protocol: Protocol,
         local: SocketAddr,
     ) -> Listening {
-        let Some(force) = self.in_force.clone() else {
-            return Listening { scope: Scope::Nobody, sessions: Vec::new(), reason: Some(self.no_policy()) };
+        let rulings = match self.rulings(context) {
+            Ok(rulings) => rulings,
+            Err(why) => return Listening::nobody(0, why),
         };
+        let mode = self.mode_for(context);
+        let (mut sum, mut would): (Option<Listening>, _) = (None, None);
+        for ruling in rulings {
+            let one = self.scope_by(&ruling, context, protocol, local);
+            if ruling.mode != mode {
+                would = would.or(one.reason);
+            } else if one.scope == Scope::Nobody {
+                return one;
+            } else if let Some(before) = sum.take() {
+                let peer = |session| self.sessions.get(session).map(|control| control.remote.ip());
+                let scope = before.scope.and(one.scope, peer);
+                let mut sessions = before.sessions;
+                sessions.extend(one.sessions);
+                if let Scope::Some { sessions: those, .. } = &scope {
+                    sessions.retain(|control| those.contains(&control.cookie));
+                }
+                sessions.sort_by_key(|control| control.cookie);
+                sessions.dedup_by_key(|control| control.cookie);
+                let none =
+                    || (ruling.layer, "no rule lets anyone reach it there whom the others let".to_owned());
+                let reason = (scope == Scope::Nobody).then(none);
+                sum = Some(Listening { scope, sessions, reason, would: None });
+            } else {
+                sum = Some(one);
+            }
+        }
+        let sum = sum.unwrap_or_else(|| Listening::nobody(0, NOBODY.to_owned()));
+        Listening { would, ..sum }
+    }
+
+    /// The same by one policy.
+    fn scope_by(
+        &mut self,
+        by: &Ruling,
+        context: &Context,
+        protocol: Protocol,
+        local: SocketAddr,
+    ) -> Listening {
         let call = self.arriving(protocol, local, None);
-        let papers = self.papers(&force.policy, context, &call);
+        let papers = self.papers(context, &call);
         let party = Party {
             addr: Some(local.ip()),
             process: ProcessFact::Known(&context.facts),
             certificate: papers.lend().mine.map_or(CertificateFact::None, CertificateFact::Shown),
         };
-        let by_rules = force.policy.listener(&party, protocol, local.port(), now_seconds());
+        let by_rules = by.policy.listener(&party, protocol, local.port(), now_seconds());
         let mut nets = Vec::new();
         let mut reason = None;
         let (mut proven, mut own) = (Vec::new(), Vec::new());
         match by_rules {
             ListenerScope::Anyone => {
-                return Listening { scope: Scope::Anyone, sessions: Vec::new(), reason: None };
+                return Listening { scope: Scope::Anyone, sessions: Vec::new(), reason: None, would: None };
             }
-            ListenerScope::Nobody => reason = Some("no rule lets anyone reach it there".to_owned()),
+            ListenerScope::Nobody => reason = Some(NOBODY.to_owned()),
             ListenerScope::Addresses { v4, v6, certificate, proven_v4, proven_v6, processes } => {
                 nets.extend(v4.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
                 nets.extend(v6.iter().map(|n| SomeNet(n.network().into(), n.prefix_len())));
@@ -162,14 +250,14 @@ impl Broker {
                 }
             }
         }
-        let sessions = if protocol == Protocol::TCP { self.sessions_of(context) } else { Vec::new() };
+        let mut sessions = if protocol == Protocol::TCP { self.sessions_of(context) } else { Vec::new() };
+        sessions.retain(|control| control.rule_by(by.layer).is_some());
         if nets.is_empty() && sessions.is_empty() && proven.is_empty() && own.is_empty() {
-            let reason = reason.or_else(|| Some("no rule lets anyone reach it there".to_owned()));
-            return Listening { scope: Scope::Nobody, sessions, reason };
+            return Listening::nobody(by.layer, reason.unwrap_or_else(|| NOBODY.to_owned()));
         }
         let cookies = sessions.iter().map(|c| c.cookie).collect();
         let scope = Scope::Some { nets, sessions: cookies, proven, own };
-        Listening { scope, sessions, reason: None }
+        Listening { scope, sessions, reason: None, would: None }
     }
 
     /// Prefixes of this host's own addresses, where a process is at the other end.
@@ -188,7 +276,7 @@ impl Broker {
             let some: Nets = some.iter().collect();
             others.iter().any(|net| some.cover(*net))
         };
-        self.mode == Mode::Enforce && (meet(nets, proven) || meet(proven, nets))
+        self.mode_for(&listener.context) == Mode::Enforce && (meet(nets, proven) || meet(proven, nets))
     }
 
     /// What somebody may speak who has come to a front for peers of both kinds. `None`: nobody serves there.
@@ -293,7 +381,7 @@ impl Broker {
 
     /// After a restart: takes on a listener of a wrapped process, with the filter that it has.
     pub(super) fn adopt_listener(&mut self, context: &Rc<Context>, number: i32, found: &Found) {
-        if self.mode == Mode::Audit || self.listeners.contains_key(&found.cookie) {
+        if self.mode_for(context) == Mode::Audit || self.listeners.contains_key(&found.cookie) {
             return;
         }
         let listening = self.scope_for(context, Protocol::TCP, found.local);
@@ -381,15 +469,21 @@ impl Broker {
 
     /// Members' addresses, other than this host's, and whether a rule lets each come to a listener in plain.
     fn members_for(&self, listener: &Listener) -> Vec<(IpAddr, bool)> {
-        let (Some(force), Some(_)) = (&self.in_force, &self.lanes.who) else { return Vec::new() };
+        let (Ok(rulings), Some(_)) = (self.rulings(&listener.context), &self.lanes.who) else {
+            return Vec::new();
+        };
+        let mode = self.mode_for(&listener.context);
         let others = self.lanes.members.addresses().filter(|ip| !self.own.has(*ip));
         let judged = others.map(|ip| {
             let call = self.arriving(Protocol::TCP, listener.local, Some(SocketAddr::new(ip, 0)));
-            let papers = self.papers(&force.policy, &listener.context, &call);
+            let papers = self.papers(&listener.context, &call);
             let (context, papers) = (&listener.context, papers.lend());
-            let question = self.question(&force.policy, context, &call, false, Far::Remote, papers);
-            let judgement = decide::judge(&force.policy, &question);
-            (ip, judgement.permitted && judgement.lane == Lane::Plain)
+            let in_plain = |policy: &Policy| {
+                let question = self.question(policy, context, &call, false, Far::Remote, papers);
+                let judgement = decide::judge(policy, &question);
+                judgement.permitted && judgement.lane == Lane::Plain
+            };
+            (ip, rulings.iter().filter(|it| it.mode == mode).all(|it| in_plain(&it.policy)))
         });
         judged.collect()
     }
@@ -398,7 +492,7 @@ impl Broker {
     fn needs_front(&self, listener: &Listener) -> bool {
         let protected = |cookie: &u64| self.sessions.get(*cookie).is_some_and(|c| c.protected().is_some());
         self.lanes.who.is_some()
-            && self.mode == Mode::Enforce
+            && self.mode_for(&listener.context) == Mode::Enforce
             && match &listener.scope {
                 Scope::Nobody => false,
                 Scope::Some { proven, .. } if !proven.is_empty() => true,
@@ -434,10 +528,9 @@ impl Broker {
             }
             _ => None,
         };
-        let related = self
-            .in_force
-            .as_ref()
-            .is_some_and(|force| force.policy.is_related(Protocol::TCP, listener.local.port()));
+        let port = listener.local.port();
+        let rulings = self.rulings(&listener.context).unwrap_or_default();
+        let related = rulings.iter().any(|it| it.policy.is_related(Protocol::TCP, port));
         let process = self.named(&listener.context, related, of);
         let found = if socket.is_none() { fetch(cookie, listener) } else { None };
         let socket = socket.or_else(|| found.as_ref().map(AsFd::as_fd));
@@ -518,7 +611,7 @@ impl Broker {
                 self.fit(cookie, &mut listener, None);
             }
             if gone {
-                let reason = fresh.reason.unwrap_or_default();
+                let (_, reason) = fresh.reason.unwrap_or_default();
                 let held = format!("{reason}; the listener is closed to newcomers");
                 self.log.push(&Line {
                     process: Some(&context),
@@ -592,13 +685,19 @@ impl Broker {
             }
             _ => "no rule permits it from this address; dropped unanswered",
         };
+        let layer = context.as_ref().map_or(0, |context| {
+            let call = stranger.destination.socket_addr().map(|at| self.arriving(protocol, at, remote));
+            call.map_or(0, |call| self.consider(context, &call).judgement.layer)
+        });
         let allow = match (&context, remote) {
             (Some(context), Some(remote)) => {
-                self.suggest_inbound(context, protocol, stranger.destination.port, remote.ip())
+                self.suggest_inbound(context, layer, protocol, stranger.destination.port, remote.ip())
             }
             _ => None,
         };
+        let policy = self.layer_file(layer);
         let mut more = Vec::new();
+        more.extend(policy.as_deref().map(|policy| ("policy", More::Text(policy))));
         if let Some(allow) = &allow {
             more.push(("allow", More::Text(allow)));
         }

@@ -77,6 +77,6 @@ impl Broker {
     /// What is known of a process that has not asked anything.
     pub(super) fn look_up(&mut self, pid: i32) -> Option<Context> {
         let (pidfd, at) = (pidfd_open(pid).ok()?, ProcDir::open(pid).ok()?);
-        self.inspector.read(pid, pidfd.as_fd(), &at)
+        self.read_context(pid, pidfd.as_fd(), &at)
     }
 }

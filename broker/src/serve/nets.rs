@@ -1,7 +1,11 @@
 //! Prefixes from which somebody may come.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+};
 
+use ipnet::IpNet;
 use portcullis_wire::keyd::Net;
 
 /// A prefix: network and length.
@@ -20,6 +24,11 @@ impl SomeNet {
         Net::new(self.0, self.1)
     }
 
+    /// As a prefix of its family.
+    pub(super) fn prefix(self) -> Option<IpNet> {
+        IpNet::new(self.0, self.1).ok()
+    }
+
     /// Its family, and its first and last address.
     fn ends(self) -> (bool, u128, u128) {
         let (is_v6, bits, width) = match self.0 {
@@ -30,6 +39,20 @@ impl SomeNet {
         let rest = 1_u128.checked_shl(free).map_or(u128::MAX, |size| size - 1);
         (is_v6, bits & !rest, bits | rest)
     }
+}
+
+impl From<IpNet> for SomeNet {
+    fn from(net: IpNet) -> Self {
+        Self(net.network(), net.prefix_len())
+    }
+}
+
+/// What lies in both of two lists.
+pub(super) fn common(one: &[SomeNet], two: &[SomeNet]) -> Vec<SomeNet> {
+    let (in_one, in_two): (Nets, Nets) = (one.iter().collect(), two.iter().collect());
+    let there: HashSet<_> = one.iter().map(|net| net.ends()).collect();
+    let narrower = two.iter().filter(|net| in_one.cover(**net) && !there.contains(&net.ends()));
+    one.iter().filter(|net| in_two.cover(**net)).chain(narrower).copied().collect()
 }
 
 /// Many of them, for look-up: by family and first address, the last one. None is inside another.

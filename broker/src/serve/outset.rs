@@ -1,4 +1,5 @@
-//! Connections that a program is started with: judged before its first instruction, while the supervisor holds it.
+//! Connections and listeners that a program is started with: judged before its first instruction, while the supervisor
+//! holds it.
 
 use std::{
     io,
@@ -73,7 +74,8 @@ impl Broker {
                     dissolve(&socket);
                 }
             }
-            if facts.remote.is_none() {
+            let listens = facts.listening && facts.protocol == Protocol::TCP;
+            if facts.remote.is_none() && !listens {
                 continue;
             }
             let key = *known.get_or_insert_with(|| {
@@ -82,7 +84,12 @@ impl Broker {
                 pidfd.and_then(|pidfd| self.identify(Writer { pid, uid, gid }, Some(pidfd)))
             });
             let (copy, is_datagram) = (socket.try_clone()?, facts.is_datagram());
-            if !key.is_some_and(|key| self.may_have(key, number, opening, (socket, facts))) {
+            // A listener may be others' as well, and who comes to it is judged at accept in any case.
+            if listens {
+                if let Some(key) = key {
+                    self.take_on(key, number, socket, facts);
+                }
+            } else if !key.is_some_and(|key| self.may_have(key, number, opening, (socket, facts))) {
                 dissolve(&copy);
                 if is_datagram {
                     deafen(&copy)?;
@@ -90,6 +97,35 @@ impl Broker {
             }
         }
         Ok(())
+    }
+
+    /// A listener: with the filter of those who may come, if it may be there at all.
+    fn take_on(&mut self, key: ProcessKey, number: i32, socket: OwnedFd, facts: Facts) {
+        let cookie = facts.cookie;
+        let call = Call {
+            op: Op::Listen,
+            protocol: facts.protocol,
+            local: facts.local,
+            remote: None,
+            socket: Some((socket, facts)),
+            number,
+            via: "guard",
+            association: None,
+        };
+        let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
+        self.judge(key, &call, &mut reply);
+        if let Some(context) = self.context_of(key).filter(|_| reply.errno != 0) {
+            self.turned_down.insert(cookie, context);
+        }
+    }
+
+    /// Whether a listener that an image found was refused when that image began.
+    pub(super) fn was_turned_down(&self, key: ProcessKey, call: &Call) -> bool {
+        let refused = call.facts().and_then(|facts| self.turned_down.get(&facts.cookie));
+        let now = self.processes.get(&key).map(|p| &p.context);
+        refused
+            .zip(now)
+            .is_some_and(|(then, now)| (then.key, then.file, &then.facts) == (now.key, now.file, &now.facts))
     }
 
     /// Where a connection leads that the far side has not answered yet.

@@ -12,13 +12,14 @@ use std::{
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::socket::{Shutdown, shutdown};
-use portcullis_policy::Policy;
+use portcullis_policy::{Loaded, Policy};
 use portcullis_types::{Assurance, Lane, Op, Protocol};
 use portcullis_wire::{Addr, keyd};
 
 use super::{
     Broker, InForce, Source, elapsed,
     flows::Flow,
+    judge::Finding,
     now_seconds,
     sessions::{Control, SETTLED},
 };
@@ -51,7 +52,11 @@ impl Broker {
         if let Err(error) = self.watch_files() {
             self.note("policy", &format!("changes of the policy will not be noticed: {error}"), &[]);
         }
-        let _ = self.reload(); // the outcome is on record
+        let began = Instant::now();
+        if self.load().is_ok() {
+            self.judge_everything_again(began);
+        }
+        self.flush_log();
     }
 
     fn watch_files(&mut self) -> nix::Result<()> {
@@ -76,14 +81,14 @@ impl Broker {
         [folder(&self.policy_path), real.as_deref().and_then(folder)].into_iter().flatten().collect()
     }
 
-    /// Files that rules in force stand in: the policy and what it includes.
+    /// Files that rules in force stand in: policies and what they include.
     fn rule_files(&self) -> HashSet<PathBuf> {
-        let rules = self.in_force.iter().flat_map(|f| f.policy.rules());
-        rules.map(|(_, rule)| PathBuf::from(&*rule.file)).collect()
+        let rules = self.policies().flat_map(Policy::rules);
+        rules.map(|(_, rule)| PathBuf::from(&*rule.file)).chain(self.layer_files()).collect()
     }
 
-    /// Watches the folders of included files too.
-    fn watch_includes(&self) {
+    /// Watches the folders of included files and of the policies of runs too.
+    pub(super) fn watch_policies(&self) {
         let Some(watch) = &self.files else { return };
         for folder in self.rule_files().iter().filter_map(|file| file.parent()) {
             // A folder that is watched already stays so; one that cannot be is reloaded by hand.
@@ -119,20 +124,46 @@ impl Broker {
         }
     }
 
-    /// Loads the policy. A broken one leaves the old in force; its diagnostic is kept and on record.
+    /// Loads the policy again, and those of runs. A broken one leaves the old in force; its diagnostic is kept and on
+    /// record.
     ///
     /// # Errors
-    /// The diagnostic.
+    /// The diagnostic of the policy that is in force for all.
     pub(super) fn reload(&mut self) -> Result<u64, String> {
         let began = Instant::now();
+        let narrowed = self.load_layers();
+        let done = self.load();
+        if narrowed
+            && done.is_err()
+            && let Some(force) = self.in_force.clone()
+        {
+            let generation = self.next_generation();
+            self.in_force = Some(InForce { generation, ..force });
+        }
+        if narrowed || done.is_ok() {
+            self.judge_everything_again(began);
+        }
+        self.flush_log();
+        done
+    }
+
+    /// From here on no process uses what it has cached.
+    fn next_generation(&mut self) -> u64 {
+        self.generation += 1;
+        self.page.generation.store(self.generation, Ordering::Release);
+        let keys: Vec<_> = self.processes.keys().copied().collect();
+        for key in keys {
+            self.drain(key);
+        }
+        self.generation
+    }
+
+    /// Loads the policy that is in force for all.
+    fn load(&mut self) -> Result<u64, String> {
         let path = crate::escape::sentence(&self.policy_path.to_string_lossy());
-        let loaded = match Policy::load(&self.policy_path) {
+        let loaded = match load(&self.policy_path) {
             Ok(loaded) => loaded,
-            Err(error) => {
-                let mut text = error.to_string();
-                if let Some(source) = std::error::Error::source(&error) {
-                    text = format!("{text}: {source}");
-                }
+            Err(text) => {
                 let stays = match &self.in_force {
                     Some(force) => format!("generation {} stays in force", force.generation),
                     None => "everything is refused".to_owned(),
@@ -140,19 +171,11 @@ impl Broker {
                 let more = [("policy", More::Text(&path)), ("diagnostic", More::Text(&text))];
                 self.note("policy", &format!("the policy cannot be used; {stays}"), &more);
                 self.diagnostic = Some(text.clone());
-                self.flush_log();
                 return Err(text);
             }
         };
         self.diagnostic = None;
-        self.generation += 1;
-        let generation = self.generation;
-        // From here on no process uses what it has cached.
-        self.page.generation.store(generation, Ordering::Release);
-        let keys: Vec<_> = self.processes.keys().copied().collect();
-        for key in keys {
-            self.drain(key);
-        }
+        let generation = self.next_generation();
         self.in_force =
             Some(InForce { policy: Rc::new(loaded.policy), generation, since: realtime(), expires: None });
         self.note(
@@ -160,17 +183,23 @@ impl Broker {
             &format!("generation {generation} is in force"),
             &[("policy", More::Text(&path)), ("warnings", More::Number(loaded.warnings.len() as u64))],
         );
-        self.watch_includes();
-        self.judge_everything_again(began);
+        self.watch_policies();
         Ok(generation)
+    }
+
+    /// Notes when the next of all rules ends.
+    pub(super) fn note_expiry(&mut self) {
+        let now = now_seconds();
+        let rules = self.policies().flat_map(Policy::rules);
+        let expires = rules.filter_map(|(_, rule)| rule.expires).filter(|end| *end > now).min();
+        if let Some(force) = &mut self.in_force {
+            force.expires = expires;
+        }
     }
 
     /// After the policy, or what it depends on, has changed.
     pub(super) fn judge_everything_again(&mut self, began: Instant) {
-        let now = now_seconds();
-        if let Some(force) = &mut self.in_force {
-            force.expires = force.policy.rules().filter_map(|(_, r)| r.expires).filter(|e| *e > now).min();
-        }
+        self.note_expiry();
         self.clear_tables();
         self.cut_what_is_refused(began);
         self.refit_listeners();
@@ -213,7 +242,7 @@ impl Broker {
             (flow.local, flow.remote) = (Some(found.local), Some(found.remote));
             let context = Rc::clone(&flow.context);
             match self.judge_again(&context, &flow) {
-                Some(judgement) if self.mode == crate::Mode::Enforce => {
+                Some(judgement) if self.mode_for(&context) == crate::Mode::Enforce => {
                     let how = self.cut(&context, found);
                     self.record_cut(&flow, cookie, &judgement, how, began);
                     self.session_ended(cookie);
@@ -312,6 +341,8 @@ impl Broker {
         if let Some(rule) = &rule {
             more.push(("rule_at", More::Text(&rule.at)));
         }
+        let policy = self.layer_file(judgement.layer);
+        more.extend(policy.as_deref().map(|policy| ("policy", More::Text(policy))));
         self.log.push(&Line {
             process: Some(&flow.context),
             session: flow.session,
@@ -339,12 +370,17 @@ impl Broker {
         let by_inode: HashMap<u64, Found> =
             all.into_iter().filter(|f| f.inode != 0).map(|f| (f.inode, f)).collect();
         self.take_up_lanes();
-        if by_inode.is_empty() {
+        let datagrams = self.diag.all(Protocol::UDP, u32::MAX).unwrap_or_default();
+        let datagrams: HashMap<u64, Found> = datagrams.into_iter().map(|f| (f.inode, f)).collect();
+        if by_inode.is_empty() && datagrams.is_empty() {
             return;
         }
         let mut listeners = Vec::new();
         for (context, held) in self.members_with_sockets() {
             for (number, inode) in held {
+                if let Some(found) = datagrams.get(&inode) {
+                    self.adopt_datagram(context.key, number, found);
+                }
                 let Some(found) = by_inode.get(&inode) else { continue };
                 if found.state == state::LISTEN {
                     listeners.push((Rc::clone(&context), number, *found));
@@ -363,7 +399,7 @@ impl Broker {
     }
 
     fn adopt_control(&mut self, flow: &Flow, found: &Found, number: i32) {
-        let judgement = self.judge_flow(&flow.context, flow);
+        let Finding { judgement, related_by, .. } = self.judge_flow(&flow.context, flow);
         if !(judgement.permitted && judgement.related) {
             return;
         }
@@ -374,11 +410,19 @@ impl Broker {
             remote: found.remote,
             since: flow.context.key.start,
             maker: (flow.context.key, number),
-            rule_id: judgement.rule,
+            rules: related_by,
             lane: judgement.lane,
             association: None,
         });
     }
+}
+
+/// A policy file, or its diagnostic.
+pub(super) fn load(path: &Path) -> Result<Loaded, String> {
+    Policy::load(path).map_err(|error| match std::error::Error::source(&error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    })
 }
 
 const fn cut_word(by: keyd::CutBy) -> &'static str {

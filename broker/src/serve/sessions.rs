@@ -8,7 +8,7 @@ use std::{collections::HashMap, net::SocketAddr, rc::Rc};
 
 use portcullis_types::{Assurance, Lane, Protocol, RuleId};
 
-use super::{Broker, far::FarEnd, judge::Call};
+use super::{Broker, far::FarEnd, judge::Call, layers::rule_in};
 use crate::{
     process::{Context, ProcessKey},
     sys::{diag::state, pidfd_getfd, proc::ProcDir, realtime, socket::Facts},
@@ -33,13 +33,19 @@ pub(super) struct Control {
     pub(super) since: u64,
     /// Who accepted or opened it, and by which descriptor.
     pub(super) maker: (ProcessKey, i32),
-    pub(super) rule_id: Option<RuleId>,
+    /// The rules that make it one, of one policy each.
+    pub(super) rules: Vec<RuleId>,
     pub(super) lane: Lane,
     /// It is protected, and this is its number with the key daemon.
     pub(super) association: Option<u64>,
 }
 
 impl Control {
+    /// The rule of this policy that makes it one.
+    pub(super) fn rule_by(&self, layer: u8) -> Option<RuleId> {
+        self.rules.iter().copied().find_map(|rule| rule_in(layer, rule))
+    }
+
     /// The association that it is, if that is under TLS.
     pub(super) fn protected(&self) -> Option<u64> {
         self.association.filter(|_| self.lane == Lane::Tls)
@@ -54,6 +60,7 @@ pub(super) struct Membership {
     /// How many sessions the process is in at once; with more than one, what it opens is open to
     /// the peers of all.
     pub(super) of: usize,
+    pub(super) rule: Option<RuleId>,
     pub(super) assurance: Assurance,
 }
 
@@ -181,9 +188,10 @@ impl Broker {
         })
     }
 
-    /// The session by which a process may exchange a related flow with `remote`, if it is in one.
+    /// The session by which one policy lets a process exchange a related flow with `remote`, if it is in one.
     pub(super) fn related(
         &mut self,
+        layer: u8,
         context: &Context,
         call: &Call,
         remote: SocketAddr,
@@ -193,20 +201,21 @@ impl Broker {
         let ip = remote.ip().to_canonical();
         let of = mine.len();
         for control in mine {
-            if control.remote.ip().to_canonical() != ip {
+            let rule = control.rule_by(layer);
+            if rule.is_none() || control.remote.ip().to_canonical() != ip {
                 continue;
             }
             if !self.is_same_session(&control, call, far) {
                 continue;
             }
             if control.protected().is_some() {
-                return Some(Membership { control, of, assurance: Assurance::Certificate });
+                return Some(Membership { control, of, rule, assurance: Assurance::Certificate });
             }
             let Some(far) = far else {
-                return Some(Membership { control, of, assurance: Assurance::Address });
+                return Some(Membership { control, of, rule, assurance: Assurance::Address });
             };
             if self.is_far_session(&control, far) {
-                return Some(Membership { control, of, assurance: Assurance::Kernel });
+                return Some(Membership { control, of, rule, assurance: Assurance::Kernel });
             }
         }
         None

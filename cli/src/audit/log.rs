@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, ErrorKind},
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
@@ -48,7 +48,7 @@ struct Current {
     lines: BufReader<fs::File>,
     number: u64,
     /// Beginning of a line whose end is not written yet.
-    part: String,
+    part: Vec<u8>,
 }
 
 /// Longest line that is read; a longer one is no record.
@@ -75,9 +75,13 @@ impl Log {
         loop {
             if self.current.is_none() {
                 let Some(path) = self.waiting.pop_front() else { return Ok(None) };
-                let file = fs::File::open(&path).map_err(unreadable(&path))?;
+                let file = match fs::File::open(&path) {
+                    // Too old to be kept, since it was found: the gap in the numbers tells.
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    other => other.map_err(unreadable(&path))?,
+                };
                 self.current =
-                    Some(Current { path, lines: BufReader::new(file), number: 0, part: String::new() });
+                    Some(Current { path, lines: BufReader::new(file), number: 0, part: Vec::new() });
             }
             let Some(current) = &mut self.current else { return Ok(None) };
             if let Some(entry) = current.next().map_err(unreadable(&current.path))? {
@@ -87,7 +91,11 @@ impl Log {
             if self.waiting.is_empty() {
                 return Ok(None);
             }
+            let torn = (!current.part.is_empty()).then(|| current.broken());
             self.current = None;
+            if torn.is_some() {
+                return Ok(torn);
+            }
         }
     }
 
@@ -118,7 +126,7 @@ impl Log {
     /// Finds files that are new, in the order of their first records.
     fn look(&mut self) -> Result<(), AskError> {
         let entries = match fs::read_dir(&self.folder) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
             other => other.map_err(unreadable(&self.folder))?,
         };
         let mut fresh = Vec::new();
@@ -127,10 +135,16 @@ impl Log {
             if path.extension().is_some_and(|e| e == "jsonl")
                 && let Ok(meta) = fs::metadata(&path)
                 && !self.known.contains(&(meta.dev(), meta.ino()))
-                && let Some(seq) = first_seq(&path)
             {
-                self.known.push((meta.dev(), meta.ino()));
-                fresh.push((seq, path));
+                let seq = match first_seq(&path) {
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    other => other.map_err(unreadable(&path))?,
+                };
+                // One that has no record yet is looked at again.
+                if let Some(seq) = seq {
+                    self.known.push((meta.dev(), meta.ino()));
+                    fresh.push((seq, path));
+                }
             }
         }
         fresh.sort();
@@ -141,17 +155,20 @@ impl Log {
 
 impl Current {
     fn next(&mut self) -> std::io::Result<Option<Entry>> {
-        let mut bytes = std::mem::take(&mut self.part).into_bytes();
-        self.lines.read_until(b'\n', &mut bytes)?;
-        let text = String::from_utf8_lossy(&bytes);
-        let Some(line) = text.strip_suffix('\n') else {
-            self.part = text.into_owned();
+        if !read_line(&mut self.lines, &mut self.part)? {
             return Ok(None);
-        };
+        }
+        let record = parse(&std::mem::take(&mut self.part));
+        if record.is_none() {
+            return Ok(Some(self.broken()));
+        }
         self.number += 1;
-        let record = (line.len() <= LONGEST).then(|| Record::parse(line)).flatten();
-        let broken = || Entry::Broken { file: self.path.clone(), line: self.number };
-        Ok(Some(record.map_or_else(broken, Entry::Record)))
+        Ok(record.map(Entry::Record))
+    }
+
+    fn broken(&mut self) -> Entry {
+        self.number += 1;
+        Entry::Broken { file: self.path.clone(), line: self.number }
     }
 }
 
@@ -160,8 +177,39 @@ fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> AskError {
     move |source| AskError::Log { path, source }
 }
 
+/// Reads on to the end of a line, and keeps no more of it than shows that it is too long. `false`: its end is not
+/// there yet.
+fn read_line(lines: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<bool> {
+    loop {
+        let some = lines.fill_buf()?;
+        if some.is_empty() {
+            return Ok(false);
+        }
+        let end = some.iter().position(|byte| *byte == b'\n');
+        let length = end.map_or(some.len(), |at| at + 1);
+        let room = (LONGEST + 1).saturating_sub(line.len());
+        line.extend(some.iter().take(length.min(room)));
+        lines.consume(length);
+        if end.is_some() {
+            return Ok(true);
+        }
+    }
+}
+
+fn parse(line: &[u8]) -> Option<Record> {
+    let line = line.strip_suffix(b"\n")?;
+    Record::parse(&String::from_utf8_lossy(line))
+}
+
 /// Number of a file's first record; `None` while it has none.
-fn first_seq(path: &Path) -> Option<u64> {
-    let mut lines = BufReader::new(fs::File::open(path).ok()?).lines();
-    lines.find_map(|line| Record::parse(&line.ok()?)?.seq())
+fn first_seq(path: &Path) -> std::io::Result<Option<u64>> {
+    let mut lines = BufReader::new(fs::File::open(path)?);
+    let mut line = Vec::new();
+    while read_line(&mut lines, &mut line)? {
+        if let Some(seq) = parse(&line).and_then(|record| record.seq()) {
+            return Ok(Some(seq));
+        }
+        line.clear();
+    }
+    Ok(None)
 }

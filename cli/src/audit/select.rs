@@ -70,7 +70,19 @@ fn as_v6(ip: IpAddr) -> u128 {
     }
 }
 
-/// Reads a point in time: a timestamp, a local date and time, or how long ago.
+/// Reads a peer: whatever is no address may be part of a name, but an address with an impossible prefix is neither.
+///
+/// # Errors
+/// A prefix that is none.
+pub fn peer(text: &str) -> Result<String, String> {
+    let is_address = |ip: &str| ip.parse::<IpAddr>().is_ok();
+    match text.split_once('/') {
+        Some((ip, _)) if is_address(ip) && prefix(text).is_none() => Err("no such prefix".to_owned()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
+/// Reads a point in time: a timestamp, a local date, time or both, or how long ago.
 ///
 /// # Errors
 /// What is none of these.
@@ -80,6 +92,13 @@ pub fn since(text: &str) -> Result<Timestamp, String> {
     }
     if let Ok(at) = text.parse::<jiff::civil::DateTime>() {
         return at.to_zoned(jiff::tz::TimeZone::system()).map(|z| z.timestamp()).map_err(|e| e.to_string());
+    }
+    if let Ok(at) = text.parse::<jiff::civil::Time>() {
+        let today = Zoned::now().date().to_datetime(at);
+        return today
+            .to_zoned(jiff::tz::TimeZone::system())
+            .map(|z| z.timestamp())
+            .map_err(|e| e.to_string());
     }
     let ago = text.trim_end_matches(" ago");
     let ago: jiff::Span =
@@ -125,6 +144,20 @@ mod tests {
         let ago = Timestamp::now().duration_since(since("10m").unwrap());
         assert!((599..=601).contains(&ago.as_secs()), "{ago:?}");
         assert!(since("10 bananas").is_err());
+        for form in [
+            "2026-01-31",
+            "2026-01-31 10:00",
+            "2026-01-31T10:00:00",
+            "10:00",
+            "10:00:30",
+            "2h 30m",
+            "1 day ago",
+        ] {
+            assert!(since(form).is_ok(), "{form}");
+        }
+        assert_eq!(peer("10.0.0.0/8"), Ok("10.0.0.0/8".to_owned()));
+        assert_eq!(peer("spiffe://example.com/host"), Ok("spiffe://example.com/host".to_owned()));
+        assert!(peer("10.0.0.0/33").is_err() && peer("::1/x").is_err());
         let of = |since| Selection { since: Some(since), ..Selection::default() };
         assert!(of(since("2026-01-31T10:00:00Z").unwrap()).takes(&record()));
         assert!(!of(since("2026-01-31T10:00:01Z").unwrap()).takes(&record()));

@@ -64,6 +64,11 @@ impl Backing {
         Self { state, name, without, mode, unwanted, ahead, ..Self::default() }
     }
 
+    /// Whether there is one.
+    pub const fn is_there(&self) -> bool {
+        self.attacher.is_some()
+    }
+
     /// What earlier brokers may not have put on record, for the next one.
     ///
     /// # Errors

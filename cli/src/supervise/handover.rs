@@ -5,13 +5,14 @@ use std::{
     collections::HashMap,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
 };
-use portcullis_broker::guard::link::{Handed, Link, MOST};
+use portcullis_broker::guard::link::{Handed, Link, MOST, Narrowing};
 use portcullis_guard::{
     book,
     listener::{self, Answer},
@@ -22,8 +23,11 @@ use portcullis_guard::{
 pub struct Handover {
     /// To the broker that runs.
     link: Option<Link>,
-    /// Guards' listeners, and whether the calls of their trees are made by proxy.
-    trees: Vec<(OwnedFd, bool)>,
+    /// Guards' listeners, whether the calls of their trees are made by proxy, and their run's tag if it is narrowed.
+    trees: Vec<(OwnedFd, bool, u64)>,
+    /// Runs that a policy of their own narrows.
+    runs: Vec<Run>,
+    last_run: u64,
     /// The book of held calls.
     book: Option<OwnedFd>,
     doors: Vec<OwnedFd>,
@@ -33,6 +37,15 @@ pub struct Handover {
     /// Programs that are stopped until a broker has judged their connections, by tag.
     begun: HashMap<u64, OwnedFd>,
     judged: Vec<u64>,
+}
+
+/// A run that is narrowed.
+#[derive(Debug)]
+struct Run {
+    narrowing: Narrowing,
+    process: OwnedFd,
+    /// The broker has said that it knows it, and nobody has heard that yet.
+    known: bool,
 }
 
 impl Handover {
@@ -58,8 +71,12 @@ impl Handover {
         for ring in rings {
             ours.send(Handed::Ring(ring));
         }
-        for (tree, by_proxy) in &self.trees {
-            ours.send(Handed::Trees { by_proxy: *by_proxy, listeners: vec![tree.try_clone()?] });
+        for run in &self.runs {
+            ours.send(Handed::Layer(run.narrowing.clone(), run.process.try_clone()?));
+        }
+        for (tree, by_proxy, run) in &self.trees {
+            let listeners = vec![tree.try_clone()?];
+            ours.send(Handed::Trees { by_proxy: *by_proxy, run: *run, listeners });
         }
         let book = match self.book.take() {
             Some(book) => book,
@@ -94,11 +111,49 @@ impl Handover {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn add_tree(&mut self, listener: &OwnedFd, by_proxy: bool) -> io::Result<()> {
-        let copy = listener.try_clone()?;
-        self.trees.push((listener.try_clone()?, by_proxy));
-        self.tell(Handed::Trees { by_proxy, listeners: vec![copy] });
+    pub fn add_tree(&mut self, listener: &OwnedFd, by_proxy: bool, run: Option<u64>) -> io::Result<()> {
+        let (copy, run) = (listener.try_clone()?, run.unwrap_or(0));
+        self.trees.push((listener.try_clone()?, by_proxy, run));
+        self.tell(Handed::Trees { by_proxy, run, listeners: vec![copy] });
         Ok(())
+    }
+
+    /// Has the broker know a run that a policy of its own narrows; the result is its tag.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn add_run(
+        &mut self,
+        policy: &Path,
+        mode: portcullis_broker::Mode,
+        process: &OwnedFd,
+    ) -> io::Result<u64> {
+        let (copy, process) = (process.try_clone()?, process.try_clone()?);
+        self.last_run += 1;
+        let tag = self.last_run;
+        let narrowing = Narrowing { tag, mark: 0, mode, policy: policy.to_owned() };
+        self.runs.push(Run { narrowing: narrowing.clone(), process, known: false });
+        self.tell(Handed::Layer(narrowing, copy));
+        Ok(tag)
+    }
+
+    /// A run has put its mark under itself.
+    pub fn mark_run(&mut self, tag: u64) {
+        self.tell(Handed::Marked(tag));
+    }
+
+    /// A run is over, or does not come.
+    pub fn end_run(&mut self, tag: u64) {
+        self.runs.retain(|run| run.narrowing.tag != tag);
+        self.tell(Handed::Unlayered(tag));
+    }
+
+    /// Whether the broker has taken what it was last told of a run. `None`: it has not said yet.
+    pub fn take_word_of(&mut self, tag: u64) -> Option<bool> {
+        match self.runs.iter_mut().find(|run| run.narrowing.tag == tag) {
+            Some(run) => std::mem::take(&mut run.known).then_some(true),
+            None => Some(false),
+        }
     }
 
     /// Makes a door; the result is the programs' end. Its other end stays here over the broker's restarts, so
@@ -159,6 +214,12 @@ impl Handover {
                 Ok(Some(Handed::Filters(some))) => self.filters.extend(some),
                 Ok(Some(Handed::Forget(tag))) => drop(self.filters.remove(&tag)),
                 Ok(Some(Handed::Watch(fds))) => self.watch = fds,
+                Ok(Some(Handed::Layered(tag, mark))) => {
+                    if let Some(run) = self.runs.iter_mut().find(|run| run.narrowing.tag == tag) {
+                        (run.narrowing.mark, run.known) = (mark, true);
+                    }
+                }
+                Ok(Some(Handed::Unlayered(tag))) => self.runs.retain(|run| run.narrowing.tag != tag),
                 Ok(Some(Handed::Judged(tag))) => {
                     self.begun.remove(&tag);
                     self.judged.push(tag);
@@ -172,7 +233,7 @@ impl Handover {
 
     /// Forgets trees that have ended, and doors that nobody has any more.
     pub fn tidy(&mut self) {
-        self.trees.retain(|(fd, _)| !is_over(fd.as_fd()));
+        self.trees.retain(|(fd, ..)| !is_over(fd.as_fd()));
         self.doors.retain(|fd| !is_over(fd.as_fd()));
     }
 }

@@ -36,23 +36,33 @@ pub fn give_up_privileges() -> io::Result<()> {
 /// `EBUSY`: a listener is under this task already (a nested run joins the outer guard). `EACCES`:
 /// [`Privileges::Kept`] without `CAP_SYS_ADMIN`. `EINVAL`, `ENOSYS`: no user notification here.
 pub fn install(filter: &[sock_filter], privileges: Privileges) -> io::Result<OwnedFd> {
+    let fd = set(filter, privileges, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER)?;
+    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts a mark under the calling thread and all that it will start: a filter that permits all and would log what it
+/// did not. Nobody can take it off, and the backstop can tell who is under it.
+///
+/// # Errors
+/// `EACCES`: [`Privileges::Kept`] without `CAP_SYS_ADMIN`.
+pub fn mark(privileges: Privileges) -> io::Result<()> {
+    let code = u16::try_from(libc::BPF_RET | libc::BPF_K).map_err(io::Error::other)?;
+    let all = [sock_filter { code, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW }];
+    set(&all, privileges, libc::SECCOMP_FILTER_FLAG_LOG).map(drop)
+}
+
+fn set(filter: &[sock_filter], privileges: Privileges, flags: libc::c_ulong) -> io::Result<i64> {
     let len = u16::try_from(filter.len()).map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
     let program = sock_fprog { len, filter: filter.as_ptr().cast_mut() };
     if privileges == Privileges::NoNew {
         give_up_privileges()?;
     }
     // SAFETY: `program` and the instructions it points to outlive the call, which only reads them.
-    let fd = check(unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            &raw const program,
-        )
-    })?;
-    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    check(unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const program)
+    })
 }
 
 /// One call that a task is held in.

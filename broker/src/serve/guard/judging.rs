@@ -364,7 +364,7 @@ impl Broker {
             generation: Some(self.generation_in_force()),
             ..Line::bare(realtime(), "probe", "guard")
         });
-        if !permitted && self.mode == Mode::Enforce {
+        if !permitted && self.mode_for(&context) == Mode::Enforce {
             return Some(Err(Answer::Fail(libc::EACCES)));
         }
         self.grant_call(call, None, false);

@@ -11,6 +11,7 @@ use std::{
 };
 
 use portcullis_guard::{book::Line, listener::Notification};
+use portcullis_policy::Policy;
 use portcullis_types::{Assurance, Op, Protocol, RuleId, Verdict};
 use portcullis_wire::{Addr, Flags, OpCode, Reply, Request, shared::Entry};
 
@@ -106,8 +107,8 @@ impl Broker {
             return None;
         }
         let generation = self.generation_in_force();
-        let in_force = self.in_force.as_ref()?;
-        if in_force.policy.uses_process_groups() || self.refuses_for_log() {
+        self.in_force.as_ref()?;
+        if self.policies().any(Policy::uses_process_groups) || self.refuses_for_log() {
             return None;
         }
         let process = self.processes.get(&key)?;

@@ -115,7 +115,7 @@ impl Broker {
         self.lanes.insert(id, one);
         self.remember(id, places);
         let finding = self.consider(&context, &call);
-        if !finding.judgement.permitted && self.mode == Mode::Enforce {
+        if !finding.judgement.permitted && self.mode_for(&context) == Mode::Enforce {
             let why = finding.judgement.reason.unwrap_or_else(|| "refused".to_owned());
             return self.cut_lane(id, &format!("no longer permitted: {why}"), Instant::now());
         }
@@ -133,7 +133,7 @@ impl Broker {
                 remote,
                 since: context.key.start,
                 maker: (context.key, -1),
-                rule_id: finding.judgement.rule,
+                rules: finding.related_by.clone(),
                 lane,
                 association: Some(id),
             });
@@ -213,7 +213,7 @@ impl Broker {
         if self.refuses_for_log() && !self.log.retry(realtime()) {
             finding = Finding::of(Judgement::refusal("the audit log cannot be written"));
         }
-        let permitted = finding.judgement.permitted || (self.mode == Mode::Audit && known);
+        let permitted = finding.judgement.permitted || (self.mode_for(context) == Mode::Audit && known);
         let rule = self.rule_text(finding.judgement.rule);
         if let Some(one) = self.lanes.all.get_mut(&id) {
             one.rule = rule;
@@ -304,7 +304,7 @@ impl Broker {
             let Some(one) = self.lanes.get(id) else { continue };
             let (context, call) = (Rc::clone(&one.context), call_of(id, one));
             let finding = self.consider(&context, &call);
-            if finding.judgement.permitted || self.mode == Mode::Audit {
+            if finding.judgement.permitted || self.mode_for(&context) == Mode::Audit {
                 let generation = self.generation_in_force();
                 if let Some(one) = self.lanes.all.get_mut(&id) {
                     one.generation = generation;
