@@ -289,6 +289,12 @@ fn every_part_of_a_service_is_explained_by_its_ports() {
         stdout.lines().filter(is_head).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(heads("tcp/25-40"), ["permit tcp/25-30", "refuse tcp/31-40"]);
+    // What would permit it is said of all of these ports.
+    let (_, stdout, _) = policy(&["explain", path, "--from", "*", "--to", "*", "--service", "tcp/31-40"]);
+    assert!(
+        stdout.contains("and this is tcp/31-40") && stdout.contains("\n    allow tcp/31-40(*, *);\n"),
+        "{stdout}"
+    );
     assert_eq!(
         heads("*"),
         [

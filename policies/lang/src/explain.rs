@@ -68,7 +68,8 @@ impl<'a> Question<'a> {
 /// Most near misses shown.
 const SHOWN: usize = 5;
 
-pub(crate) fn explain(policy: &Policy, question: &Question<'_>) -> Explanation {
+/// Explains one flow; `service` is what it is for, and may be more ports that are decided alike.
+pub(crate) fn explain(policy: &Policy, question: &Question<'_>, service: &str) -> Explanation {
     let far = if question.far == Side::To { &question.to } else { &question.from };
     let matches = policy.matches(&question.flow(), &question.from, &question.to);
     let decision = decide(&matches, far, question.far, |id| policy.get(id));
@@ -82,14 +83,14 @@ pub(crate) fn explain(policy: &Policy, question: &Question<'_>) -> Explanation {
             if rule.effect == Effect::Deny || worst <= 1 {
                 continue;
             }
-            let Some((far, failures, failed)) = failures(rule, question, worst) else { continue };
+            let Some((far, failures, failed)) = failures(rule, question, service, worst) else { continue };
             near.push((far, NearMiss { rule: RuleId(to_u32(i)), failed, failures }));
             near.sort_by_key(|(far, _)| *far);
             near.truncate(SHOWN);
         }
     }
     let near = near.into_iter().map(|(_, miss)| miss).collect();
-    let permit_with = decision.rule.is_none().then(|| permitting(question));
+    let permit_with = decision.rule.is_none().then(|| permitting(question, service));
     Explanation { decision, near, permit_with }
 }
 
@@ -98,13 +99,13 @@ const OTHER_SERVICE: u32 = 3;
 
 /// How far off a rule is, how many conditions it fails on, and the first in words; `None` if as far as
 /// `worst` or further.
-fn failures(rule: &Rule, question: &Question<'_>, worst: u32) -> Option<(u32, u32, String)> {
+fn failures(rule: &Rule, question: &Question<'_>, service: &str, worst: u32) -> Option<(u32, u32, String)> {
     let in_force = rule.in_force(question.now);
-    let service = rule.service.contains(question.protocol, question.port);
+    let is_for = rule.service.contains(question.protocol, question.port);
     let from = distance(&rule.from, &question.from, false);
     let to = distance(&rule.to, &question.to, false);
-    let count = u32::from(!in_force) + u32::from(!service) + from + to;
-    let far = count + if service { 0 } else { OTHER_SERVICE };
+    let count = u32::from(!in_force) + u32::from(!is_for) + from + to;
+    let far = count + if is_for { 0 } else { OTHER_SERVICE };
     if count == 0 || far >= worst {
         return None;
     }
@@ -115,8 +116,7 @@ fn failures(rule: &Rule, question: &Question<'_>, worst: u32) -> Option<(u32, u3
     } else if to > 0 {
         describe(&rule.to, &question.to, "TO")
     } else {
-        let has = display::port(question.protocol, question.port);
-        format!("it is for {}, and this is {has}", display::service(&rule.service))
+        format!("it is for {}, and this is {service}", display::service(&rule.service))
     };
     Some((far, count, failed))
 }
@@ -236,8 +236,7 @@ fn process(atom: &Atom, facts: &ProcessFacts) -> String {
 }
 
 /// The smallest rule that would permit a flow.
-fn permitting(question: &Question<'_>) -> String {
-    let service = display::port(question.protocol, question.port);
+fn permitting(question: &Question<'_>, service: &str) -> String {
     let from = principal(&question.from, question.far == Side::From);
     let to = principal(&question.to, question.far == Side::To);
     format!("allow {service}({from}, {to});")

@@ -197,7 +197,8 @@ impl Policy {
     /// Why a flow is decided as it is, and what would permit it.
     #[must_use]
     pub fn explain(&self, flow: &Flow<'_>) -> Explanation {
-        crate::explain::explain(self, &Question::of(flow))
+        let service = crate::display::port(flow.protocol, flow.port);
+        crate::explain::explain(self, &Question::of(flow), &service)
     }
 
     /// Whether some rule has a condition on the address of who opens a flow, so that the source

@@ -9,6 +9,7 @@ use crate::{
     decide::{Matches, decide},
     decision::Decision,
     diagnostic::{Diagnostic, Diagnostics},
+    display,
     explain::{self, Explanation, Question},
     facts::Side,
     parser,
@@ -71,14 +72,14 @@ fn expectation(policy: &Policy, line: &Expected, failures: &mut Diagnostics) {
             continue;
         }
         let (wanted, got) = if line.allow { ("allowed", "refused") } else { ("refused", "allowed") };
-        let service = crate::display::port(protocol, port);
+        let service = display::port(protocol, port);
         let message = format!("this test wants {service} {wanted}, and it is {got}");
         let mut failure = Diagnostic::error(message, line.span);
         match decision.rule.and_then(|id| policy.get(id)) {
             Some(rule) => failure = failure.related("by this rule", rule.span),
             None => {
                 failure.label = Some("no rule allows it".to_owned());
-                let why = explain::explain(policy, &question);
+                let why = explain::explain(policy, &question, &service);
                 if let Some(near) = why.near.first()
                     && let Some(rule) = policy.get(near.rule)
                 {
@@ -136,8 +137,8 @@ impl Policy {
         let mut answers = Vec::new();
         for part in self.parts(&service) {
             let question = question(&from, &to, part.protocol, part.low, now);
-            let explanation = explain::explain(self, &question);
-            let service = crate::display::service(&Service { any: false, ports: vec![part] });
+            let service = display::service(&Service { any: false, ports: vec![part] });
+            let explanation = explain::explain(self, &question, &service);
             answers.push(Answer { service, explanation });
         }
         Ok(answers)
