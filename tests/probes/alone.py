@@ -436,11 +436,13 @@ def options():
             s.setsockopt(socket.SOL_SOCKET, option, 1)
         one.bind(('127.0.0.1', 0))
         yield 'shared', tried(lambda: two.bind(one.getsockname())), tried(one.listen), tried(two.listen)
-    six, four = socket.socket(10), socket.socket()
-    six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    six.bind(('::', 0))
-    port = six.getsockname()[1]
-    yield 'one family', tried(lambda: four.bind(('0.0.0.0', port))), six.getsockopt(41, 26)
+    def one_family():
+        six, four = socket.socket(10), socket.socket()
+        six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        six.bind(('::', 0))
+        return tried(lambda: four.bind(('0.0.0.0', six.getsockname()[1]))), six.getsockopt(41, 26)
+    # Somebody else may have one of these ports.
+    yield 'one family', (None, 1) in [one_family() for _ in range(9)]
     dual = socket.socket(10)
     dual.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     dual.bind(('::', 0))

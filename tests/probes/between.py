@@ -243,7 +243,7 @@ def urgent_near(s):
 
 def urgent_far(s):
     s.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-    yield ready(s, select.POLLPRI, 1), all_of(s, 3)
+    yield ready(s, select.POLLPRI, 5), all_of(s, 3)
     s.send(b'done')
 
 
