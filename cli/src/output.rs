@@ -9,6 +9,8 @@ pub struct Out {
     stdout: io::Stdout,
     stderr: io::Stderr,
     colour: bool,
+    /// Why a part of the result was not written, if one was not.
+    lost: Option<io::Error>,
 }
 
 /// How a piece of text is coloured on a terminal (ECMA-48 SGR parameters).
@@ -45,20 +47,38 @@ impl Out {
         let stdout = io::stdout();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
         let colour = wanted && stdout.is_terminal();
-        Self { stdout, stderr: io::stderr(), colour }
+        Self { stdout, stderr: io::stderr(), colour, lost: None }
     }
 
     /// Writes one line of the result.
     pub fn line(&mut self, text: impl AsRef<str>) {
         let mut to = self.stdout.lock();
-        // Whoever closed standard output does not want the rest.
-        let _gone = writeln!(to, "{}", text.as_ref()).and_then(|()| to.flush());
+        let written = writeln!(to, "{}", text.as_ref()).and_then(|()| to.flush());
+        self.keep(written);
+    }
+
+    /// Whoever closed standard output does not want the rest; a full disk is another matter.
+    fn keep(&mut self, written: io::Result<()>) {
+        if let Err(error) = written
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            self.lost.get_or_insert(error);
+        }
+    }
+
+    /// The exit status, unless some of the result could not be written: then it says so.
+    #[must_use]
+    pub fn unless_lost(&mut self, status: u8) -> u8 {
+        let Some(error) = self.lost.take() else { return status };
+        self.note(format!("error: cannot write the result: {error}"));
+        crate::COULD_NOT
     }
 
     /// Writes text of the result as it is.
     pub fn text(&mut self, text: impl AsRef<str>) {
         let mut to = self.stdout.lock();
-        let _gone = to.write_all(text.as_ref().as_bytes()).and_then(|()| to.flush());
+        let written = to.write_all(text.as_ref().as_bytes()).and_then(|()| to.flush());
+        self.keep(written);
     }
 
     /// Writes one value as a line of JSON.

@@ -280,6 +280,17 @@ fn a_set_that_is_used_as_one_party_is_shown_in_the_policy() {
 }
 
 #[test]
+fn what_cannot_be_written_is_not_done() {
+    let figure = file("examples/figure-1.pol");
+    let write_to = |path: &str| {
+        let to = std::fs::File::options().write(true).open(path).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_portcullis"));
+        command.args(["policy", "check", &figure]).stdout(to).output().unwrap().status.code()
+    };
+    assert_eq!((write_to("/dev/full"), write_to("/dev/null")), (Some(2), Some(0)));
+}
+
+#[test]
 fn every_part_of_a_service_is_explained_by_its_ports() {
     let path = written("parts.pol", "allow tcp/20-30(*, *); allow ntp(*, *);\n");
     let path = path.to_str().unwrap();

@@ -47,14 +47,15 @@ pub enum Command {
 
 /// Runs one of them; the result is the exit status.
 pub fn run(command: Command, out: &mut Out) -> u8 {
-    match command {
+    let status = match command {
         Command::Check(arguments) => check::run(&arguments, out),
         Command::Fmt(arguments) => fmt::run(&arguments, out),
         Command::Explain(arguments) => explain::run(&arguments, out),
         Command::Test(arguments) => test::run(&arguments, out),
         Command::Diff(arguments) => diff::run(&arguments, out),
         Command::Query(arguments) => query::run(&arguments, out),
-    }
+    };
+    out.unless_lost(status)
 }
 
 /// Option of every tool.
