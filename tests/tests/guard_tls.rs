@@ -1,4 +1,4 @@
-//! Programs without the shim, at both ends of a protected flow: with the backstop, and without.
+//! Static programs at both ends of a protected flow, with the backstop and without; and the shim without its BPF form.
 #![allow(clippy::unwrap_used, reason = "test code")]
 
 use std::process::Command;
@@ -68,5 +68,27 @@ fn static_programs_have_the_lane_too() {
             let record = host.record(op, |r| r["op"] == op);
             assert_eq!((&record["lane"], &record["via"]), (&"tls".into(), &"guard".into()), "{record}");
         }
+    }
+}
+
+/// Its first question goes through the shim, which then connects to the token: that call is held, and was judged.
+#[test]
+fn a_program_with_the_shim_has_it_where_calls_are_made_by_proxy() {
+    for without in ["backstop", "bpf"] {
+        let net = Net::client_server_stranger(POLICY);
+        let [client, server, _] = net.hosts();
+        let _trust = Trust::of(&[client, server]);
+        let mut serve = server.run(&[&build(server), "serve"]);
+        serve.env("PORTCULLIS_WITHOUT", without);
+        let serving = Running::start(serve);
+        serving.line("listens");
+        let script =
+            "import socket; print(socket.create_connection(('10.77.0.2', 8080), 10).recv(99).decode())";
+        let mut dial = client.run(&["/usr/bin/python3", "-c", script]);
+        dial.env("PORTCULLIS_WITHOUT", without);
+        let got = Finished::of(&mut dial);
+        assert_eq!(got.stdout, "plain words\n", "{got}");
+        let record = client.record("connect", |r| r["op"] == "connect");
+        assert_eq!((&record["lane"], &record["via"]), (&"tls".into(), &"shim".into()), "{record}");
     }
 }
