@@ -85,6 +85,7 @@ def urgent():
     mark = array.array('i', [0])
     fcntl.ioctl(far, 0x8905, mark)
     yield 'at the mark', mark[0], far.recv(9, socket.MSG_OOB), far.recv(9)
+    far.setblocking(False)
     yield 'no more of it', tried(lambda: far.recv(9, socket.MSG_OOB))
     near, far = pair()
     far.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -364,7 +365,8 @@ def messages():
     near.sendmsg([b'one', b'', b'two', b'three'])
     yield 'peek', far.recv(64, socket.MSG_PEEK), far.recv(3), far.recv(64, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     yield 'parts', far.recvmsg_into([bytearray(2), bytearray(20)])[0]
-    yield 'nothing', tried(lambda: far.recv(1, socket.MSG_DONTWAIT))
+    far.setblocking(False)
+    yield 'nothing', tried(lambda: far.recv(1))
     threading.Timer(.05, near.send, [b'b' * 5]).start()
     near.send(b'a' * 5)
     far.settimeout(None)
