@@ -134,6 +134,38 @@ fn what_the_service_or_the_run_refuses_is_refused_and_the_record_says_who() {
     });
 }
 
+/// Its first thread ends, and another one dials.
+const HEADLESS: &str = "
+import ctypes, errno, os, socket, sys, threading
+def dial():
+    while 'State:\tZ' not in open('/proc/self/status').read(): pass
+    said = []
+    for port in sys.argv[2:]:
+        s = socket.socket(); s.settimeout(20)
+        said.append(port + ':' + errno.errorcode.get(s.connect_ex((sys.argv[1], int(port))), 'ok'))
+    print(*said, flush=True)
+    os._exit(0)
+threading.Thread(target=dial).start()
+ctypes.CDLL(None).syscall(60, 0)
+";
+
+#[test]
+fn a_process_stays_narrowed_when_its_first_thread_has_ended() {
+    let net = Net::new(&["a", "b"]);
+    let [_, b] = net.hosts();
+    let _servers = servers(b, &PORTS);
+    everywhere(&net, |a, options| {
+        let service = Service::start(a, WIDE, options);
+        let own = a.write("own.pol", OWN);
+        let dial = [PY, "-c", HEADLESS, "10.77.0.2", "8001", "8002", "8003"];
+        let said = Finished::of(&mut a.run(&dial)).success();
+        assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
+        let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
+        assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
+        service.end();
+    });
+}
+
 #[test]
 fn what_need_not_be_asked_again_is_what_both_permit() {
     let net = Net::new(&["a", "b"]);

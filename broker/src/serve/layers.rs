@@ -182,7 +182,8 @@ impl Broker {
     pub(super) fn under(&mut self, key: ProcessKey) -> Under {
         let marks = self.marks_of(key.pid);
         let seen = self.layers.seen.get(&key);
-        if marks.is_none() && seen.is_none() {
+        // A listener tells of a run within that run's tree nothing: marks do, where there are any.
+        if marks.is_none() && (seen.is_none() || self.kernel.is_some()) {
             return if self.layers.all.is_empty() { Under::default() } else { Under::Unknown };
         }
         let marks = marks.unwrap_or_default();
@@ -272,7 +273,10 @@ impl Broker {
 
     /// The marks of a process. `None`: the kernel does not tell.
     fn marks_of(&mut self, pid: i32) -> Option<Vec<u64>> {
-        self.kernel.as_mut()?.marks(pid)
+        let marks = self.kernel.as_mut()?.marks(pid)?;
+        // A first thread that ends is under nothing any more, while others may go on.
+        let is_lost = || ProcDir::open(pid).ok().and_then(|at| at.has_lost_its_first_thread());
+        (!marks.is_empty() || is_lost() == Some(false)).then_some(marks)
     }
 
     /// The layer of a run, loaded if it is the first one's.
@@ -340,7 +344,11 @@ impl Broker {
         let mut there: HashSet<u64> = HashSet::new();
         for pid in fs::read_dir("/proc").into_iter().flatten().flatten() {
             let Some(pid) = pid.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            there.extend(self.marks_of(pid).unwrap_or_default());
+            match self.marks_of(pid) {
+                Some(marks) => there.extend(marks),
+                None if ProcDir::open(pid).is_ok() => return, // it may be under any
+                None => {}
+            }
         }
         let is_over = |run: &Run| run.mark != 0 && !there.contains(&run.mark);
         let over: Vec<u64> =

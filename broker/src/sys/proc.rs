@@ -130,6 +130,14 @@ impl ProcDir {
         Ok(Birth { parent: stat.ppid, start: stat.starttime })
     }
 
+    /// Whether others of its threads go on where the first one has begun to end. `None`: the process is gone.
+    #[must_use]
+    pub fn has_lost_its_first_thread(&self) -> Option<bool> {
+        const EXITING: u32 = 4; // linux/sched.h, PF_EXITING
+        let stat = procfs::process::Stat::from_read(self.file("stat").ok()?).ok()?;
+        Some(stat.flags & EXITING != 0 && stat.num_threads > 1)
+    }
+
     /// Effective user and groups.
     ///
     /// # Errors

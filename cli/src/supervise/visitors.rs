@@ -102,7 +102,12 @@ impl Supervisor {
                     match self.take_tree(&visitor, guarded, listener, connected, fds) {
                         Ok(()) if visitor.run.is_some() => self.begin_to_wait(visitor),
                         Ok(()) => drop(visitor.link.send(&Answer::Watched, &[])),
-                        Err(why) => drop(visitor.link.send(&Answer::Failed(why), &[])),
+                        Err(why) => {
+                            drop(visitor.link.send(&Answer::Failed(why), &[]));
+                            if let Some(run) = visitor.run {
+                                self.parts.handover.end_run(run);
+                            }
+                        }
                     }
                 }
                 Ok(Some((Say::Narrowed, _))) if visitor.welcomed && visitor.run.is_some() => {
