@@ -466,7 +466,7 @@ impl Keyd {
     /// Whether something has arrived that was not taken yet.
     #[must_use]
     pub fn has_news(&self) -> bool {
-        !self.news.is_empty() || !self.reports.is_empty()
+        !(self.news.is_empty() && self.reports.is_empty() && self.stopped.is_empty())
     }
 
     /// Asks for what has outlived an earlier broker: [`News::Live`] for each association that runs, that and
@@ -545,12 +545,17 @@ mod tests {
             let cut = take(&socket);
             let report = Head { tag: 7, ..Head::new(Kind::Stranger, 0) };
             tell(&socket, &[report.as_bytes(), Stranger { tag: 7, ..Stranger::new_zeroed() }.as_bytes()]);
+            let stopped = Stopped { uid: 9, ..Stopped::new_zeroed() };
+            tell(&socket, &[Head::new(Kind::Stopped, 0).as_bytes(), stopped.as_bytes()]);
             tell(&socket, &[Head { count: CutBy::Destroy as u32, ..cut }.as_bytes()]);
             take(&socket);
         });
         assert!(keyd.destroys() && !keyd.filters());
         assert_eq!(keyd.cut_by_name(&Flow::new_zeroed()).unwrap(), CutBy::Destroy);
         assert_eq!(keyd.reports().unwrap().iter().map(|s| s.tag).collect::<Vec<_>>(), [7]);
+        assert!(keyd.has_news(), "nothing else would have it looked at");
+        assert_eq!(keyd.take_stopped().iter().map(|s| s.uid).collect::<Vec<_>>(), [9]);
+        assert!(!keyd.has_news());
     }
 
     #[test]

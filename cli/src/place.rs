@@ -47,7 +47,7 @@ pub enum PlaceError {
 }
 
 /// The state folder and what belongs to it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Place {
     /// State folder, absolute, without symbolic links.
     pub state: PathBuf,

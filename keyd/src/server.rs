@@ -201,7 +201,8 @@ impl Server {
         if let Some(all) = &mut self.associations {
             all.bereave();
         }
-        if let Some(fence) = &self.fence {
+        // The next broker hears refusals on a socket of its own; the kernel tells one at a time.
+        if let Some(fence) = self.fence.take() {
             let _gone = fence.clear();
         }
         self.brokers.is_some()
@@ -463,8 +464,7 @@ impl Server {
         Ok(())
     }
 
-    /// Tells what the backstop's nftables form refused. Without a broker it is in no log, like all that the kernel
-    /// refuses then.
+    /// Tells some of what the backstop's nftables form refused. Without a broker it is in no log.
     fn tell_refused(&mut self) -> Result<(), KeydError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let all = self.fence.as_ref().map(|fence| fence.take(u64::try_from(now).unwrap_or(0)));

@@ -5,8 +5,9 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::{TcpListener, TcpStream, UdpSocket},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
@@ -62,6 +63,14 @@ fn cgroup(pid: i32) -> PathBuf {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
     let own = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
     PathBuf::from(tree).join(own)
+}
+
+/// Removes a cgroup that is still there when its last process has ended.
+fn remove_cgroup(folder: &Path) {
+    eventually("nobody is in the cgroup", || {
+        let left = fs::remove_dir(folder).is_err_and(|error| error.kind() != ErrorKind::NotFound);
+        (!left).then_some(())
+    });
 }
 
 /// A program that no guard holds, beside a wrapped one.
@@ -141,7 +150,10 @@ fn what_the_guard_does_not_see_the_table_refuses() {
         assert_eq!(does(&mut inside, "send", kept), "ok");
     }
     eventually("a connect is served again", || (does(&mut inside, "tcp", open_at) == "ok").then_some(()));
+    let told = || host.records().iter().filter(|r| r["via"] == "backstop" && r["remote"] == *far).count();
+    let before = told();
     assert_eq!(does(&mut unguarded, "tcp", closed_at), "Connection refused");
+    eventually("the next broker hears of it", || (told() > before).then_some(()));
     drop(hears);
 
     // A new policy takes back what the old one granted.
@@ -186,10 +198,44 @@ fn what_a_killed_supervisor_leaves_holds_on_and_is_removed_by_the_next() {
     assert!(tables().contains(&table));
 
     // Another folder's removes it, once the cgroup has gone (which is swept when it is a minute old).
-    eventually("nobody is in the cgroup", || fs::remove_dir(&folder).ok());
+    remove_cgroup(&folder);
     let other = Host::here();
     other.policy(ALLOW_ALL);
     drop(inside(&other));
+    assert!(!tables().contains(&table));
+}
+
+#[test]
+fn a_service_keeps_its_table_while_it_has_no_programs() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let (state, policy) = (host.state().display().to_string(), host.path("policy.pol").display().to_string());
+    let portcullis = |words: &[&str]| {
+        let mut command = Command::new(built::portcullis());
+        command.args(words);
+        Running::start(command)
+    };
+    let mut service = portcullis(&["supervise", "--state", &state, "--policy", &policy, "--without", "bpf"]);
+    let joins = || {
+        let running = portcullis(&[&["run", "--state", &state, "--"][..], &python()].concat());
+        running.line("up");
+        running
+    };
+    eventually("it serves", || (host.portcullis(&["status"]).code() == 0).then_some(()));
+    let first = joins();
+    let (table, folder) = (name_of(&first), cgroup(first.pid()));
+    drop(first);
+    remove_cgroup(&folder);
+    // What others find without a cgroup they remove.
+    let other = Host::here();
+    other.policy(ALLOW_ALL);
+    drop(inside(&other));
+    assert!(tables().contains(&table));
+    let second = joins();
+    assert_eq!(coverage(&host, second.pid())["form"], "nftables");
+    drop(second);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.wait(), 0);
     assert!(!tables().contains(&table));
 }
 

@@ -20,7 +20,7 @@ use super::{
     parts::log,
     table::{self, Table},
 };
-use crate::Mode;
+use crate::{Mode, place::Place};
 
 /// Of so many brokers that end as soon as they begin are the records kept; a ring is 4 MB of the kernel's memory.
 const MOST_RINGS: usize = 16;
@@ -30,7 +30,7 @@ type Loaded = Result<(Vec<OwnedFd>, Attacher), BackstopError>;
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Backing {
-    state: PathBuf,
+    place: Place,
     /// What the cgroups of this state folder are called.
     name: String,
     without: Without,
@@ -53,15 +53,15 @@ pub struct Backing {
 
 impl Backing {
     /// Nothing yet.
-    pub fn new(state: &Path, mode: Mode, without: Without) -> Self {
+    pub fn new(place: &Place, mode: Mode, without: Without) -> Self {
         let unwanted = match (nix::unistd::geteuid().is_root(), without.has(Lack::Backstop)) {
             (false, _) => Some("only root may load it"),
             (true, true) => Some("it was told to do without (PORTCULLIS_WITHOUT, PORTCULLIS_NO_BACKSTOP)"),
             (true, false) => None,
         };
         let ahead = (unwanted.is_none() && !without.has(Lack::Bpf)).then(|| thread::spawn(load_for_another));
-        let (state, name) = (state.to_owned(), cgroup_name(state));
-        Self { state, name, without, mode, unwanted, ahead, ..Self::default() }
+        let (place, name) = (place.clone(), cgroup_name(&place.state));
+        Self { place, name, without, mode, unwanted, ahead, ..Self::default() }
     }
 
     /// Whether there is one.
@@ -107,7 +107,7 @@ impl Backing {
         let table = if self.without.has(Lack::Nftables) {
             Err("told to do without (PORTCULLIS_WITHOUT)".to_owned())
         } else {
-            Table::make(&self.state, self.mode == Mode::Enforce, why.clone())
+            Table::make(&self.place, self.mode == Mode::Enforce, why.clone())
         };
         match table {
             Ok(table) => {

@@ -116,7 +116,7 @@ impl Parts {
             keyd: None,
             leads: None,
             broker: None,
-            backing: Backing::new(&args.state, args.mode, args.without),
+            backing: Backing::new(place, args.mode, args.without),
             handover: Handover::default(),
             health: Health::Starting,
             delay: FIRST_DELAY,

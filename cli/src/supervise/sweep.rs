@@ -35,6 +35,11 @@ pub fn unsign(place: &Place) {
     let _absent = fs::remove_file(place.runtime.join(OWNER));
 }
 
+/// Whether a supervisor answers there.
+pub fn is_served(place: &Place) -> bool {
+    link::connect(&place.supervisor_socket()).is_ok()
+}
+
 /// Removes the runtime folders beside ours that nothing can need any more: the supervisor does not answer, no process
 /// has them in its memory or its environment (what such a process execs must find the shim), and the state folder is
 /// gone, or nobody has left word whose it is: a run was killed as it began.
@@ -52,7 +57,8 @@ fn sweep_older(place: &Place, begins: Duration) {
     }
     let Ok(needed) = needed() else { return };
     over.retain(|left| name(&left.runtime).is_some_and(|name| !needed.contains(name)));
-    for left in over {
+    // All processes were looked at meanwhile, and a run may have begun.
+    for left in over.into_iter().filter_map(|it| left(it.runtime, begins)) {
         unsign(&left);
         for socket in [left.supervisor_socket(), left.broker_socket(), left.control_socket()] {
             let _absent = fs::remove_file(socket);
@@ -82,7 +88,7 @@ fn left(runtime: PathBuf, begins: Duration) -> Option<Place> {
         }
     };
     let left = Place { state, runtime };
-    (is_over && link::connect(&left.supervisor_socket()).is_err()).then_some(left)
+    (is_over && !is_served(&left)).then_some(left)
 }
 
 fn now() -> i64 {

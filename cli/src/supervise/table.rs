@@ -1,12 +1,16 @@
 //! The backstop's nftables form: the table on wrapped cgroups, made, shown to hold, and removed.
 
-use std::{fs, io, net::UdpSocket, path::Path};
+use std::{fs, io, net::UdpSocket, path::PathBuf};
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use portcullis_backstop::{BackstopError, Cgroup, cgroup_name, is_anywhere, is_name_of_ours};
+use portcullis_backstop::{BackstopError, Cgroup, PREFIX, cgroup_name, is_anywhere, is_name_of_ours};
 use portcullis_nft as nft;
 
-use crate::sys::{self, Forked};
+use super::sweep;
+use crate::{
+    place::Place,
+    sys::{self, Forked},
+};
 
 /// See the module.
 #[derive(Debug)]
@@ -21,13 +25,14 @@ impl Table {
     ///
     /// # Errors
     /// Why there cannot be one here, or that it does not hold.
-    pub fn make(state: &Path, enforces: bool, why: String) -> Result<Self, String> {
-        let name = cgroup_name(state);
+    pub fn make(place: &Place, enforces: bool, why: String) -> Result<Self, String> {
+        let name = cgroup_name(&place.state);
         let text = |error: io::Error| error.to_string();
         let it = Self { table: nft::Table::of(&name).map_err(text)?, why };
         for left in it.table.names().map_err(text)? {
-            // A killed supervisor's, with nobody in it.
-            if left != name && is_name_of_ours(&left) && !is_anywhere(&left) {
+            // A killed supervisor's, with nobody in it. One that lives may have no programs just now.
+            let is_over = |left: &str| !is_anywhere(left) && !sweep::is_served(&beside(place, left));
+            if left != name && is_name_of_ours(&left) && is_over(&left) {
                 let _gone = nft::Table::of(&left).and_then(|table| table.remove());
             }
         }
@@ -63,6 +68,12 @@ impl Table {
     pub fn remove(&self) {
         let _gone = self.table.remove();
     }
+}
+
+/// The place of another supervisor, by the name of its table.
+fn beside(place: &Place, table: &str) -> Place {
+    let named = table.strip_prefix(PREFIX).unwrap_or(table);
+    Place { state: PathBuf::new(), runtime: place.runtime.with_file_name(named) }
 }
 
 /// Whether a process is in this network namespace, whose packets the table sees.

@@ -157,7 +157,7 @@ impl Netlink {
         let (mut heard, mut failed) = (0, None);
         // The kernel has answered when send(2) returns (net/netlink/af_netlink.c, netlink_unicast_kernel).
         while heard < answers {
-            let done = self.receive(|kind, _, body| {
+            let done = self.receive(|kind, body| {
                 if kind == ERROR {
                     heard += 1;
                     failed = failed.or(errno(body));
@@ -182,34 +182,32 @@ impl Netlink {
         let mut bytes = Vec::new();
         message(&mut bytes, TABLES << 8 | GET, DUMP, 1, 1, 0, &[]);
         send(self.0.as_raw_fd(), &bytes, MsgFlags::empty())?;
-        let mut done = false;
+        let (mut done, mut failed) = (false, None);
         while !done {
-            self.receive(|kind, _, body| {
-                if [ERROR, DONE].contains(&kind) {
-                    done = true;
-                } else {
-                    each(body.get(4..).unwrap_or_default());
-                }
+            self.receive(|kind, body| match kind {
+                ERROR => (done, failed) = (true, errno(body)),
+                DONE => done = true,
+                _ => each(body.get(4..).unwrap_or_default()),
             })?;
         }
-        Ok(())
+        failed.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)))
     }
 
-    /// Takes what has arrived: kind, sequence number and body of each message. Never waits.
+    /// Takes what has arrived: kind and body of each message. Never waits.
     ///
     /// # Errors
     /// `EAGAIN`: nothing is there.
-    pub fn receive(&self, mut each: impl FnMut(u16, u32, &[u8])) -> Result<(), Errno> {
+    pub fn receive(&self, mut each: impl FnMut(u16, &[u8])) -> Result<(), Errno> {
         let mut room = [0; 16 << 10];
         let length = recv(self.0.as_raw_fd(), &mut room, MsgFlags::MSG_DONTWAIT)?;
         let mut bytes = room.get(..length).unwrap_or_default();
         let word = |bytes: &[u8], at: usize| {
             bytes.get(at..at + 4).and_then(|it| it.try_into().ok()).map(u32::from_ne_bytes)
         };
-        while let (Some(length), Some(kind), Some(seq)) = (word(bytes, 0), word(bytes, 4), word(bytes, 8)) {
+        while let (Some(length), Some(kind)) = (word(bytes, 0), word(bytes, 4)) {
             let length = usize::try_from(length).unwrap_or(0).max(16);
             let kind = kind & 0xffff;
-            each(u16::try_from(kind).unwrap_or(0), seq, bytes.get(16..length).unwrap_or_default());
+            each(u16::try_from(kind).unwrap_or(0), bytes.get(16..length).unwrap_or_default());
             bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         }
         Ok(())

@@ -15,6 +15,8 @@ const CONFIGURE: u16 = LOG << 8 | 1;
 const PACKET: u16 = LOG << 8;
 /// How much of a packet is looked at: addresses and ports.
 const SEEN: u32 = 128;
+/// So many messages are taken at most, so that whoever sends without end keeps nobody else waiting.
+const AT_ONCE: usize = 256;
 
 /// A packet that nobody had granted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -53,14 +55,19 @@ impl Refusals {
         Ok(Self(netlink))
     }
 
-    /// Takes what was told; never waits. After a burst some may be missing.
+    /// Takes what was told, or the oldest of it; never waits. After a burst some may be missing.
     pub fn take(&self) -> Vec<Refusal> {
         let mut all = Vec::new();
-        while let Ok(()) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) = self.0.receive(|kind, _, body| {
-            if kind == PACKET {
-                all.extend(body.get(4..).and_then(read));
+        for _ in 0..AT_ONCE {
+            let told = self.0.receive(|kind, body| {
+                if kind == PACKET {
+                    all.extend(body.get(4..).and_then(read));
+                }
+            });
+            if !matches!(told, Ok(()) | Err(nix::Error::ENOBUFS | nix::Error::EINTR)) {
+                break;
             }
-        }) {}
+        }
         all
     }
 }

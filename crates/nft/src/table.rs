@@ -269,6 +269,8 @@ fn leaving(group: u16, enforces: bool) -> Vec<Rule> {
         let udp = || far(v6).compared(R0, &[UDP], true);
         rules.push(udp().in_set(FLOWS, R0).remembered(FLOWS, R0).then(End::Accept));
         rules.push(udp().in_set(CALLS, R0).remembered(FLOWS, R0).then(End::Accept));
+        // There is no room to remember it: it passes as long as it is granted.
+        rules.push(udp().in_set(CALLS, R0).then(End::Accept));
         rules.push(far(v6).compared(R0, &[TCP], true).in_set(CALLS, R0).then(End::Accept));
     }
     let granted = |rule: Rule, first: u8| {

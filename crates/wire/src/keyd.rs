@@ -417,10 +417,10 @@ impl Pass {
     pub const LISTENER: u8 = 2;
     /// That listener is no more.
     pub const NO_LISTENER: u8 = 3;
-    /// Everything: whoever has a raw socket may send what he likes.
-    pub const ANYTHING: u8 = 5;
     /// None of all that goes out, but for datagrams that have a way already.
     pub const NOTHING: u8 = 4;
+    /// Everything: whoever has a raw socket may send what he likes.
+    pub const ANYTHING: u8 = 5;
 }
 
 /// What the backstop's nftables form refused. 72 bytes.
