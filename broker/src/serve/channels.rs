@@ -163,13 +163,15 @@ impl Broker {
             return self.malformed(id, None, "the kernel does not name the writer");
         };
         let pidfd = message.pidfd.take().filter(|_| !self.without.has(Lack::PidfdOfWriter));
-        self.nameless |= pidfd.is_none();
+        let is_nameless = pidfd.is_none();
         let Some(key) = self.identify(writer, pidfd) else {
             // It has ended since, or may not be looked at.
             let mut reply = Reply::to(&request);
             reply.errno = libc::EACCES;
             return self.send(id, &reply, &[]);
         };
+        // The kernel gives none of a process that has gone either.
+        self.nameless |= is_nameless;
         if let Some(channel) = self.channels.get_mut(&id) {
             channel.writer = Some(key);
         }
