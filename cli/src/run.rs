@@ -39,7 +39,8 @@ pub struct Args {
     /// service's own permits
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
-    /// Whether what the policy refuses is refused, or only recorded [default: enforce]
+    /// Whether what the policy refuses is refused, or only recorded [default: enforce]; under a service `audit` is
+    /// for a --policy of the run's own, and loosens nothing of the service's
     #[arg(long, value_enum)]
     mode: Option<Mode>,
     /// A label for `ps`; it proves nothing, and programs that write over their environment (nginx, redis) lose it
@@ -126,7 +127,7 @@ pub enum RunError {
     #[error("no place for the shim: `{}` is mounted noexec, and so are its alternatives", .0.display())]
     NoExec(PathBuf),
     /// `PORTCULLIS_WITHOUT` is no list of what can be done without.
-    #[error("PORTCULLIS_WITHOUT: {0}")]
+    #[error("PORTCULLIS_WITHOUT")]
     Without(#[from] UnknownLack),
     /// A system call failed.
     #[error("cannot {what}")]

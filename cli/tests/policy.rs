@@ -206,7 +206,12 @@ fn query_lists_who_may_reach_what() {
     assert!(stdout.contains("smtp(x509{name=\"mailgw.example.com\"}, x509{name=\"h1.example.com\"})"));
     let (status, stdout, _) = policy(&["query", &figure, "--mentions", "10.1.2.3"]);
     assert_eq!((status, stdout.lines().count()), (0, 1));
-    assert_eq!(policy(&["query", &figure, "--mentions", "nothing"]).0, 1);
+    let (status, stdout, stderr) = policy(&["query", &figure, "--mentions", "nothing"]);
+    assert_eq!((status, stdout.as_str(), stderr.as_str()), (1, "", "portcullis: no rule names that\n"));
+    let (status, stdout, stderr) =
+        policy(&["query", &figure, "--from", "process{exe=\"/bin/a\"}", "--service", "telnet"]);
+    assert_eq!((status, stdout.as_str()), (1, ""));
+    assert!(stderr.contains("no rule permits that"), "{stderr}");
 }
 
 /// What a command prints, with the folder of the corpus taken out.

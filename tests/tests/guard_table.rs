@@ -279,5 +279,6 @@ fn where_neither_form_can_be_had_the_guard_holds_alone_and_says_why() {
     let mut wrong = other.run(&["true"]);
     wrong.env("PORTCULLIS_WITHOUT", "pbf");
     let done = Finished::of(&mut wrong);
-    assert!(done.code() == 125 && done.stderr.contains("`pbf` is nothing to do without"), "{done}");
+    assert!(done.code() == 125 && done.stderr.contains("WITHOUT: `pbf` is nothing to do without"), "{done}");
+    assert_eq!(done.stderr.matches("`pbf`").count(), 1, "{done}");
 }

@@ -300,6 +300,21 @@ fn a_name_is_a_label_in_ps() {
 }
 
 #[test]
+fn ps_shows_what_a_process_has_become_since_it_asked() {
+    let host = host();
+    let script = "exec 3<>/dev/udp/127.0.0.1/9; echo up; read line; exec sleep 1000";
+    let mut it = host.start(&["bash", "-c", script]);
+    it.line("up");
+    let shows = |exe: &str| {
+        let shown = format!("\"exe\":\"/usr/bin/{exe}\"");
+        host.portcullis(&["ps", "--format", "json"]).success().contains(&shown).then_some(())
+    };
+    eventually("it is bash that asked", || shows("bash"));
+    it.say("go on\n");
+    eventually("it is sleep now", || shows("sleep"));
+}
+
+#[test]
 fn a_long_command_line_is_no_obstacle() {
     let host = host();
     let long = "x".repeat(120_000);

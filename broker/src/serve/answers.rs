@@ -135,6 +135,10 @@ impl Broker {
         }
         // Those who have asked, and all others of their trees.
         let asked: Vec<ProcessKey> = self.processes.keys().copied().collect();
+        for key in &asked {
+            // What it was when it last asked it need not be any more.
+            self.refresh(*key, false);
+        }
         let mut all: Vec<Rc<Context>> = asked.into_iter().filter_map(|key| self.context_of(key)).collect();
         for pid in self.members() {
             if !self.by_pid.contains_key(&pid) {

@@ -18,10 +18,10 @@ Which rules mention 10.1.2.3?  --mentions 10.1.2.3"#;
 pub struct Arguments {
     /// Policy file; `-` is standard input
     file: PathBuf,
-    /// Who opens; without it, everyone who may is listed
+    /// Who opens, and what it does not say is not so; without it, everyone who may is listed
     #[arg(long, value_name = "PRINCIPAL")]
     from: Option<String>,
-    /// Who accepts; without it, everyone who may be reached is listed
+    /// Who accepts, likewise; without it, everyone who may be reached is listed
     #[arg(long, value_name = "PRINCIPAL")]
     to: Option<String>,
     /// What for
@@ -58,7 +58,7 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
                 out.line(cite(rule));
             }
         }
-        return if found.is_empty() { FINDINGS } else { 0 };
+        return answered(!found.is_empty(), "no rule names that", arguments, out);
     }
     let question = Question {
         from: arguments.from.as_deref(),
@@ -70,13 +70,25 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
             for reach in &found {
                 show(&policy, reach, arguments, out);
             }
-            if found.is_empty() { FINDINGS } else { 0 }
+            let nothing = "no rule permits that; what --from and --to do not say of a party is not so";
+            answered(!found.is_empty(), nothing, arguments, out)
         }
         Err(errors) => {
             out.diagnostic(errors.to_string());
             COULD_NOT
         }
     }
+}
+
+/// The exit status; people are told that there is nothing, rather than shown nothing.
+fn answered(found: bool, nothing: &str, arguments: &Arguments, out: &mut Out) -> u8 {
+    if found {
+        return 0;
+    }
+    if !arguments.format.is_json() {
+        out.note(nothing);
+    }
+    FINDINGS
 }
 
 fn show(policy: &Policy, reach: &Reach, arguments: &Arguments, out: &mut Out) {
