@@ -55,6 +55,13 @@ impl Cgroup {
         &self.path
     }
 
+    /// Whether both are one, and not one that was made again under the other's name.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        let number = |it: &Self| it.folder.metadata().map(|meta| meta.ino()).ok();
+        number(self).is_some_and(|own| number(other) == Some(own))
+    }
+
     /// Its number, and how deep it is in the hierarchy as this process sees it; the root's children are at 1.
     ///
     /// # Errors
@@ -157,22 +164,27 @@ pub fn sweep(parent: &Path) {
     }
 }
 
-/// Whether there is a cgroup of this name anywhere.
-#[must_use]
-pub fn is_anywhere(name: &str) -> bool {
-    let Some((_, point)) = visible() else { return false };
-    let mut waiting = vec![point];
+/// The cgroups of this name, wherever they are.
+///
+/// # Errors
+/// [`BackstopError::NoHierarchy`]; [`BackstopError::Cgroup`]: not all could be looked through.
+pub fn all_named(name: &str) -> Result<Vec<PathBuf>, BackstopError> {
+    let (_, point) = visible().ok_or(BackstopError::NoHierarchy)?;
+    let (mut found, mut waiting) = (Vec::new(), vec![point]);
     while let Some(folder) = waiting.pop() {
-        for child in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let children = match fs::read_dir(&folder) {
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
+            all => all.and_then(Iterator::collect::<io::Result<Vec<_>>>),
+        };
+        for child in children.map_err(failed("look through", &folder))? {
             if child.file_name() == name {
-                return true;
-            }
-            if child.file_type().is_ok_and(|kind| kind.is_dir()) {
+                found.push(child.path());
+            } else if child.file_type().is_ok_and(|kind| kind.is_dir()) {
                 waiting.push(child.path());
             }
         }
     }
-    false
+    Ok(found)
 }
 
 /// Whether [`cgroup_name`] gives such names. Others may call theirs after us.

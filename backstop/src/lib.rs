@@ -33,7 +33,7 @@ mod ring;
 mod sys;
 mod types;
 
-pub use cgroup::{Cgroup, PREFIX, cgroup_name, folder_of, is_anywhere, is_name_of_ours, name_of, sweep};
+pub use cgroup::{Cgroup, PREFIX, all_named, cgroup_name, folder_of, is_name_of_ours, name_of, sweep};
 pub use error::BackstopError;
 pub use events::{Cause, Event, Events, left_over};
 pub use grants::{Backstop, Once, Stats, keep_listeners, monotonic};

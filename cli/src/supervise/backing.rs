@@ -169,7 +169,9 @@ impl Backing {
             (Some(attacher), _) if !known || !Attacher::missing(&cgroup)?.is_empty() => {
                 attacher.attach(&cgroup)?
             }
-            (None, Some(table)) if !known => table.hold(&cgroup)?,
+            (None, Some(table)) if !self.cgroups.iter().any(|known| known.is(&cgroup)) => {
+                table.hold(&cgroup)?
+            }
             _ => {}
         }
         if !cgroup.holds(pid)? {
@@ -197,6 +199,10 @@ impl Backing {
 
     /// Removes the cgroups of trees that have ended.
     pub fn tidy(&mut self) {
+        let before = self.cgroups.len();
         self.cgroups.retain(|cgroup| !cgroup.remove_if_empty().unwrap_or(false));
+        if self.cgroups.len() < before {
+            self.table.iter().for_each(Table::forget_gone);
+        }
     }
 }

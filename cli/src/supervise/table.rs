@@ -3,7 +3,7 @@
 use std::{fs, io, net::UdpSocket, path::PathBuf};
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use portcullis_backstop::{BackstopError, Cgroup, PREFIX, cgroup_name, is_anywhere, is_name_of_ours};
+use portcullis_backstop::{BackstopError, Cgroup, PREFIX, all_named, cgroup_name, is_name_of_ours};
 use portcullis_nft as nft;
 
 use super::sweep;
@@ -16,6 +16,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Table {
     table: nft::Table,
+    /// Its name, and that of the cgroups that it holds.
+    name: String,
     /// Why it is not BPF.
     pub why: String,
 }
@@ -28,10 +30,11 @@ impl Table {
     pub fn make(place: &Place, enforces: bool, why: String) -> Result<Self, String> {
         let name = cgroup_name(&place.state);
         let text = |error: io::Error| error.to_string();
-        let it = Self { table: nft::Table::of(&name).map_err(text)?, why };
+        let it = Self { table: nft::Table::of(&name).map_err(text)?, name: name.clone(), why };
         for left in it.table.names().map_err(text)? {
             // A killed supervisor's, with nobody in it. One that lives may have no programs just now.
-            let is_over = |left: &str| !is_anywhere(left) && !sweep::is_served(&beside(place, left));
+            let is_empty = |left: &str| all_named(left).is_ok_and(|cgroups| cgroups.is_empty());
+            let is_over = |left: &str| is_empty(left) && !sweep::is_served(&beside(place, left));
             if left != name && is_name_of_ours(&left) && is_over(&left) {
                 let _gone = nft::Table::of(&left).and_then(|table| table.remove());
             }
@@ -62,6 +65,17 @@ impl Table {
         let (number, level) = cgroup.place()?;
         let failed = |source| BackstopError::Cgroup { what: "hold", path: cgroup.path().to_owned(), source };
         self.table.hold(number, level).map_err(failed)
+    }
+
+    /// Forgets cgroups that have gone, as every packet of this host passes by the rules of all. A killed supervisor's that
+    /// are there stay held.
+    pub fn forget_gone(&self) {
+        let place = |path: &PathBuf| Cgroup::open(path)?.place();
+        let there =
+            all_named(&self.name).and_then(|all| all.iter().map(place).collect::<Result<Vec<_>, _>>());
+        if let Ok(there) = there {
+            let _as_before = self.table.hold_only(&there);
+        }
     }
 
     /// Removes it: nobody is in those cgroups any more.

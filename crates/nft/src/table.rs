@@ -24,6 +24,8 @@ const CALLS: &str = "calls";
 const FLOWS: &str = "flows";
 /// Granted listeners: their ports.
 const LISTENERS: &str = "listeners";
+/// The chains of all packets, and where those of held sockets go on.
+const HOLDING: [(&str, &str); 2] = [("output", "leaving"), ("input", "arriving")];
 /// How long a datagram socket may be silent and still be known, in milliseconds.
 const SILENCE: u64 = 24 * 3600 * 1000;
 /// Most elements of each set.
@@ -141,8 +143,21 @@ impl Table {
     /// `ENOENT`: the table is not there.
     pub fn hold(&self, cgroup: u64, level: u32) -> io::Result<()> {
         let mut batch = Batch::new();
-        for (chain, to) in [("output", "leaving"), ("input", "arriving")] {
-            self.append(&mut batch, chain, &Rule::default().of_cgroup(cgroup, level).then(End::Jump(to)));
+        self.append_hold(&mut batch, cgroup, level);
+        self.netlink.commit(batch)
+    }
+
+    /// Holds the sockets of these cgroups, as in [`Self::hold`], and of no others any more.
+    ///
+    /// # Errors
+    /// `ENOENT`: the table is not there.
+    pub fn hold_only(&self, cgroups: &[(u64, u32)]) -> io::Result<()> {
+        let mut batch = Batch::new();
+        for (chain, _) in HOLDING {
+            batch.add(DELETE_RULE, 0, |it| it.text(1, &self.name).text(2, chain));
+        }
+        for (cgroup, level) in cgroups {
+            self.append_hold(&mut batch, *cgroup, *level);
         }
         self.netlink.commit(batch)
     }
@@ -204,6 +219,12 @@ impl Table {
     /// Number under which refusals are told, [`crate::Refusals`].
     pub(crate) fn group(&self) -> u16 {
         group(&self.name)
+    }
+
+    fn append_hold(&self, batch: &mut Batch, cgroup: u64, level: u32) {
+        for (chain, to) in HOLDING {
+            self.append(batch, chain, &Rule::default().of_cgroup(cgroup, level).then(End::Jump(to)));
+        }
     }
 
     fn append(&self, batch: &mut Batch, chain: &str, rule: &Rule) {

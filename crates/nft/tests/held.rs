@@ -117,6 +117,14 @@ fn what_nobody_granted_does_not_leave_and_the_rest_does() {
     assert!(TcpStream::connect_timeout(&at, patience).is_err());
 
     let other = group.within(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    // Cgroups come and go.
+    table.hold_only(&[]).unwrap();
+    assert!(other.send_to(b"x", hears.local_addr().unwrap()).is_ok());
+    for _ in 0..2 {
+        table.hold_only(&[(group.id(), 1)]).unwrap();
+    }
+    assert!(other.send_to(b"x", hears.local_addr().unwrap()).is_err());
+    let other = group.within(|| UdpSocket::bind("127.0.0.1:0").unwrap());
     // Another supervisor takes the table over: whom it holds it goes on holding.
     table.make(true).unwrap();
     assert!(says.send_to(b"x", hears.local_addr().unwrap()).is_ok(), "known before");
