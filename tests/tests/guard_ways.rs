@@ -81,6 +81,44 @@ fn the_guard_alone_holds_them_too() {
     try_all(user.plain(&[program.to_str().unwrap(), "selftest", "--format", "json"]), has_control);
 }
 
+/// Sets source routes, by options and by a control message, and takes them away.
+const ROUTES: &str = "
+import socket, struct
+four = bytes([131, 7, 4, 127, 0, 0, 1, 0])
+six = struct.pack('BBBBBBH', 0, 4, 4, 1, 1, 0, 0) + bytes(16) + socket.inet_pton(socket.AF_INET6, '::1')
+def say(what, call):
+    try: call(); how = 'ok'
+    except OSError as error: how = error.strerror
+    print(what + ':', how, flush=True)
+for kind in socket.SOCK_DGRAM, socket.SOCK_STREAM:
+    for family, level, option, route in (socket.AF_INET, 0, 4, four), (socket.AF_INET6, 41, 57, six):
+        one = socket.socket(family, kind)
+        say('set', lambda: one.setsockopt(level, option, route))
+        say('taken away', lambda: one.setsockopt(level, option, None, 0))
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+to = ('127.0.0.1', 9)
+say('sent', lambda: one.sendmsg([b'x'], [], 0, to))
+say('sent by', lambda: one.sendmsg([b'x'], [(0, 7, four)], 0, to))
+";
+
+#[test]
+fn nothing_goes_by_way_of_another_host_than_the_one_judged() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let routes = ["/usr/bin/python3", "-c", ROUTES];
+    let native = Finished::of(&mut host.plain(&routes)).success();
+    assert_eq!(native.matches(": ok").count(), 10, "{native}");
+    let held = native.replace("set: ok", "set: Operation not permitted");
+    assert_eq!(Finished::of(&mut host.run(&routes)).success(), held);
+    // By proxy, control messages are looked at as well.
+    for (name, value) in [("PORTCULLIS_NO_BACKSTOP", "1"), ("PORTCULLIS_WITHOUT", "bpf")] {
+        let proxied = Host::here();
+        proxied.policy(ALLOW_ALL);
+        let done = Finished::of(proxied.run(&routes).env(name, value));
+        assert_eq!(done.success(), held.replace("sent by: ok", "sent by: Operation not permitted"), "{name}");
+    }
+}
+
 #[test]
 fn a_static_program_has_verdicts_and_records_like_any_other() {
     let host = Host::here();

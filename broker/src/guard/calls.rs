@@ -225,6 +225,29 @@ pub fn parts(bytes: &[u8]) -> Vec<Span> {
     bytes.chunks_exact(16).filter_map(span).collect()
 }
 
+/// Whether control messages set a source route: the datagram then goes to another host than the one that it names.
+#[must_use]
+pub fn has_source_route(mut control: &[u8]) -> bool {
+    const ROUTES: [(i32, i32); 3] = [
+        (libc::IPPROTO_IP, libc::IP_RETOPTS),
+        (libc::IPPROTO_IPV6, 57), // IPV6_RTHDR, linux/in6.h
+        (libc::IPPROTO_IPV6, 5),  // IPV6_2292RTHDR
+    ];
+    while let Some((length, rest)) = control.split_first_chunk()
+        && let Some((level, rest)) = rest.split_first_chunk()
+        && let Some((kind, _)) = rest.split_first_chunk()
+    {
+        if ROUTES.contains(&(i32::from_le_bytes(*level), i32::from_le_bytes(*kind))) {
+            return true;
+        }
+        // A length that is none ends it, as it does for the kernel.
+        let length = usize::try_from(u64::from_le_bytes(*length)).ok().filter(|length| *length >= 16);
+        let next = length.and_then(|length| length.checked_next_multiple_of(8));
+        control = next.and_then(|next| control.get(next..)).unwrap_or_default();
+    }
+    false
+}
+
 fn words(bytes: &[u8; HEADER]) -> [u64; 7] {
     let mut words = [0; 7];
     for (to, from) in words.iter_mut().zip(bytes.chunks_exact(8)) {
@@ -339,7 +362,7 @@ mod tests {
         use portcullis_guard::filter::{Rule, TABLE};
         for (nr, rule) in TABLE {
             let understood = asked(&notification(*nr, [0; 6])) != Asked::Unknown;
-            assert_eq!(understood, !matches!(rule, Rule::Fail(_)), "{nr}");
+            assert_eq!(understood, !matches!(rule, Rule::Fail(_) | Rule::FailIfRouting), "{nr}");
         }
     }
 
@@ -382,5 +405,29 @@ mod tests {
         let two: Vec<u8> = [1u64, 2, 3, 4].iter().flat_map(|n| n.to_le_bytes()).collect();
         assert_eq!(parts(&two), [span(1, 2), span(3, 4)]);
         assert_eq!(parts(&two[..31]), [span(1, 2)]);
+    }
+
+    #[test]
+    fn a_source_route_among_control_messages_is_seen() {
+        let one = |level: i32, kind: i32, data: &[u8]| {
+            let mut bytes = (16 + data.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(
+                level.to_le_bytes().into_iter().chain(kind.to_le_bytes()).chain(data.iter().copied()),
+            );
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
+            bytes
+        };
+        let interface = one(0, libc::IP_PKTINFO, &[0; 12]);
+        for (level, kind) in [(0, 7), (41, 57), (41, 5)] {
+            let route = one(level, kind, &[131, 7, 4, 192, 0, 2, 1]);
+            assert!(has_source_route(&route) && has_source_route(&[&interface[..], &route].concat()));
+        }
+        assert!(!has_source_route(&[&interface[..], &interface].concat()));
+        for length in [0u64, 15, u64::MAX] {
+            let mut broken = interface.clone();
+            broken[..8].copy_from_slice(&length.to_le_bytes());
+            assert!(!has_source_route(&broken), "{length}");
+        }
+        assert!(!has_source_route(&[]) && !has_source_route(&interface[..15]));
     }
 }

@@ -28,6 +28,9 @@ pub enum Rule {
     /// Ask, but only where nobody is trusted: calls are then made by proxy, and a program's own Landlock
     /// rules for the network would not hold whoever makes them.
     AskIfNobody,
+    /// setsockopt(2): fail if it sets a source route. Packets then go to another host than the one that was judged,
+    /// with all that is in them.
+    FailIfRouting,
     /// Fail with this errno, as a kernel without the call would.
     Fail(u16),
 }
@@ -62,6 +65,7 @@ pub const TABLE: &[(c_long, Rule)] = &[
     (libc::SYS_fcntl, Rule::AskIfOwnersEnding),
     (libc::SYS_prlimit64, Rule::AskIfLimiting),
     (libc::SYS_landlock_create_ruleset, Rule::AskIfNobody),
+    (libc::SYS_setsockopt, Rule::FailIfRouting),
 ];
 
 /// Signals that end or stop the supervisor, the broker and the key daemon, which block those that they can.
@@ -69,6 +73,11 @@ pub const ENDING: [i32; 4] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGTERM, libc:
 
 /// linux/fcntl.h
 const F_SETSIG: u32 = 10;
+
+/// Options of IPv4 packets; linux/in.h
+const IP_OPTIONS: u32 = 4;
+/// Routing headers, alone and among others; linux/in6.h
+const IPV6_ROUTES: [u32; 3] = [57, 5, 6]; // IPV6_RTHDR, IPV6_2292RTHDR, IPV6_2292PKTOPTIONS
 
 const ENOSYS: u16 = 38;
 const EPERM: u16 = 1;
@@ -84,8 +93,8 @@ const REFUSED_I386: &[u32] = &[
     26, 347, 348, 438, // ptrace process_vm_* pidfd_getfd
 ];
 
-/// Calls of the 32-bit table that end others (the same file), as the 64-bit ones with the same arguments.
-const SIGNALS_I386: &[(u32, c_long)] = &[
+/// Calls of the 32-bit table that are told by their numbers (the same file), as the 64-bit ones with the same arguments.
+const ALIKE_I386: &[(u32, c_long)] = &[
     (37, libc::SYS_kill),
     (238, libc::SYS_tkill),
     (270, libc::SYS_tgkill),
@@ -95,12 +104,13 @@ const SIGNALS_I386: &[(u32, c_long)] = &[
     (55, libc::SYS_fcntl),
     (221, libc::SYS_fcntl), // fcntl64
     (340, libc::SYS_prlimit64),
+    (366, libc::SYS_setsockopt),
 ];
 
 /// The 64-bit number of a call that the filter asks about.
 #[must_use]
 pub fn number(arch: u32, nr: i32) -> i32 {
-    let alike = SIGNALS_I386.iter().find(|(theirs, _)| arch == AUDIT_ARCH_I386 && theirs.cast_signed() == nr);
+    let alike = ALIKE_I386.iter().find(|(theirs, _)| arch == AUDIT_ARCH_I386 && theirs.cast_signed() == nr);
     alike.and_then(|(_, ours)| i32::try_from(*ours).ok()).unwrap_or(nr)
 }
 
@@ -248,6 +258,19 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
         }
         Rule::AskIfNobody if trust == Trust::Nobody => out.push(always(To::Ask)),
         Rule::AskIfNobody => out.push(always(To::Allow)),
+        Rule::FailIfRouting => {
+            let level = |level: i32| level.cast_unsigned();
+            out.push(load(arg_low(4)));
+            out.push(equal(0, To::Allow, To::Next)); // takes them away
+            out.push(load(arg_low(1)));
+            out.push(equal(level(libc::IPPROTO_IP), To::Next, To::Skip(2)));
+            out.push(load(arg_low(2)));
+            out.push(equal(IP_OPTIONS, To::Errno(EPERM), To::Allow));
+            out.push(equal(level(libc::IPPROTO_IPV6), To::Next, To::Allow));
+            out.push(load(arg_low(2)));
+            out.extend(IPV6_ROUTES.map(|option| equal(option, To::Errno(EPERM), To::Next)));
+            out.push(always(To::Allow));
+        }
         Rule::Fail(errno) => out.push(always(To::Errno(errno))),
     }
     out
@@ -263,7 +286,7 @@ pub fn assemble(trust: Trust) -> Vec<sock_filter> {
     let mut i386 = vec![equal(AUDIT_ARCH_I386, To::Next, To::Errno(EPERM)), load(NR)];
     i386.extend(REFUSED_I386.iter().map(|&nr| equal(nr, To::Errno(EPERM), To::Next)));
     let mut i386 = lower(i386);
-    for &(nr, same) in SIGNALS_I386 {
+    for &(nr, same) in ALIKE_I386 {
         let rules = TABLE.iter().filter(|(of, _)| *of == same);
         i386.extend(rules.flat_map(|(_, rule)| case(nr, *rule, trust)));
     }
@@ -444,6 +467,32 @@ mod tests {
     }
 
     #[test]
+    fn no_source_route_is_set_and_one_can_be_taken_away() {
+        let setting = |level: u64, option: u64, length: u64| {
+            let args = [3, level, option, 0x1000, length, 0];
+            let old = run(&assemble(Trust::Page(PAGE)), &call(AUDIT_ARCH_I386, 366, 0, args));
+            for trust in [Trust::Page(PAGE), Trust::Nobody] {
+                assert_eq!(of(trust, libc::SYS_setsockopt, PAGE, args), old);
+            }
+            old
+        };
+        let refused = RET_ERRNO | u32::from(EPERM);
+        for (level, option) in [(0, 4), (41, 57), (41, 5), (41, 6)] {
+            assert_eq!(setting(level, option, 24), refused);
+            assert_eq!(
+                setting(level | 7 << 32, option | 7 << 32, 24 | 7 << 32),
+                refused,
+                "the kernel sees 32 bits"
+            );
+            assert_eq!(setting(level, option, 0), RET_ALLOW);
+        }
+        // IP_TTL, IPV6_MULTICAST_HOPS's and TCP_LINGER2's neighbours, SO_BROADCAST
+        for (level, option) in [(0, 2), (0, 57), (41, 4), (41, 18), (6, 4), (1, 6)] {
+            assert_eq!(setting(level, option, 4), RET_ALLOW);
+        }
+    }
+
+    #[test]
     fn only_signals_that_end_a_process_are_asked_about() {
         let of_signal = |signal: i32, place: usize| {
             let mut args = [7; 6];
@@ -458,7 +507,7 @@ mod tests {
                 assert_eq!([0, libc::SIGHUP, libc::SIGURG, libc::SIGABRT].map(sent), [RET_ALLOW; 4], "{nr}");
             }
         }
-        for (nr, same) in SIGNALS_I386 {
+        for (nr, same) in ALIKE_I386 {
             assert_eq!(i64::from(number(AUDIT_ARCH_I386, nr.cast_signed())), *same);
             assert_eq!(number(AUDIT_ARCH_X86_64, nr.cast_signed()), nr.cast_signed());
         }

@@ -113,11 +113,12 @@ impl Letters {
             Self::Messages { at, .. } => at.saturating_add(n.saturating_mul(EACH)),
         };
         let header = target::read_header(tid, header).ok_or(libc::EFAULT)?;
-        Ok(Message {
-            name: target::read_address(tid, header.name),
-            data: target::read_parts(tid, header.parts)?,
-            control: target::read_span(tid, header.control)?,
-        })
+        let control = target::read_span(tid, header.control)?;
+        if calls::has_source_route(&control) {
+            return Err(libc::EPERM);
+        }
+        let name = target::read_address(tid, header.name);
+        Ok(Message { name, data: target::read_parts(tid, header.parts)?, control })
     }
 
     /// Where the kernel would write how much of each was sent.
