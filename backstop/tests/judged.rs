@@ -84,6 +84,32 @@ fn a_mapped_address_is_the_v4_address() {
     assert_eq!(cage.granted(&[host(Op::Connect, Protocol::UDP, udp)], plain(udp)), 0);
 }
 
+/// The kernel gives what such a socket sends to the address that it is connected to, as if the program had named it.
+#[test]
+fn what_an_ipv6_socket_is_connected_to_needs_no_second_grant() {
+    let mut cage = Cage::new();
+    let [(socket_in, to), (_other_in, other)] = [(); 2].map(|()| receiver("127.0.0.1:0"));
+    let connected = move || {
+        let fd = socket(libc::AF_INET6, libc::SOCK_DGRAM, 0);
+        assert_eq!(connect(fd, &Sockaddr::new(mapped(to))), 0);
+        fd
+    };
+    let send = move || {
+        // SAFETY: sends one byte of a literal.
+        outcome(unsafe { libc::send(connected(), b"x".as_ptr().cast(), 1, 0) } as i64)
+    };
+    let connect_only = [host(Op::Connect, Protocol::UDP, to)];
+    assert_eq!(cage.granted(&connect_only, send), 0);
+    assert_eq!(socket_in.recv(&mut [0]).unwrap(), 1);
+    assert_eq!(cage.granted(&connect_only, || sendto(connected(), 0, &Sockaddr::new(mapped(other)))), EPERM);
+    let unconnected = || {
+        let fd = connected();
+        assert_eq!(connect(fd, &Sockaddr::new(to).family(libc::AF_UNSPEC)), 0);
+        sendto(fd, 0, &Sockaddr::new(mapped(to)))
+    };
+    assert_eq!(cage.granted(&connect_only, unconnected), EPERM);
+}
+
 #[test]
 fn datagrams_are_judged_by_their_address_connected_or_not() {
     let mut cage = Cage::new();

@@ -330,6 +330,8 @@ ADDRESS_HOOK("cgroup/bind6", bind6, BIND, 6)
 	} \
 	SEC(section) int name(struct bpf_sock_addr *ctx) \
 	{ \
+		if (is_connected##version(ctx)) \
+			return 1; \
 		struct flow flow = flow##version(ctx); \
 		struct control *now = look_up(&control, &zero); \
 		u64 *generation = look_up(&flows, &flow); \
@@ -339,6 +341,18 @@ ADDRESS_HOOK("cgroup/bind6", bind6, BIND, 6)
 		count(NO_BROKER); \
 		return 0; \
 	}
+/* Where a socket is connected to was judged, and what goes there comes to no hook; only that an IPv6 socket sends to a
+ * v4-mapped address the kernel does in terms of sendto (udpv6_sendmsg). */
+INLINE int is_connected4(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	return sk && sk->family == FAMILY_V6 && sk->state == ESTABLISHED && sk->dst_ip4 == ctx->user_ip4 &&
+	       sk->dst_port == (u16)ctx->user_port;
+}
+INLINE int is_connected6(struct bpf_sock_addr *ctx)
+{
+	return 0;
+}
 INLINE struct flow flow4(struct bpf_sock_addr *ctx)
 {
 	struct flow flow = { .cookie = socket_cookie(ctx), .port = ctx->user_port };

@@ -128,7 +128,8 @@ struct __sk_buff {
 };
 
 enum {
-	LISTENING = 10, /* TCP_LISTEN */
+	ESTABLISHED = 1, /* TCP_ESTABLISHED; datagram sockets that are connected too */
+	LISTENING = 10,  /* TCP_LISTEN */
 	STREAM = 1,
 	DATAGRAM = 2,
 	RAW = 3,
