@@ -66,6 +66,10 @@ pub fn held(ring: i32) -> Result<Vec<[u8; 8]>, JumpError> {
     asm.store_imm(W, fp, EVENT, Family::V4 as i32);
     load_bytes(&mut asm, Header::Network, 12, EVENT + 16, 4, drop);
     load_bytes(&mut asm, Header::Network, 16, EVENT + 32, 4, drop);
+    // Other addresses of this host are no tokens, and other hosts reach them.
+    asm.load(W, r1, fp, EVENT + 32);
+    asm.and(r1, MASK.to_be().cast_signed());
+    asm.jump_if(If::Unequal, r1, NET.to_be().cast_signed(), drop);
     asm.jump(report);
     asm.here(v6);
     asm.store_imm(W, fp, EVENT, Family::V6 as i32);

@@ -223,6 +223,20 @@ fn a_syn_to_a_token_from_another_socket_takes_nothing() {
 }
 
 #[test]
+fn no_other_address_is_a_token_and_what_comes_there_wakes_nobody() {
+    const TOKENS_PORT: u16 = 1023;
+    let mut world = World::new();
+    let (_, client, places) = world.client(far(9));
+    assert_eq!(places.inner_remote.socket_addr().unwrap().port(), TOKENS_PORT);
+    assert_eq!(result(&client), libc::ECONNREFUSED, "a token is answered");
+    let connect =
+        |port| TcpStream::connect_timeout(&far(port), Duration::from_millis(400)).unwrap_err().kind();
+    assert_eq!(connect(9), ErrorKind::ConnectionRefused);
+    assert_eq!(connect(TOKENS_PORT), ErrorKind::TimedOut);
+    assert_eq!(world.on_far(|| connect(TOKENS_PORT)), ErrorKind::TimedOut);
+}
+
+#[test]
 fn many_at_once_are_all_served_through_a_short_backlog() {
     const MANY: usize = 100;
     let mut world = World::new();
