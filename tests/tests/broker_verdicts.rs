@@ -305,7 +305,7 @@ fn only_the_workers_of_nginx_reach_redis() {
     // As a service manager starts it: it goes into the background by itself.
     Finished::of(&mut host.run(&["nginx", "-c", &config.display().to_string()])).success();
     host.wait_for_port(80);
-    let get = Finished::of(&mut visitor.plain(&["curl", "-sS", "--max-time", "5", "http://10.77.0.1/"]));
+    let get = Finished::of(&mut visitor.plain(&["curl", "-sS", "--max-time", "20", "http://10.77.0.1/"]));
     assert_eq!(get.status, 0, "{get}");
     let connect = host.record("nginx to redis", |r| r["op"] == "connect");
     assert_eq!((&connect["verdict"], &connect["user"]), (&"permit".into(), &"www-data".into()), "{connect}");

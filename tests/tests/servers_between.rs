@@ -51,7 +51,7 @@ fn nginx_daemonises_reloads_and_serves_its_clients_only() {
     // It daemonises: `run` returns, and the broker stays.
     assert_eq!(Finished::of(&mut server.run(&["/usr/sbin/nginx", "-c", &config])).code(), 0);
     server.wait_for_port(80);
-    let words = ["curl", "-sS", "--max-time", "5", "http://10.77.0.2/"];
+    let words = ["curl", "-sS", "--max-time", "20", "http://10.77.0.2/"];
     for _ in 0..8 {
         assert_eq!(Finished::of(&mut client.run(&words)).success(), "one\n");
     }
@@ -85,7 +85,7 @@ fn nginx_upgrades_its_binary_while_it_serves() {
     let new = eventually("a new master runs", || pid_of(server).filter(|pid| *pid != old));
     kill(Pid::from_raw(old), Signal::SIGQUIT).unwrap();
     eventually("the old one has ended", || kill(Pid::from_raw(old), None).is_err().then_some(()));
-    let words = ["curl", "-sS", "--max-time", "5", "http://10.77.0.2/"];
+    let words = ["curl", "-sS", "--max-time", "20", "http://10.77.0.2/"];
     for _ in 0..4 {
         assert_eq!(Finished::of(&mut client.run(&words)).success(), "page\n");
     }
