@@ -63,8 +63,9 @@ fn what_programs_need_stays_when_it_ends_before_them() {
     assert!(std::path::Path::new(&shim).exists(), "{shim}");
     shell.say("go\n");
     assert!(shell.line("curl:").contains("connect"), "refused, and not without the shim");
-    let service = Running::start(supervise(&host));
+    let mut service = Running::start(supervise(&host));
     eventually("the broker serves", || {
+        assert!(!service.has_ended(), "{:?}", service.rest());
         host.portcullis(&["status"]).stdout.contains("generation   ").then_some(())
     });
     shell.say("go\n");
