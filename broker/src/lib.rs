@@ -45,6 +45,7 @@ use std::{io::Write, os::fd::OwnedFd, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use error::BrokerError;
+pub use sys::lock_within;
 
 /// Whether refusals are carried out.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]

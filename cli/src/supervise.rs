@@ -211,17 +211,9 @@ fn supervise(args: Args) -> Result<(), RunError> {
 /// Waits a moment for one that is ending: a service manager starts the next one as soon as it is gone, and whoever
 /// looked at its open files just then has not let go of them.
 fn lock(place: &Place) -> io::Result<OwnedFd> {
-    const PATIENCE: Duration = Duration::from_secs(1);
     let file = fs::File::options().create(true).truncate(false).write(true).open(place.lock())?;
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match file.try_lock() {
-            Err(fs::TryLockError::WouldBlock) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            locked => return locked.map(|()| file.into()).map_err(Into::into),
-        }
-    }
+    portcullis_broker::lock_within(&file, Duration::from_secs(1))?;
+    Ok(file.into())
 }
 
 fn own_socket(place: &Place) -> Result<OwnedFd, RunError> {

@@ -12,7 +12,7 @@ use std::{
 use jiff::Timestamp;
 
 use super::{LeftOpen, Line, More};
-use crate::{escape::json_string, settings::Audit};
+use crate::{escape::json_string, settings::Audit, sys::lock_within};
 
 /// How much of a file's end is searched for its last record, in bytes.
 const LAST: u64 = 256 * 1024;
@@ -287,17 +287,9 @@ impl Log {
 
 /// Waits until an earlier writer is gone: a broker whose supervisor was killed still takes its leave.
 fn lock(folder: &Path) -> io::Result<File> {
-    const PATIENCE: Duration = Duration::from_secs(10);
     let lock = File::open(folder)?;
-    let end = Instant::now() + PATIENCE;
-    loop {
-        match lock.try_lock() {
-            Err(fs::TryLockError::WouldBlock) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            locked => return locked.map(|()| lock).map_err(Into::into),
-        }
-    }
+    lock_within(&lock, Duration::from_secs(10))?;
+    Ok(lock)
 }
 
 fn name(folder: &Path, first: u64) -> PathBuf {

@@ -129,6 +129,13 @@ pub fn behind_pidfd(tid: i32, number: i32) -> Option<i32> {
     info.lines().find_map(|l| l.strip_prefix("Pid:"))?.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
+/// Whether a process is in the network namespace of this one.
+#[must_use]
+pub fn same_network(pid: i32) -> bool {
+    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
+    of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

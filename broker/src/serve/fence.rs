@@ -18,6 +18,7 @@ use super::{Broker, judge::Call, word};
 use crate::{
     Mode,
     audit::{Line, More},
+    guard::target::same_network,
 };
 
 /// The table, as far as this broker has filled it.
@@ -174,12 +175,6 @@ impl Broker {
         let path = groups.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or_default();
         path.split('/').any(|part| part == name)
     }
-}
-
-/// Whether a process is in the network namespace of this broker, and so of the table.
-pub(super) fn same_network(pid: i32) -> bool {
-    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
-    of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
 }
 
 /// The address that packets have, where a program names the unspecified one: its own, which without bind(2) is loopback's.

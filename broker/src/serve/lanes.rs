@@ -30,7 +30,6 @@ use serde::{Deserialize, Serialize};
 use super::{
     Broker, RuleText,
     far::FarEnd,
-    fence::same_network,
     judge::{Call, Finding},
     sessions::{Control, ticks},
 };
@@ -39,6 +38,7 @@ use crate::{
     audit::LeftOpen,
     control::ProcessRow,
     decide::{Judgement, Papers},
+    guard::target::same_network,
     keyd::Who,
     process::{Context, ProcessKey},
     sys::{boottime, pidfd_getfd, realtime, socket::Facts},

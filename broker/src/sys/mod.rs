@@ -12,9 +12,27 @@ pub mod socket;
 pub mod watchdog;
 
 use std::{
+    fs::{File, TryLockError},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
 };
+
+/// Locks a file, and waits so long for whoever has it.
+///
+/// # Errors
+/// `EWOULDBLOCK` if he still has it, and as flock(2).
+pub fn lock_within(file: &File, patience: Duration) -> io::Result<()> {
+    let end = Instant::now() + patience;
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            locked => return locked.map_err(Into::into),
+        }
+    }
+}
 
 /// Opens a process by its id (pidfd_open(2)).
 ///

@@ -13,13 +13,10 @@ use portcullis_backstop::{
     Attacher, BackstopError, Cgroup, cgroup_name, events_of, keep_listeners, listeners_of, load_for_another,
     sweep,
 };
-use portcullis_broker::guard::link::Handed;
+use portcullis_broker::guard::{link::Handed, target::same_network};
 use portcullis_types::{Lack, Without};
 
-use super::{
-    parts::log,
-    table::{self, Table},
-};
+use super::{parts::log, table::Table};
 use crate::{Mode, place::Place};
 
 /// Of so many brokers that end as soon as they begin are the records kept; a ring is 4 MB of the kernel's memory.
@@ -154,7 +151,9 @@ impl Backing {
     /// # Errors
     /// The process is where it was.
     pub fn enclose(&mut self, pid: u32) -> Result<bool, BackstopError> {
-        if self.attacher.is_none() && self.table.as_ref().filter(|_| table::is_here(pid)).is_none() {
+        if self.attacher.is_none()
+            && self.table.as_ref().filter(|_| same_network(pid.cast_signed())).is_none()
+        {
             return Ok(false);
         }
         let cgroup = match Cgroup::below(pid, &self.name) {

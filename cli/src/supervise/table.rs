@@ -1,6 +1,6 @@
 //! The backstop's nftables form: the table on wrapped cgroups, made, shown to hold, and removed.
 
-use std::{fs, io, net::UdpSocket, path::PathBuf};
+use std::{io, net::UdpSocket, path::PathBuf};
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use portcullis_backstop::{BackstopError, Cgroup, PREFIX, all_named, cgroup_name, is_name_of_ours};
@@ -88,12 +88,6 @@ impl Table {
 fn beside(place: &Place, table: &str) -> Place {
     let named = table.strip_prefix(PREFIX).unwrap_or(table);
     Place { state: PathBuf::new(), runtime: place.runtime.with_file_name(named) }
-}
-
-/// Whether a process is in this network namespace, whose packets the table sees.
-pub fn is_here(pid: u32) -> bool {
-    let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/net")).ok();
-    of("self").is_some_and(|own| of(&pid.to_string()) == Some(own))
 }
 
 /// Whether a process in the cgroup is kept from sending, where one outside is not. Older kernels count a cgroup's depth
