@@ -31,6 +31,8 @@ pub enum Cause {
     NoLease,
     /// It arrived at a listener that nobody granted.
     NotAListener,
+    /// A source route leads it to another host than the one that is judged.
+    Routed,
 }
 
 impl Cause {
@@ -44,6 +46,7 @@ impl Cause {
             Self::Stale => "what was granted is no longer in force",
             Self::NoLease => "the broker does not answer",
             Self::NotAListener => "the broker did not grant this listener",
+            Self::Routed => "a source route leads it by way of another host",
         }
     }
 
@@ -55,6 +58,7 @@ impl Cause {
             3 => Self::Stale,
             4 => Self::NoLease,
             5 => Self::NotAListener,
+            6 => Self::Routed,
             _ => return None,
         })
     }

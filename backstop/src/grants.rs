@@ -384,8 +384,8 @@ impl Backstop {
             Ok(self.stats.get(&cause, 0).map_err(in_map("stats"))?.iter().sum())
         };
         let mut stats =
-            Stats { granted: read(0)?, refused: 0, without_broker: read(6)?, unrecorded: read(7)? };
-        for cause in 1..=5 {
+            Stats { granted: read(0)?, refused: 0, without_broker: read(7)?, unrecorded: read(8)? };
+        for cause in 1..=6 {
             stats.refused += read(cause)?;
         }
         Ok(stats)

@@ -17,7 +17,7 @@ use crate::{error::BackstopError, sys::Contents};
 const FROM: &str = "/sys/kernel/btf/vmlinux";
 
 /// What `bpf/kernel.h` declares with `KERNEL`.
-const STRUCTURES: [&[u8]; 9] = [
+const STRUCTURES: [&[u8]; 13] = [
     b"net",
     b"nsproxy",
     b"cred",
@@ -27,9 +27,13 @@ const STRUCTURES: [&[u8]; 9] = [
     b"task_struct",
     b"bpf_iter_meta",
     b"bpf_iter__task",
+    b"bpf_sock_addr_kern",
+    b"ip_options",
+    b"ip_options_rcu",
+    b"ipcm_cookie",
 ];
 /// The fields that are read of them, and of what is in them.
-const FIELDS: [&[u8]; 20] = [
+const FIELDS: [&[u8]; 24] = [
     b"net_cookie",
     b"net_ns",
     b"euid",
@@ -50,6 +54,10 @@ const FIELDS: [&[u8]; 20] = [
     b"seq",
     b"meta",
     b"task",
+    b"t_ctx",
+    b"srr",
+    b"opt",
+    b"addr",
 ];
 /// The function whose arguments an iterator over tasks gets.
 const ITERATOR: &[u8] = b"bpf_iter_task";

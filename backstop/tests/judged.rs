@@ -140,6 +140,62 @@ fn datagrams_are_judged_by_their_address_connected_or_not() {
     }
 }
 
+/// Sends one byte with one control message of level `IPPROTO_IP` or `IPPROTO_IPV6`.
+fn send_with(fd: i32, level: i32, kind: i32, value: &[u8], to: Option<&Sockaddr>) -> i32 {
+    let mut control = [0u64; 8];
+    let mut part = libc::iovec { iov_base: b"x".as_ptr().cast_mut().cast(), iov_len: 1 };
+    // SAFETY: an all-zero header is valid; the control message has room for header and value (asserted); all of it
+    // lives during the call, which only reads it.
+    outcome(unsafe {
+        assert!(libc::CMSG_SPACE(value.len() as u32) as usize <= size_of_val(&control));
+        let mut message: libc::msghdr = std::mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        if let Some(to) = to {
+            (message.msg_name, message.msg_namelen) = (to.ptr().cast_mut().cast(), to.len);
+        }
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = libc::CMSG_SPACE(value.len() as u32) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_len = libc::CMSG_LEN(value.len() as u32) as usize;
+        ((*header).cmsg_level, (*header).cmsg_type) = (level, kind);
+        std::ptr::copy_nonoverlapping(value.as_ptr(), libc::CMSG_DATA(header), value.len());
+        libc::sendmsg(fd, &raw const message, 0) as i64
+    })
+}
+
+#[test]
+fn a_source_route_in_a_control_message_leads_nowhere() {
+    let mut cage = Cage::new();
+    // Loose source route by way of 127.0.0.1 (RFC 791), and a record of the route.
+    let (loose, record) = ([131, 7, 4, 127, 0, 0, 1, 0], [7, 7, 4, 0, 0, 0, 0, 0]);
+    let (socket_in, to) = receiver("127.0.0.1:0");
+    socket_in.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let named = || if family == libc::AF_INET { to } else { mapped(to) };
+        for connected in [false, true] {
+            let send = |level: i32, kind: i32, value: &[u8]| {
+                let fd = socket(family, libc::SOCK_DGRAM, 0);
+                let named = Sockaddr::new(named());
+                if connected {
+                    assert_eq!(connect(fd, &named), 0);
+                }
+                // The first is a flow that is known then.
+                assert_eq!(send_with(fd, level, kind, value, Some(&named).filter(|_| !connected)), 0);
+                send_with(fd, libc::IPPROTO_IP, libc::IP_RETOPTS, &loose, Some(&named).filter(|_| !connected))
+            };
+            let permitted = [host(Op::Send, Protocol::UDP, to), host(Op::Connect, Protocol::UDP, to)];
+            for (kind, value) in [(libc::IP_TTL, &7_i32.to_ne_bytes()[..]), (libc::IP_RETOPTS, &record)] {
+                assert_eq!(cage.granted(&permitted, || send(libc::IPPROTO_IP, kind, value)), EPERM);
+                assert_eq!(socket_in.recv(&mut [0]).unwrap(), 1);
+                let routed = cage.events().into_iter().filter(|e| e.cause == Cause::Routed);
+                assert_eq!(routed.map(|e| (e.op, e.permitted)).collect::<Vec<_>>(), [(Op::Send, false)]);
+            }
+        }
+    }
+    socket_in.set_nonblocking(true).unwrap();
+    assert!(socket_in.recv(&mut [0]).is_err(), "nothing else arrived");
+}
+
 #[test]
 fn fast_open_is_a_connect() {
     let mut cage = Cage::new();

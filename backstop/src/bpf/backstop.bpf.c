@@ -20,6 +20,7 @@ enum cause {
 	STALE,          /* a grant of another generation, or one that has run out */
 	NO_LEASE,       /* the broker did not renew its lease */
 	NOT_A_LISTENER, /* a SYN to a listener that nobody granted */
+	ROUTED,         /* a source route leads to another host than the one that is judged */
 	/* These cannot be on record: */
 	NO_BROKER,      /* the program array is empty */
 	RING_FULL,      /* refused because it could not be put on record */
@@ -231,6 +232,8 @@ INLINE int judge(void *ctx, struct event *event)
 	event->rule = ~0u;
 	event->generation = now->generation;
 	event->cookie = socket_cookie(ctx);
+	if (event->cause == ROUTED)
+		goto out;
 	event->cause = UNKNOWN;
 	if (event->time >= now->lease) {
 		event->cause = NO_LEASE;
@@ -277,16 +280,16 @@ INLINE void v4(struct event *event, u32 ip)
 	__builtin_memcpy(event->addr + 12, &ip, 4);
 }
 
-INLINE int judge_addr4(struct bpf_sock_addr *ctx, u8 op)
+INLINE int judge_addr4(struct bpf_sock_addr *ctx, u8 op, u8 cause)
 {
-	struct event event = { .op = op, .protocol = ctx->protocol, .port = NTOHS(ctx->user_port) };
+	struct event event = { .op = op, .protocol = ctx->protocol, .port = NTOHS(ctx->user_port), .cause = cause };
 	v4(&event, ctx->user_ip4);
 	return judge(ctx, &event);
 }
 
-INLINE int judge_addr6(struct bpf_sock_addr *ctx, u8 op)
+INLINE int judge_addr6(struct bpf_sock_addr *ctx, u8 op, u8 cause)
 {
-	struct event event = { .op = op, .protocol = ctx->protocol, .port = NTOHS(ctx->user_port) };
+	struct event event = { .op = op, .protocol = ctx->protocol, .port = NTOHS(ctx->user_port), .cause = cause };
 	u32 ip[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
 	event.family = FAMILY_V6;
 	__builtin_memcpy(event.addr, ip, 16);
@@ -300,7 +303,7 @@ INLINE int judge_addr6(struct bpf_sock_addr *ctx, u8 op)
 
 /* The attached program, and the one it calls while the broker lives. */
 #define ADDRESS_HOOK(section, name, op, version) \
-	SEC(section) int judge_##name(struct bpf_sock_addr *ctx) { return judge_addr##version(ctx, op); } \
+	SEC(section) int judge_##name(struct bpf_sock_addr *ctx) { return judge_addr##version(ctx, op, 0); } \
 	SEC(section) int name(struct bpf_sock_addr *ctx) \
 	{ \
 		if (!TAKEN##version(ctx->user_family, op)) \
@@ -320,8 +323,9 @@ ADDRESS_HOOK("cgroup/bind6", bind6, BIND, 6)
 	SEC(section) int judge_##name(struct bpf_sock_addr *ctx) \
 	{ \
 		struct control *now = look_up(&control, &zero); \
-		int permitted = judge_addr##version(ctx, SEND); \
-		if (permitted && now) { \
+		u8 cause = is_routed##version(ctx) ? ROUTED : 0; \
+		int permitted = judge_addr##version(ctx, SEND, cause); \
+		if (permitted && now && !cause) { \
 			struct flow flow = flow##version(ctx); \
 			u64 generation = now->generation; \
 			update(&flows, &flow, &generation, 0); \
@@ -330,28 +334,53 @@ ADDRESS_HOOK("cgroup/bind6", bind6, BIND, 6)
 	} \
 	SEC(section) int name(struct bpf_sock_addr *ctx) \
 	{ \
-		if (is_connected##version(ctx)) \
+		int routed = is_routed##version(ctx); \
+		if (!routed && is_connected##version(ctx)) \
 			return 1; \
 		struct flow flow = flow##version(ctx); \
 		struct control *now = look_up(&control, &zero); \
 		u64 *generation = look_up(&flows, &flow); \
-		if (generation && now && *generation == now->generation) \
+		if (!routed && generation && now && *generation == now->generation) \
 			return 1; \
 		tail_call(ctx, &gate_##name, 0); \
 		count(NO_BROKER); \
 		return 0; \
 	}
-/* Where a socket is connected to was judged, and what goes there comes to no hook; only that an IPv6 socket sends to a
- * v4-mapped address the kernel does in terms of sendto (udpv6_sendmsg). */
+/* Whether the datagram has IP options that lead it by way of another host, from a control message (IP_RETOPTS) or the
+ * socket's own: packets go to that host first, with all that is in them. What the kernel will send by is where it keeps
+ * the source address that the hook may change (udp_sendmsg, ipcm_cookie). A connected socket's datagram comes here
+ * too if it has such a message. */
+INLINE int is_routed4(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock_addr_kern *kern = (void *)ctx;
+	char *addr = 0;
+	struct ip_options_rcu *options = 0;
+	u8 route = 0;
+	READ(addr, kern->t_ctx);
+	struct ipcm_cookie *cookie = (void *)(addr - OFFSET(struct ipcm_cookie, addr));
+	READ(options, cookie->opt);
+	if (options)
+		READ(route, options->opt.srr);
+	return route;
+}
+INLINE int is_routed6(struct bpf_sock_addr *ctx)
+{
+	return 0;
+}
+/* Where a socket is connected to was judged, and what goes there comes to no hook, with two exceptions: if it has a
+ * control message, with no address; and what an IPv6 socket sends to a v4-mapped address, in terms of sendto
+ * (udpv6_sendmsg). No address has port 0: the kernel refuses it before. */
 INLINE int is_connected4(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
+	if (!ctx->user_port)
+		return 1;
 	return sk && sk->family == FAMILY_V6 && sk->state == ESTABLISHED && sk->dst_ip4 == ctx->user_ip4 &&
 	       sk->dst_port == (u16)ctx->user_port;
 }
 INLINE int is_connected6(struct bpf_sock_addr *ctx)
 {
-	return 0;
+	return !ctx->user_port;
 }
 INLINE struct flow flow4(struct bpf_sock_addr *ctx)
 {

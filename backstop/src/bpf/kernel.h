@@ -54,6 +54,8 @@ static u64 (*ring_query)(void *ring, u64 what) = (void *)134; /* 0: bytes that w
 
 /* Reads one field of a kernel structure wherever this kernel keeps it. */
 #define READ(to, from) read_kernel(&(to), sizeof(to), __builtin_preserve_access_index(&(from)))
+/* Where this kernel keeps a field. */
+#define OFFSET(type, field) __builtin_preserve_field_info(((type *)0)->field, 0 /* BPF_FIELD_BYTE_OFFSET */)
 
 struct net {
 	u64 net_cookie;
@@ -102,6 +104,24 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+} KERNEL;
+
+/* What the context of address hooks really is. */
+struct bpf_sock_addr_kern {
+	void *t_ctx; /* the source address of a datagram */
+} KERNEL;
+
+struct ip_options {
+	u8 srr; /* where a source route begins; 0: there is none */
+} KERNEL;
+
+struct ip_options_rcu {
+	struct ip_options opt;
+} KERNEL;
+
+struct ipcm_cookie {
+	u32 addr;
+	struct ip_options_rcu *opt;
 } KERNEL;
 
 /* linux/bpf.h: contexts, whose layout is fixed. Addresses and ports are in network byte order. */
