@@ -22,8 +22,9 @@ const fn hook(name: &'static str, judge: &'static str, gate: &'static str, kind:
     Hook { name, judge, gate, kind }
 }
 
-const HOOKS: [Hook; 8] = [
+const HOOKS: [Hook; 9] = [
     hook("ingress", "judge_ingress", "gate_ingress", 0),
+    hook("egress", "judge_egress", "gate_egress", EGRESS),
     hook("sock_create", "judge_sock_create", "gate_sock_create", 2),
     hook("bind4", "judge_bind4", "gate_bind4", 8),
     hook("bind6", "judge_bind6", "gate_bind6", 9),
@@ -32,6 +33,24 @@ const HOOKS: [Hook; 8] = [
     hook("sendmsg4", "judge_sendmsg4", "gate_sendmsg4", 14),
     hook("sendmsg6", "judge_sendmsg6", "gate_sendmsg6", 15),
 ];
+
+/// `BPF_CGROUP_INET_EGRESS`
+const EGRESS: u32 = 1;
+
+impl Hook {
+    /// Whether there is anything for it to do. What looks at each packet is paid for by each.
+    fn is_needed(&self) -> bool {
+        self.kind != EGRESS || *KNOWS_MOBILITY
+    }
+}
+
+/// Whether IPv6 packets can have a source route here: the kernel says so of a socket that sends nothing.
+static KNOWS_MOBILITY: LazyLock<bool> = LazyLock::new(|| {
+    // struct rt2_hdr (linux/ipv6.h): type 2, one segment left, by way of nowhere.
+    let mut route = [0; 24];
+    [route[1], route[2], route[3]] = [2, 2, 1];
+    sys::takes_ipv6_route(&route)
+});
 
 /// Descriptors of an [`Attacher`].
 const ATTACHER_FDS: usize = HOOKS.len();
@@ -135,13 +154,25 @@ pub struct Attacher {
 }
 
 impl Attacher {
-    /// Puts every program on the cgroup, for as long as the cgroup exists, and then takes off what an
-    /// earlier broker left there; so at no moment is there nothing.
+    /// Puts every program that this kernel needs on the cgroup, for as long as the cgroup exists, and then takes off
+    /// what an earlier broker left there; so at no moment is there nothing.
     ///
     /// # Errors
     /// [`BackstopError::Attach`]. The cgroup may then be held in part: no process should enter it.
     pub fn attach(&self, cgroup: &Cgroup) -> Result<(), BackstopError> {
-        for (hook, program) in HOOKS.iter().zip(&self.programs) {
+        self.put_on(cgroup, Hook::is_needed)
+    }
+
+    /// As [`Self::attach`], with those as well that another kernel would need.
+    ///
+    /// # Errors
+    /// As [`Self::attach`].
+    pub fn attach_all(&self, cgroup: &Cgroup) -> Result<(), BackstopError> {
+        self.put_on(cgroup, |_| true)
+    }
+
+    fn put_on(&self, cgroup: &Cgroup, is_wanted: impl Fn(&Hook) -> bool) -> Result<(), BackstopError> {
+        for (hook, program) in HOOKS.iter().zip(&self.programs).filter(|(hook, _)| is_wanted(hook)) {
             let failed = |what| move |source| BackstopError::Attach { what, hook: hook.name, source };
             let before = sys::attached(cgroup.as_fd(), hook.kind).map_err(failed("look for"))?;
             match sys::attach(cgroup.as_fd(), program.as_fd(), hook.kind) {
@@ -164,13 +195,13 @@ impl Attacher {
         Ok(())
     }
 
-    /// How many of the programs are on the cgroup: all, or something took them off.
+    /// Which of the programs are not on the cgroup: something took them off.
     ///
     /// # Errors
     /// [`BackstopError::Attach`].
     pub fn missing(cgroup: &Cgroup) -> Result<Vec<&'static str>, BackstopError> {
         let mut missing = Vec::new();
-        for hook in &HOOKS {
+        for hook in HOOKS.iter().filter(|hook| hook.is_needed()) {
             let there = sys::attached(cgroup.as_fd(), hook.kind).map_err(|source| BackstopError::Attach {
                 what: "look for",
                 hook: hook.name,

@@ -103,7 +103,7 @@ impl Kind {
     /// `enum bpf_prog_type`, `enum bpf_attach_type`, and the function.
     const fn words(self) -> [u32; 3] {
         match self {
-            Self::OnCgroup(ingress @ 0) => [8, ingress, 0],
+            Self::OnCgroup(packets @ 0..=1) => [8, packets, 0],
             Self::OnCgroup(sock_create @ 2) => [9, sock_create, 0],
             Self::OnCgroup(with_address) => [18, with_address, 0],
             Self::TaskIterator(function) => [26, TRACE_ITER, function],
@@ -134,6 +134,20 @@ pub(crate) fn load(kind: Kind, name: &str, code: &[bpf_insn], license: &CStr) ->
     let said = CStr::from_bytes_until_nul(&words).map(CStr::to_string_lossy).unwrap_or_default();
     let last = said.trim_end().lines().rev().take(3).collect::<Vec<_>>().join("; ");
     Err(io::Error::new(error.kind(), format!("{error} ({last})")))
+}
+
+/// Whether the kernel takes a routing header (RFC 8200, 4.4) for what a socket sends.
+pub(crate) fn takes_ipv6_route(header: &[u8]) -> bool {
+    const IPV6_RTHDR: libc::c_int = 57; // linux/in6.h
+    // SAFETY: numbers.
+    let made = unsafe { libc::socket(libc::AF_INET6, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    let Ok(socket) = owned(made.into()) else { return false };
+    let length = libc::socklen_t::try_from(header.len()).unwrap_or(0);
+    let level = libc::IPPROTO_IPV6;
+    // SAFETY: setsockopt(2) reads `length` bytes of `header`, which has as many.
+    let set =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, IPV6_RTHDR, header.as_ptr().cast(), length) };
+    set == 0
 }
 
 /// Puts a value into a map. Both are as long as the map was made for.

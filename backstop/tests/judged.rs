@@ -196,6 +196,44 @@ fn a_source_route_in_a_control_message_leads_nowhere() {
     assert!(socket_in.recv(&mut [0]).is_err(), "nothing else arrived");
 }
 
+/// Where the kernel knows it (RFC 6275); a raw socket sends it anywhere.
+#[test]
+fn no_ipv6_packet_leaves_with_a_source_route() {
+    let mut cage = Cage::new();
+    cage.attacher.attach_all(&cage.cgroup).unwrap();
+    let send = |kind: u8, before: bool| {
+        move || {
+            let mut packet = vec![0; 40];
+            (packet[0], packet[5], packet[6], packet[7]) = (0x60, 32, 43, 9);
+            (packet[23], packet[39]) = (1, 1); // from ::1 to ::1
+            if before {
+                packet[5] = 40;
+                packet[6] = 60;
+                packet.extend([43, 0, 1, 4, 0, 0, 0, 0]); // destination options: padding
+            }
+            packet.extend([17, 2, kind, 1, 0, 0, 0, 0]);
+            packet.extend([0; 15]);
+            packet.extend([1, 0, 9, 0, 9, 0, 8, 0, 0]); // through ::1; then a UDP header
+            let fd = socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_RAW);
+            let to = Sockaddr::new("[::1]:0".parse().unwrap());
+            // SAFETY: packet and address are live and as long as said.
+            outcome(unsafe {
+                libc::sendto(fd, packet.as_ptr().cast(), packet.len(), 0, to.ptr(), to.len) as i64
+            })
+        }
+    };
+    for before in [false, true] {
+        let granted = [Region::everything(Op::Socket, Protocol::RAW)];
+        assert_eq!(cage.granted(&granted, send(0, before)), 0);
+        assert_eq!(cage.granted(&granted, send(2, before)), EPERM);
+        let routed: Vec<_> = cage.events().into_iter().filter(|e| e.cause == Cause::Routed).collect();
+        assert_eq!(
+            routed.iter().map(|e| (e.op, e.addr, e.permitted)).collect::<Vec<_>>(),
+            [(Op::Send, 1, false)]
+        );
+    }
+}
+
 #[test]
 fn fast_open_is_a_connect() {
     let mut cage = Cage::new();

@@ -123,6 +123,7 @@ GATE(sendmsg4);
 GATE(sendmsg6);
 GATE(sock_create);
 GATE(ingress);
+GATE(egress);
 
 static const u32 zero = 0;
 
@@ -468,6 +469,47 @@ SEC("cgroup_skb/ingress") int ingress(struct __sk_buff *skb)
 	if (!sk || sk->state != LISTENING)
 		return 1;
 	tail_call(skb, &gate_ingress, 0);
+	count(NO_BROKER);
+	return 0;
+}
+
+/* IPv6 has one kind of source route that a control message may ask for, type 2 (RFC 6275, 6.4), where the kernel knows
+ * mobility. No other hook sees it, so packets are looked at as they leave; who sent them is not known here. */
+SEC("cgroup_skb/egress") int judge_egress(struct __sk_buff *skb)
+{
+	struct control *now = look_up(&control, &zero);
+	int audit = now && now->audit;
+	struct event event = {
+		.op = SEND, .cause = ROUTED, .time = ktime(), .cookie = socket_cookie(skb), .family = FAMILY_V6,
+		.rule = ~0u, .permitted = audit, .generation = now ? now->generation : 0, .protocol = UDP,
+	};
+	load_bytes(skb, 24, event.addr, 16); /* whom it would go to */
+	return record(&event) && audit;
+}
+
+/* Extension headers that may stand before or instead of the routing header (RFC 8200, 4.1). */
+enum { HOP_BY_HOP = 0, ROUTING = 43, DESTINATION = 60 };
+#define EXTENSIONS 4
+
+SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb)
+{
+	u8 next = 0;
+	u32 at = 40;
+	if (skb->protocol != NTOHS(0x86dd))
+		return 1;
+	load_bytes(skb, 6, &next, 1);
+	for (int i = 0; i < EXTENSIONS; i++) {
+		u8 header[4] = {}; /* what comes next, length, and of a routing header its type */
+		if (next != HOP_BY_HOP && next != ROUTING && next != DESTINATION)
+			return 1;
+		if (load_bytes(skb, at, header, 4))
+			return 1;
+		if (next == ROUTING && header[2] == 2)
+			break;
+		next = header[0];
+		at += 8 * (header[1] + 1);
+	}
+	tail_call(skb, &gate_egress, 0);
 	count(NO_BROKER);
 	return 0;
 }
