@@ -124,6 +124,8 @@ struct Supervisor {
     used: bool,
     born: Instant,
     told_to_end: bool,
+    /// Since when there is nothing to do any more but to put on record what the last ones did.
+    done: Option<Instant>,
 }
 
 /// What it is to have room for where it may take that: as many as systemd gives to a service (systemd.exec(5)).
@@ -202,6 +204,7 @@ fn supervise(args: Args) -> Result<(), RunError> {
         used: false,
         born: Instant::now(),
         told_to_end: false,
+        done: None,
     };
     supervisor.serve()?;
     supervisor.end();
@@ -230,7 +233,12 @@ impl Supervisor {
             self.tend_outset();
             self.answer_visitors();
             if self.is_done() {
-                return Ok(());
+                let since = *self.done.get_or_insert_with(Instant::now);
+                if self.parts.end(since) {
+                    return Ok(());
+                }
+            } else {
+                self.done = None;
             }
             self.wait().map_err(failed("wait"))?;
         }
@@ -245,8 +253,7 @@ impl Supervisor {
     fn is_done(&self) -> bool {
         let idle = self.trees.is_empty() && self.visitors.is_empty();
         let abandoned = self.used || self.born.elapsed() > UNUSED || self.parts.health().is_failed();
-        // What the last ones did while no broker was there is on record when the next one has begun.
-        self.told_to_end || (idle && !self.is_service() && abandoned && !self.parts.owes_records())
+        self.told_to_end || (idle && !self.is_service() && abandoned)
     }
 
     fn wait(&mut self) -> io::Result<()> {
@@ -342,12 +349,11 @@ impl Supervisor {
         }
     }
 
-    /// Ends what was started and removes what was made. New runs fail to connect from here on, and find the
+    /// Removes what was made, when the parts have ended. New runs fail to connect from here on, and find the
     /// lock free once this process is gone.
     fn end(&mut self) {
         let place = &self.place;
         let _absent = fs::remove_file(place.supervisor_socket());
-        self.parts.end();
         self.parts.backing.end();
         for path in [place.broker_socket(), place.control_socket()] {
             let _absent = fs::remove_file(path);

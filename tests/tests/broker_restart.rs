@@ -177,37 +177,81 @@ const HURRY: &str = "import select, socket, struct, sys\n\
         s.close()\n\
     print('done', n, flush=True)\n";
 
+/// A program that hurries, with a server to connect to.
+struct Hurried<'a> {
+    client: &'a Host,
+    running: Running,
+    _serving: Running,
+}
+
+impl<'a> Hurried<'a> {
+    fn start(client: &'a Host, server: &Host) -> Self {
+        client.policy("allow tcp/8001(*, *);");
+        let script = "import socket\ns = socket.create_server(('', 8001), backlog=4096)\nprint('up', flush=True)\n\
+            while True: s.accept()[0].close()";
+        let serving = Running::start(server.plain(&["/usr/bin/python3", "-c", script]));
+        serving.line("up");
+        let running = client.start(&["/usr/bin/python3", "-c", HURRY]);
+        running.line("begun");
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        Self { client, running, _serving: serving }
+    }
+
+    /// Stops the broker. What is permitted already goes on for a while, and is on record in the kernel alone.
+    fn stop_broker(&self) -> Pid {
+        let broker = || self.client.daemons().into_iter().find(|(_, name)| name == "broker");
+        let broker = Pid::from_raw(eventually("there is a broker", broker).0);
+        kill(broker, Signal::SIGSTOP).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        broker
+    }
+
+    /// How many calls are in the log's files, whether or not a broker is there.
+    fn written(&self) -> usize {
+        let files = std::fs::read_dir(self.client.state().join("audit")).unwrap();
+        let text = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+        text.map(|text| text.matches(r#""op":"connect""#).count()).sum()
+    }
+
+    /// Ends the program, and looks whether all that it did is on record.
+    fn end(mut self) {
+        let before = self.written();
+        self.running.say("stop\n");
+        let done: usize = self.running.line("done").trim_start_matches("done ").parse().unwrap();
+        self.running.wait();
+        assert!(done > before, "nothing was left to write: {done}");
+        let is_connect = |r: &serde_json::Value| r["op"] == "connect" && r["verdict"] == "permit";
+        let count = || self.client.records().iter().filter(|r| is_connect(r)).count();
+        if portcullis_tests::until(|| (count() >= done).then_some(())).is_none() {
+            let said = std::fs::read_to_string(self.client.state().join("log")).unwrap_or_default();
+            let others = self.client.records().into_iter().filter(|r| !is_connect(r) && r["op"] != "close");
+            let others: Vec<_> =
+                others.map(|r| format!("{} {} {}", r["seq"], r["time"], r["reason"])).collect();
+            panic!("of {done} only {} are on record; the others: {others:#?}\n{said}", count());
+        }
+    }
+}
+
 #[test]
 fn no_record_is_lost_with_a_broker() {
     let net = Net::new(&["client", "server"]);
     let [client, server] = net.hosts();
-    client.policy("allow tcp/8001(*, *);");
-    let script = "import socket\ns = socket.create_server(('', 8001), backlog=100)\nprint('up', flush=True)\n\
-        while True: s.accept()[0].close()";
-    let serving = Running::start(server.plain(&["/usr/bin/python3", "-c", script]));
-    serving.line("up");
-    let mut running = client.start(&["/usr/bin/python3", "-c", HURRY]);
-    running.line("begun");
-    for _ in 0..3 {
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        let broker = || client.daemons().into_iter().find(|(_, name)| name == "broker");
-        let broker = Pid::from_raw(eventually("there is a broker", broker).0);
-        // What is permitted already goes on for a while, and is on record in the kernel alone.
-        kill(broker, Signal::SIGSTOP).unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        kill(broker, Signal::SIGKILL).unwrap();
+    let hurried = Hurried::start(client, server);
+    for restarts in 0..3 {
+        std::thread::sleep(std::time::Duration::from_millis(if restarts > 0 { 300 } else { 0 }));
+        kill(hurried.stop_broker(), Signal::SIGKILL).unwrap();
     }
-    running.say("stop\n");
-    let done: usize = running.line("done").trim_start_matches("done ").parse().unwrap();
-    running.wait();
-    let count =
-        || client.records().iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit").count();
-    if portcullis_tests::until(|| (count() >= done).then_some(())).is_none() {
-        let others =
-            |r: &serde_json::Value| !(r["op"] == "connect" && r["verdict"] == "permit") && r["op"] != "close";
-        let others: Vec<_> = client.records().into_iter().filter(others).collect();
-        panic!("of {done} only {} are on record; the others: {others:#?}", count());
-    }
+    hurried.end();
+}
+
+#[test]
+fn no_record_is_lost_when_the_last_program_ends_with_its_broker() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    let hurried = Hurried::start(client, server);
+    // It cannot take leave: it is killed after a while.
+    hurried.stop_broker();
+    hurried.end();
 }
 
 #[test]

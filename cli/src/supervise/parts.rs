@@ -302,7 +302,7 @@ impl Parts {
             self.leads = None;
         }
         for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
-            part.end(FAREWELL);
+            let _killed = part.end(FAREWELL);
         }
         self.keyd = lasting;
         self.absent.get_or_insert_with(Instant::now);
@@ -315,13 +315,26 @@ impl Parts {
         }
     }
 
-    /// Ends both: the broker first, which writes what is still in the rings.
-    pub fn end(&mut self) {
+    /// Ends both: the broker first, which writes what is still in the rings. `false`: it could not, so another one is
+    /// to come; nobody waits for that longer than [`OWED`] after `done`.
+    pub fn end(&mut self, done: Instant) -> bool {
+        let patient = self.served && done.elapsed() < OWED;
+        if patient && self.owes_records() {
+            return false;
+        }
+        if let Some(broker) = self.broker.take()
+            && !broker.end(FAREWELL)
+        {
+            if patient {
+                self.fell("the broker was killed as it ended", self.keyd.is_some());
+                return false;
+            }
+            log("the broker was killed as it ended: what the kernel has put on record last is lost");
+        }
         self.next = None;
         self.leads = None;
-        for part in [self.broker.take(), self.keyd.take()].into_iter().flatten() {
-            part.end(FAREWELL);
-        }
+        let _killed = self.keyd.take().map(|keyd| keyd.end(FAREWELL));
+        true
     }
 }
 
@@ -345,18 +358,21 @@ impl Part {
     }
 
     /// Tells it to end. The key daemon hears no signal: it ends when there is no broker any more, nor a lead to one.
-    fn end(mut self, patience: Duration) {
+    /// `false`: it ended otherwise.
+    fn end(mut self, patience: Duration) -> bool {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
             match self.child.try_wait() {
                 Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-                _ => return,
+                Ok(Some(status)) => return status.success(),
+                Err(_) => return false,
             }
         }
         log("did not end in time and was killed");
         let _dead = self.child.kill();
         let _buried = self.child.wait();
+        false
     }
 }
 
