@@ -12,14 +12,16 @@ use portcullis_types::{Generation, Op, Protocol, RuleId};
 use crate::{
     error::BackstopError,
     events::Events,
-    layout::{Control, Grant, PLACE_BITS, PlaceData, RANGES, Range, Single, Uses, Who},
+    layout::{Control, Filter, Grant, PLACE_BITS, PlaceData, RANGES, Range, Single, Uses, Who},
     model::{Entry, Holder, Region, entries},
     programs::{Parts, in_map},
     sys,
 };
 
-/// Most marks that are told of a thread: one for each filter that is looked at, and the word that there are more.
-const MARKS: usize = 64 + 1;
+/// Most seccomp filters of a thread that are looked at; of a thread that has more, one more is told.
+const FILTERS: usize = 64;
+/// A mark is one instruction; so many the kernel makes of it at most. A filter that judges anything has more.
+const SHORT: u32 = 16;
 
 /// One call that is granted for one destination, a number of times.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -153,12 +155,9 @@ impl Backstop {
     /// # Errors
     /// As [`Self::identify`].
     pub fn marks(&mut self, tid: u32) -> Result<Option<Vec<u64>>, BackstopError> {
-        let mut out = [0u8; size_of::<Who>() + 8 * MARKS];
+        let mut out = [0u8; size_of::<Who>() + (FILTERS + 1) * size_of::<Filter>()];
         let told = self.ask_for(tid, &mut out)?;
-        let Some(marks) = told.get(size_of::<Who>()..) else { return Ok(None) };
-        let (marks, _) = marks.as_chunks::<8>();
-        let marks: Vec<u64> = marks.iter().map(|mark| u64::from_ne_bytes(*mark)).collect();
-        Ok(Some(marks).filter(|marks| !marks.contains(&0)))
+        Ok(told.get(size_of::<Who>()..).and_then(parse_marks))
     }
 
     fn ask_for<'a>(&mut self, tid: u32, out: &'a mut [u8]) -> Result<&'a [u8], BackstopError> {
@@ -465,6 +464,24 @@ fn parse_who(bytes: &[u8; 32]) -> Option<Who> {
         start: u64::from_ne_bytes(*start),
         exec: u64::from_ne_bytes(*exec),
         netns: u64::from_ne_bytes(*netns),
+    })
+}
+
+/// The marks among a thread's filters; `None` if there are more filters than were looked at.
+fn parse_marks(filters: &[u8]) -> Option<Vec<u64>> {
+    let (filters, _) = filters.as_chunks();
+    let mark = |bytes| parse_filter(bytes).filter(|it| it.logs != 0 && it.length <= SHORT).map(|it| it.at);
+    (filters.len() <= FILTERS).then(|| filters.iter().filter_map(mark).collect())
+}
+
+fn parse_filter(bytes: &[u8; 16]) -> Option<Filter> {
+    let (at, rest) = bytes.split_first_chunk()?;
+    let (length, rest) = rest.split_first_chunk()?;
+    let (logs, _) = rest.split_first_chunk()?;
+    Some(Filter {
+        at: u64::from_ne_bytes(*at),
+        length: u32::from_ne_bytes(*length),
+        logs: u32::from_ne_bytes(*logs),
     })
 }
 

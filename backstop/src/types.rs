@@ -102,7 +102,7 @@ impl Types {
         let small = raw.thin().ok_or_else(strange)?;
         Ok(Self {
             btf: Btf::parse(&small, Endianness::default()).map_err(|_| strange())?,
-            iterator: raw.find(|kind| kind == kind::FUNCTION, &[ITERATOR]).next().ok_or_else(strange)?,
+            iterator: raw.find(kind::FUNCTION, &[ITERATOR]).next().ok_or_else(strange)?,
         })
     }
 }
@@ -166,18 +166,24 @@ impl<'a> Raw<'a> {
         among.iter().any(|one| from.strip_prefix(*one).is_some_and(|rest| rest.first() == Some(&0)))
     }
 
-    /// Types of a kind that have one of these names.
-    fn find(&self, is: impl Fn(u32) -> bool, names: &[&[u8]]) -> impl Iterator<Item = u32> {
+    /// Types of a kind that have one of these names. The names are looked for once, as each stands there once: to look
+    /// at each type's would be a hundred thousand places all over the strings.
+    fn find(&self, wanted: u32, names: &[&[u8]]) -> impl Iterator<Item = u32> {
+        let place = |name: &&[u8]| {
+            let whole = [&[0], *name, &[0]].concat();
+            u32::try_from(memchr::memmem::find(self.strings, &whole)? + 1).ok()
+        };
+        let places: Vec<u32> = names.iter().filter_map(place).collect();
         (1u32..).zip(self.at.iter().skip(1)).filter_map(move |(id, &at)| {
-            let (name, info) = (word(self.types, at)?, word(self.types, at + 4)?);
-            (is(split(info).0) && self.is_named(name, names)).then_some(id)
+            let kind = split(word(self.types, at + 4)?).0;
+            (kind == wanted && places.contains(&word(self.types, at)?)).then_some(id)
         })
     }
 
     /// The small BTF.
     fn thin(&self) -> Option<Vec<u8>> {
         let mut small = Small { strings: vec![0], ..Small::default() };
-        for id in self.find(|kind| kind == kind::STRUCT, &STRUCTURES) {
+        for id in self.find(kind::STRUCT, &STRUCTURES) {
             small.number(id);
         }
         while let Some(id) = small.waiting.pop_front() {

@@ -3,7 +3,8 @@
 
 use std::io;
 
-use nix::unistd::{Gid, Uid, User, geteuid, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+use portcullis_types::account;
 
 use crate::KeydError;
 
@@ -34,8 +35,9 @@ fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
 /// root trace it or read its memory (also not by a core file).
 pub fn drop() -> Result<(), KeydError> {
     if geteuid().is_root() {
-        let user = User::from_name(USER).ok().flatten();
-        let (uid, gid) = user.map_or((Uid::from_raw(UID), Gid::from_raw(UID)), |user| (user.uid, user.gid));
+        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let (uid, gid) = account(&passwd, USER).unwrap_or((UID, UID));
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         for capability in 0..64 {
             // Beyond the kernel's last one this fails with EINVAL; so does nothing else.
             let _ = prctl(libc::PR_CAPBSET_DROP, capability);

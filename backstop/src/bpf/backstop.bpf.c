@@ -103,10 +103,11 @@ struct event {
 MAP(control, MAP_ARRAY, 1, u32, struct control, 0);
 MAP(asleep, MAP_ARRAY, 1, u32, u32, 0);
 MAP(stats, MAP_PERCPU_ARRAY, CAUSES, u32, u64, 0);
-MAP(processes, MAP_HASH, 65536, struct who, u32, NO_PREALLOC);
+/* The kernel sets up a bucket for each of these entries when the map is made: a part of every cold start. */
+MAP(processes, MAP_HASH, 32768, struct who, u32, NO_PREALLOC);
 MAP(grants, MAP_LPM_TRIE, 262144, struct place, struct grant, NO_PREALLOC);
 MAP(singles, MAP_HASH, 65536, struct single, struct uses, NO_PREALLOC);
-MAP(listeners, MAP_HASH, 65536, u64, u32, NO_PREALLOC);
+MAP(listeners, MAP_HASH, 16384, u64, u32, NO_PREALLOC);
 MAP(flows, MAP_LRU_HASH, 16384, struct flow, u64, 0); /* generation */
 MAP(strangers, MAP_LRU_HASH, 1024, u64, u64, 0);
 struct {
@@ -169,7 +170,8 @@ INLINE int record(const struct event *from)
 	u32 *sleeps = look_up(&asleep, &zero);
 	if (sleeps && __sync_val_compare_and_swap(sleeps, 1, 0) == 1)
 		flags = WAKE;
-	count(from->cause);
+	/* From there, so that the verifier does not follow each cause through all of this. */
+	count(*(volatile u8 *)&to->cause);
 	ring_submit(to, flags);
 	return 1;
 }
@@ -514,24 +516,34 @@ SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb)
 	return 0;
 }
 
-/* More filters than a task has in practice; what lies below these is not looked at. */
+/* More filters than a task has in practice; that there are others below these is told by one more. */
 #define FILTERS 64
-/* A mark is one instruction; so many the kernel makes of it at most. A filter that judges anything has more. */
-#define SHORT 16
 
-/* Tells who a thread is, in the terms of `who`, to whoever reads the iterator; and under which marks it is: short
- * filters that log, the newest first. A task inherits them and cannot take one off. */
+struct filter {
+	u64 at; /* stands for it as long as a task has it */
+	u32 length, logs;
+};
+
+/* Tells who a thread is, in the terms of `who`, to whoever reads the iterator; and its seccomp filters, the newest
+ * first. What they mean is the reader's to say: each branch in the loop the verifier would follow so many times. */
 SEC("iter/task") int identify(struct bpf_iter__task *ctx)
 {
+	/* Followed once: each step to a kernel structure has the verifier search all of the kernel's types by name. */
+	void *out = ctx->meta->seq;
 	struct task_struct *task = ctx->task;
 	struct control *now = look_up(&control, &zero);
-	if (!task || !now || task->pid != (s32)now->wanted)
+	s32 pid = 0;
+	if (!task || !now)
 		return 0;
-	struct who who = { .tgid = task->tgid };
+	READ(pid, task->pid);
+	if (pid != (s32)now->wanted)
+		return 0;
+	struct who who = {};
 	const struct cred *cred = 0;
 	struct nsproxy *spaces = 0;
 	struct net *net = 0;
 	struct task_struct *leader = 0;
+	READ(who.tgid, task->tgid);
 	READ(leader, task->group_leader);
 	READ(who.start, leader->start_boottime);
 	READ(who.exec, task->self_exec_id);
@@ -540,23 +552,18 @@ SEC("iter/task") int identify(struct bpf_iter__task *ctx)
 	READ(spaces, task->nsproxy);
 	READ(net, spaces->net_ns);
 	READ(who.netns, net->net_cookie);
-	seq_write(ctx->meta->seq, &who, sizeof(who));
+	seq_write(out, &who, sizeof(who));
 	struct seccomp_filter *filter = 0;
 	READ(filter, task->seccomp.filter);
-	for (int i = 0; i < FILTERS && filter; i++) {
-		u8 log = 0;
-		u64 mark = (u64)filter;
-		u32 length = 0;
+	for (int i = 0; i < FILTERS + 1 && filter; i++) {
+		struct filter told = { .at = (u64)filter };
 		struct bpf_prog *program = 0;
-		READ(log, filter->log);
+		READ(*(u8 *)&told.logs, filter->log);
 		READ(program, filter->prog);
-		READ(length, program->len);
-		if (log && length <= SHORT)
-			seq_write(ctx->meta->seq, &mark, sizeof(mark));
+		READ(told.length, program->len);
+		seq_write(out, &told, sizeof(told));
 		READ(filter, filter->prev);
 	}
-	if (filter) /* there are more: no mark has this number */
-		seq_write(ctx->meta->seq, &(u64){0}, sizeof(u64));
 	return 0;
 }
 

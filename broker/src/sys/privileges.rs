@@ -4,8 +4,9 @@ use std::{io, os::fd::OwnedFd};
 
 use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
-    unistd::{Gid, Uid, User, setgroups, setresgid, setresuid},
+    unistd::{Gid, Uid, setgroups, setresgid, setresuid},
 };
+use portcullis_types::account;
 
 /// Who the broker is where the system has no user for it (ARCHITECTURE.md, section 2).
 const DEFAULT_UID: u32 = 61990;
@@ -19,10 +20,9 @@ const LAST_CAP: u64 = 63;
 /// Whom the broker becomes if root starts it.
 #[must_use]
 pub fn broker_user() -> (Uid, Gid) {
-    match User::from_name("portcullis-broker") {
-        Ok(Some(user)) => (user.uid, user.gid),
-        _ => (Uid::from_raw(DEFAULT_UID), Gid::from_raw(DEFAULT_UID)),
-    }
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let (uid, gid) = account(&passwd, "portcullis-broker").unwrap_or((DEFAULT_UID, DEFAULT_UID));
+    (Uid::from_raw(uid), Gid::from_raw(gid))
 }
 
 /// Becomes the broker's user and keeps two capabilities: to look at other processes
