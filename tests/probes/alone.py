@@ -154,6 +154,8 @@ def states():
     it.setblocking(False)
     first, events = it.connect_ex(('127.0.0.1', port)), select.poll()
     events.register(it, select.POLLIN | select.POLLOUT | select.POLLRDHUP)
+    events.poll(SOON * 1000)
+    time.sleep(.05)  # the kernel shows the error a moment before the other signs
     yield 'refused', name(first), [hex(e) for _, e in events.poll(SOON * 1000)]
     yield 'its error', [it.getsockopt(1, 4) for _ in '12'], name(it.connect_ex(('127.0.0.1', port)))
     it = socket.socket()
@@ -162,6 +164,7 @@ def states():
     yield 'not connected', [hex(e) for _, e in events.poll(0)]
     it.setblocking(False)
     it.connect_ex(('127.0.0.1', port))
+    time.sleep(.05)
     yield 'refused, by epoll', [hex(e) for _, e in events.poll(SOON)], select.select([it], [it], [it], 0) == ([it], [it], [])
     yield 'on what does not listen', tried(socket.socket().accept), tried(lambda: socket.socket(2, 2).listen())
     with listener() as door:

@@ -32,9 +32,14 @@ def shape(at):
 
 
 def ready(one, events, seconds=SOON):
+    """What it settles on: for a moment the kernel shows a reset's error, and not its other signs."""
     poll = select.poll()
     poll.register(one, events)
-    return [hex(e) for _, e in poll.poll(seconds * 1000)]
+    before, now = None, poll.poll(seconds * 1000)
+    while now and now != before:
+        time.sleep(.05)
+        before, now = now, poll.poll(0)
+    return [hex(e) for _, e in now]
 
 
 def all_of(one, count):
