@@ -423,6 +423,20 @@ def messages():
     select.select([it], [], [], SOON)
     data, control, flags, _ = it.recvmsg(64, 200, socket.MSG_ERRQUEUE)
     yield 'what became of it', data, [(level, kind, body[:8]) for level, kind, body in control], flags == socket.MSG_ERRQUEUE
+    # What goes wrong after the first of many is heard by the next call.
+    it, far = socket.socket(2, 2), socket.socket(2, 2)
+    far.bind(('127.0.0.1', 0))
+    it.connect(far.getsockname())
+    said = []
+    waits = threading.Thread(target=lambda: said.append(raw('recvmmsg', it.fileno(), rows, 2, 0, None)))
+    waits.start()
+    far.sendto(b'word', it.getsockname())
+    while struct.unpack('i', fcntl.ioctl(it, 0x541b, bytes(4)))[0]:  # FIONREAD
+        time.sleep(.001)
+    far.close()
+    it.send(b'x')
+    waits.join()
+    yield 'a late error', said, tried(lambda: it.recv(9, socket.MSG_DONTWAIT)), tried(lambda: it.recv(9, socket.MSG_DONTWAIT))
     six = socket.socket(10, 2)
     six.settimeout(SOON)
     six.sendto(b'x', ('::ffff:127.0.0.1', two.getsockname()[1]))
@@ -466,6 +480,78 @@ def options():
     yield 'kind', [socket.socket(2, 2).getsockopt(1, option) for option in (3, 38, 39)]
 
 
+def none_comes(it):
+    it.setblocking(False)
+    heard = tried(lambda: it.recv(9))
+    it.settimeout(SOON)
+    return heard
+
+
+def seldom():
+    """What few programs do."""
+    with listener() as door, listener() as other:
+        it = socket.socket()
+        it.connect(door.getsockname())
+        yield 'dissolved', raw('connect', it.fileno(), bytes(16), 16), tried(it.getpeername), it.getsockname()[0]
+        door.accept()[0].close()
+        yield 'connected anew', it.connect_ex(other.getsockname()), shape(it.getpeername()), shape(other.accept()[1])
+        # One that listens may dissolve that too.
+        again = socket.socket()
+        again.bind(('127.0.0.1', 0))
+        again.listen()
+        yield 'listens no more', raw('connect', again.fileno(), bytes(16), 16), tried(again.accept), again.connect_ex(other.getsockname())
+    udp, far, third = (socket.socket(2, 2) for _ in '123')
+    for s in far, third:
+        s.bind(('127.0.0.1', 0))
+        s.settimeout(SOON)
+    udp.settimeout(SOON)
+    for peer in far, third, far:
+        udp.connect(peer.getsockname())
+        yield 'turned', udp.send(b'here'), peer.recv(9), shape(udp.getpeername()), peer.sendto(b'there', udp.getsockname()), udp.recv(9)
+    third.sendto(b'not heard', udp.getsockname())
+    yield 'from another', none_comes(udp)
+    yield 'turned away', raw('connect', udp.fileno(), bytes(16), 16), tried(udp.getpeername), tried(lambda: udp.send(b'x'))
+    yield 'turned back', udp.connect_ex(third.getsockname()), udp.send(b'x'), third.recv(9)
+    with listener() as door:
+        door.setsockopt(6, 9, 1)  # TCP_DEFER_ACCEPT
+        door.settimeout(SOON)
+        near = socket.create_connection(door.getsockname())
+        events = select.poll()
+        events.register(door, select.POLLIN)
+        yield 'deferred', door.getsockopt(6, 9), events.poll(100), near.send(b'word'), door.accept()[0].recv(9)
+        near = socket.create_connection(door.getsockname())
+        near.send(b'x')
+        yield 'by which processor', door.getsockopt(1, 49) == -1, door.accept()[0].getsockopt(1, 49) >= 0
+        device = socket.socket()
+        yield 'by device', tried(lambda: device.setsockopt(1, 25, b'lo\0')), device.connect_ex(door.getsockname()), device.getsockopt(1, 25, 16)
+    # Which of two gets it, a program says: by what it sends (struct sock_fprog; the first byte of the datagram).
+    code = struct.pack('HBBIHBBI', 0x30, 0, 0, 0, 0x16, 0, 0, 0)
+    room = ctypes.create_string_buffer(code)
+    both = [socket.socket(2, 2) for _ in '12']
+    for s in both:
+        s.setsockopt(1, socket.SO_REUSEPORT, 1)
+        s.bind(('127.0.0.1', both[0].getsockname()[1]))
+        s.settimeout(SOON)
+    both[0].setsockopt(1, 51, struct.pack('HxxxxxxQ', 2, ctypes.addressof(room)))  # SO_ATTACH_REUSEPORT_CBPF
+    for which in 1, 0, 1:
+        udp = socket.socket(2, 2)
+        udp.sendto(bytes([which]), both[0].getsockname())
+        yield 'chosen', both[which].recv(9)
+    group, hears = '239.255.77.1', socket.socket(2, 2)
+    hears.bind(('', 0))
+    hears.settimeout(SOON)
+    port, here = hears.getsockname()[1], socket.inet_aton('127.0.0.1')
+    hears.setsockopt(0, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + here)
+    tells = socket.socket(2, 2)
+    tells.setsockopt(0, socket.IP_MULTICAST_IF, here)
+    yield 'to a group', tells.sendto(b'all', (group, port)), hears.recvfrom(9)[0]
+    tells.connect((group, port))
+    yield 'connected to it', tells.send(b'all'), hears.recv(9), shape(tells.getpeername())
+    hears.setsockopt(0, socket.IP_DROP_MEMBERSHIP, socket.inet_aton(group) + here)
+    tells.setsockopt(0, socket.IP_MULTICAST_LOOP, 0)
+    yield 'left', tells.send(b'nobody'), none_comes(hears)
+
+
 def elsewhere():
     """What is no business of a firewall's."""
     folder = tempfile.mkdtemp()
@@ -499,7 +585,7 @@ def elsewhere():
     yield 'written', os.writev(sent.fileno(), [b'a', b'b']), os.readv(got.fileno(), [bytearray(9)])
 
 
-LOOKS = [urgent, ends, names, states, descriptors, children, interrupted, quiet, messages, options, elsewhere]
+LOOKS = [urgent, ends, names, states, descriptors, children, interrupted, quiet, messages, options, seldom, elsewhere]
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(line_buffering=True)

@@ -16,6 +16,48 @@ fn careless_calls_have_the_results_they_have_unwrapped() {
     assert_eq!((wrapped.code(), wrapped.stderr), (0, String::new()));
 }
 
+/// Good and bad addresses, lengths, messages, pointers and descriptors, for each call and kind of socket.
+const FAULTS: &str = include_str!("../probes/faults.c");
+
+/// Ten thousand calls, by the shim and by a static program, as they are and wrapped.
+fn faults(host: &Host, without: Option<&str>) {
+    host.policy(ALLOW_ALL);
+    let source = host.write("faults.c", FAULTS);
+    for kind in ["-rdynamic", "-static"] {
+        let program = host.path(format!("faults{kind}"));
+        let _built =
+            Finished::of(Command::new("cc").args([kind, "-w", "-o"]).arg(&program).arg(&source)).success();
+        let words = [program.to_str().unwrap()];
+        let plain = Finished::of(&mut host.plain(&words)).success();
+        let mut wrapped = host.run(&words);
+        if let Some(what) = without {
+            wrapped.env("PORTCULLIS_WITHOUT", what);
+        }
+        let wrapped = Finished::of(&mut wrapped).success();
+        assert!(plain.lines().count() > 10_000 && plain.lines().count() == wrapped.lines().count());
+        // Fast open means nothing to a unix socket; where calls are made by proxy it is refused before anybody looks.
+        let differ = |(one, other): &(&str, &str)| one != other && !one.starts_with("unix fast-open");
+        let lines: Vec<_> = plain.lines().zip(wrapped.lines()).filter(differ).collect();
+        assert!(lines.is_empty(), "as it is, and wrapped ({kind}): {lines:#?}");
+    }
+}
+
+#[test]
+fn whatever_a_call_is_given_its_result_is_the_one_it_has_unwrapped() {
+    faults(&Host::here(), None);
+}
+
+#[test]
+fn whatever_a_call_is_given_its_result_is_the_same_where_calls_are_made_by_proxy() {
+    faults(&Host::here(), Some("backstop"));
+    faults(&Host::here(), Some("bpf"));
+}
+
+#[test]
+fn whatever_a_user_gives_a_call_its_result_is_the_same() {
+    faults(&Host::here().as_user(65534), None);
+}
+
 #[test]
 fn threads_that_wait_in_a_call_can_be_cancelled() {
     let host = Host::here();

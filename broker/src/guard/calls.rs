@@ -83,8 +83,8 @@ pub fn asked(call: &Notification) -> Asked {
         let [w, x, y, z, ..] = word.to_le_bytes();
         i32::from_le_bytes([w, x, y, z])
     };
-    // The kernel takes lengths as int too; what is negative there is an error there.
-    let span = |at: u64, length: u64| Span { at, length: u64::from(int(length).max(0).cast_unsigned()) };
+    // The kernel takes lengths as int too; what is negative there is as wrong as what is too long.
+    let span = |at: u64, length: u64| Span { at, length: u64::from(int(length).cast_unsigned()) };
     match i64::from(call.nr) {
         libc::SYS_socket => Asked::Socket { domain: int(a), kind: int(b), protocol: int(c) },
         libc::SYS_connect => Asked::Connect { fd: int(a), address: span(b, c) },
@@ -94,7 +94,9 @@ pub fn asked(call: &Notification) -> Asked {
         libc::SYS_accept4 => Asked::Accept { fd: int(a), name: b, length: c, flags: int(d) },
         libc::SYS_sendto => {
             let data = Span { at: b, length: c };
-            Asked::SendTo { fd: int(a), flags: int(d), data, address: span(e, f) }
+            // sendmsg(2), which sends it, knows one flag more (MSG_CMSG_COMPAT, linux/socket.h), as an error.
+            let flags = int(d) & i32::MAX;
+            Asked::SendTo { fd: int(a), flags, data, address: span(e, f) }
         }
         libc::SYS_sendmsg => Asked::SendMessage { fd: int(a), flags: int(c), at: b },
         libc::SYS_sendmmsg => Asked::SendMessages {
@@ -208,9 +210,14 @@ pub struct Header {
 pub fn header(bytes: &[u8; HEADER]) -> Header {
     let [name, length, parts, count, control, controls, _] = words(bytes);
     let [w, x, y, z, ..] = length.to_le_bytes(); // an int, and padding
-    let length = i32::from_le_bytes([w, x, y, z]).max(0).cast_unsigned();
+    // What is longer than an address is cut; what is negative is an error, as it is there.
+    let length = match i32::from_le_bytes([w, x, y, z]) {
+        _ if name == 0 => 0,
+        negative @ ..0 => u64::from(negative.cast_unsigned()),
+        length => u64::from(length.cast_unsigned()).min(ADDRESS as u64),
+    };
     Header {
-        name: Span { at: name, length: u64::from(length) },
+        name: Span { at: name, length },
         parts: Span { at: parts, length: count },
         control: Span { at: control, length: controls },
     }
@@ -331,7 +338,10 @@ mod tests {
         let address = Span { at: 0x7fff_0000_1000, length: 16 };
         assert_eq!(asked(&call), Asked::Connect { fd: 3, address });
         let negative = notification(libc::SYS_bind, [u64::MAX, 8, u64::MAX, 0, 0, 0]);
-        assert_eq!(asked(&negative), Asked::Bind { fd: -1, address: Span { at: 8, length: 0 } });
+        assert_eq!(
+            asked(&negative),
+            Asked::Bind { fd: -1, address: Span { at: 8, length: u64::from(u32::MAX) } }
+        );
         let many = notification(libc::SYS_sendmmsg, [1, 8, u64::MAX, 0, 0, 0]);
         assert_eq!(asked(&many), Asked::SendMessages { fd: 1, flags: 0, at: 8, count: MESSAGES });
         assert_eq!(asked(&notification(0, [0; 6])), Asked::Unknown);
@@ -401,7 +411,9 @@ mod tests {
         let wanted = Header { name: span(8, 16), parts: span(9, 2), control: span(10, 24) };
         assert_eq!(header(&bytes), wanted);
         bytes[8..12].copy_from_slice(&(-1i32).to_le_bytes());
-        assert_eq!(header(&bytes).name, span(8, 0));
+        assert_eq!(header(&bytes).name, span(8, u64::from(u32::MAX)));
+        bytes[8..12].copy_from_slice(&4711i32.to_le_bytes());
+        assert_eq!(header(&bytes).name, span(8, ADDRESS as u64));
         let two: Vec<u8> = [1u64, 2, 3, 4].iter().flat_map(|n| n.to_le_bytes()).collect();
         assert_eq!(parts(&two), [span(1, 2), span(3, 4)]);
         assert_eq!(parts(&two[..31]), [span(1, 2)]);

@@ -69,14 +69,12 @@ pub fn read_span(tid: i32, span: Span) -> Result<Vec<u8>, i32> {
     Ok(bytes)
 }
 
-/// Copies an address; empty if it cannot be read, since the kernel will then say so itself.
-#[must_use]
-pub fn read_address(tid: i32, span: Span) -> Vec<u8> {
-    let length = usize::try_from(span.length).unwrap_or(ADDRESS).min(ADDRESS);
-    let mut bytes = vec![0; length];
-    let got = if span.at == 0 || length == 0 { 0 } else { read(tid, span.at, &mut bytes).unwrap_or(0) };
-    bytes.truncate(got);
-    bytes
+/// Copies an address.
+///
+/// # Errors
+/// The errno that the kernel gives for such a length, or such memory.
+pub fn read_address(tid: i32, span: Span) -> Result<Vec<u8>, i32> {
+    if span.length > ADDRESS as u64 { Err(libc::EINVAL) } else { read_span(tid, span) }
 }
 
 /// The process that a thread belongs to, with its real user and group. `None`: it has ended.
@@ -141,13 +139,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_read_once_and_what_is_not_there_is_empty() {
+    fn memory_is_read_once_and_what_is_not_there_is_the_kernels_error() {
         let me = std::process::id().cast_signed();
         let text = *b"portcullis";
         let span = Span { at: text.as_ptr() as u64, length: 10 };
-        assert_eq!(read_address(me, span), text);
-        assert!(read_address(me, Span { at: 8, length: 16 }).is_empty());
-        assert!(read_address(me, Span { at: 0, length: 16 }).is_empty());
+        assert_eq!(read_address(me, span).unwrap(), text);
+        for (at, length, errno) in [
+            (8, 16, libc::EFAULT),
+            (0, 16, libc::EFAULT),
+            (span.at, 129, libc::EINVAL),
+            (8, u64::MAX, libc::EINVAL),
+        ] {
+            assert_eq!(read_address(me, Span { at, length }), Err(errno), "{length} at {at}");
+        }
+        assert_eq!(read_address(me, Span { at: 8, length: 0 }), Ok(Vec::new()));
         let mut text = *b"portcullis";
         assert!(write(me, text.as_mut_ptr() as u64, b"PORT") && text == *b"PORTcullis");
         assert!(!write(me, 8, b"x"));

@@ -20,7 +20,7 @@ use crate::{
     shield,
     shield::{fail, returned, returned_int},
     stream,
-    sys::arg,
+    sys::{self, arg},
 };
 
 /// The words of one peer; `None` if nothing may be remembered now.
@@ -132,26 +132,33 @@ pub unsafe fn sendto(
     returned(unsafe { call_cancellable(libc::SYS_sendto, &args) })
 }
 
-/// Reads and judges the address of one message; gives the message to send instead.
+/// Reads and judges the address of one message; gives the message to send instead. `None`: it cannot be read, which is
+/// the kernel's to answer.
 ///
 /// # Safety
-/// `message` is readable, and so is what it points to.
+/// As for sendmsg(2).
 unsafe fn planned(
     fd: c_int,
     message: *const msghdr,
     flags: c_int,
     peer: &mut Option<Peer>,
-) -> Result<msghdr, Errno> {
-    // SAFETY: by this function's contract. Read once.
-    let mut copy = unsafe { message.read() };
-    // SAFETY: the name is readable for its length, as for sendmsg(2).
-    *peer = unsafe { Peer::copy(copy.msg_name.cast_const().cast(), copy.msg_namelen) };
+) -> Result<Option<msghdr>, Errno> {
+    if !sys::readable(message.cast(), size_of::<msghdr>()) {
+        return Ok(None);
+    }
+    // SAFETY: the kernel has just read there. Read once.
+    let mut copy = unsafe { message.read_unaligned() };
+    // What is longer than an address the kernel cuts, but for what it reads as a negative number.
+    let length = copy.msg_namelen.cast_signed();
+    let length = if length > LONGEST { LONGEST } else { length }.cast_unsigned();
+    // SAFETY: as for sendmsg(2).
+    *peer = unsafe { Peer::copy(copy.msg_name.cast_const().cast(), length) };
     if let Some(peer) = peer {
         shield(|| judge_message(fd, peer, flags))?;
         copy.msg_name = core::ptr::with_exposed_provenance_mut(peer.as_arg());
         copy.msg_namelen = socklen_t::try_from(peer.len()).unwrap_or(0);
     }
-    Ok(copy)
+    Ok(Some(copy))
 }
 
 /// sendmsg(2).
@@ -162,19 +169,22 @@ pub unsafe fn sendmsg(fd: c_int, message: *const msghdr, flags: c_int) -> isize 
     let mut peer = None;
     let copy;
     let mut at = message;
-    if message.addr() >= 4096 {
-        // SAFETY: by this function's contract.
-        copy = match unsafe { planned(fd, message, flags, &mut peer) } {
-            Ok(copy) => copy,
-            Err(errno) => return fail(errno) as isize,
-        };
-        at = &raw const copy;
+    // SAFETY: by this function's contract.
+    match unsafe { planned(fd, message, flags, &mut peer) } {
+        Ok(Some(plan)) => {
+            copy = plan;
+            at = &raw const copy;
+        }
+        Ok(None) => {}
+        Err(errno) => return fail(errno) as isize,
     }
     let args = [arg(fd), at.expose_provenance(), arg(flags), 0, 0, 0];
     // SAFETY: by this function's contract; the copies outlive the call; no destructors.
     returned(unsafe { call_cancellable(libc::SYS_sendmsg, &args) })
 }
 
+/// Longest address that the kernel takes (`sizeof(struct sockaddr_storage)`, socket(7)).
+const LONGEST: c_int = 128;
 /// Messages that are judged and sent together.
 const BATCH: usize = 16;
 
@@ -183,7 +193,7 @@ const BATCH: usize = 16;
 /// # Safety
 /// As for sendmmsg(2).
 pub unsafe fn sendmmsg(fd: c_int, vector: *mut mmsghdr, count: c_uint, flags: c_int) -> c_int {
-    let passes = vector.addr() < 4096 || hints::find(fd).is_none_or(|sock| !sock.is_internet());
+    let passes = hints::find(fd).is_none_or(|sock| !sock.is_internet());
     if passes {
         let args = [arg(fd), vector.expose_provenance(), arg(count.cast_signed()), arg(flags), 0, 0];
         // SAFETY: by this function's contract; no destructors.
@@ -197,11 +207,15 @@ pub unsafe fn sendmmsg(fd: c_int, vector: *mut mmsghdr, count: c_uint, flags: c_
         let mut ready = 0;
         let mut refused = None;
         for ((slot, peer), i) in batch.iter_mut().zip(&mut peers).zip(done..count) {
-            // SAFETY: the vector has `count` messages by this function's contract.
-            match unsafe { planned(fd, &raw const (*vector.add(i)).msg_hdr, flags, peer) } {
-                Ok(msg_hdr) => {
+            // SAFETY: by this function's contract.
+            match unsafe { planned(fd, vector.wrapping_add(i).cast(), flags, peer) } {
+                Ok(Some(msg_hdr)) => {
                     slot.write(mmsghdr { msg_hdr, msg_len: 0 });
                     ready += 1;
+                }
+                Ok(None) => {
+                    refused = Some(Errno(libc::EFAULT));
+                    break;
                 }
                 Err(errno) => {
                     refused = Some(errno);

@@ -5,7 +5,10 @@ use core::ptr::from_ref;
 use libc::{c_int, sockaddr, socklen_t};
 use portcullis_wire::{Addr, Family};
 
-use crate::sys::AddressBytes;
+use crate::{
+    Errno,
+    sys::{self, AddressBytes},
+};
 
 /// Longest address that the kernel takes (`sizeof(struct __kernel_sockaddr_storage)`).
 const LONGEST: usize = 128;
@@ -28,16 +31,15 @@ impl Peer {
     /// family, too long), or could not read it, so it is the kernel's to answer.
     ///
     /// # Safety
-    /// `from` is null or readable for `length` bytes, as for connect(2).
+    /// As for connect(2).
     #[expect(unsafe_code, reason = "memory of the program's")]
     pub unsafe fn copy(from: *const sockaddr, length: socklen_t) -> Option<Self> {
         let length = usize::try_from(length).ok()?;
-        // The last page below 2^47 is never a program's; nor is the first.
-        if from.addr() < 4096 || from.addr() >= 0x7fff_ffff_f000 || !(2..=LONGEST).contains(&length) {
+        if !(2..=LONGEST).contains(&length) || !sys::readable(from.cast(), length) {
             return None;
         }
         let mut bytes = [0; LONGEST];
-        // SAFETY: readable by this function's contract; `bytes` is at least `length` long.
+        // SAFETY: the kernel has just read there; `bytes` is at least `length` long.
         unsafe { core::ptr::copy_nonoverlapping(from.cast::<u8>(), bytes.as_mut_ptr(), length) };
         Some(Self { bytes, length })
     }
@@ -132,18 +134,30 @@ impl Peer {
         }
     }
 
-    /// Hands an address to the program as accept(2) does: cut to the room there is, with the true length.
+    /// Hands an address to the program as accept(2) does: cut to the room there is, with the true length; with the
+    /// kernel's errors.
     ///
     /// # Safety
-    /// As for accept(2): `length` is readable and writable, `to` is writable for `*length` bytes.
+    /// As for accept(2).
+    ///
+    /// # Errors
+    /// `EFAULT`, `EINVAL`: what the kernel would say of such pointers.
     #[expect(unsafe_code, reason = "memory of the program's")]
-    pub unsafe fn give(&self, to: *mut sockaddr, length: *mut socklen_t) {
-        // SAFETY: by this function's contract.
-        let room = usize::try_from(unsafe { length.read() }).unwrap_or(0).min(self.length);
+    pub unsafe fn give(&self, to: *mut sockaddr, length: *mut socklen_t) -> Result<(), Errno> {
+        if !sys::writable(length.cast(), size_of::<socklen_t>()) {
+            return Err(Errno(libc::EFAULT));
+        }
+        // SAFETY: the kernel has just been there.
+        let room = unsafe { length.read_unaligned() }.cast_signed();
+        let room = usize::try_from(room).map_err(|_| Errno(libc::EINVAL))?.min(self.length);
+        if room > 0 && !sys::writable(to.cast(), room) {
+            return Err(Errno(libc::EFAULT));
+        }
         // SAFETY: `room` is no more than either side has.
         unsafe { core::ptr::copy_nonoverlapping(self.bytes.as_ptr(), to.cast::<u8>(), room) };
-        // SAFETY: by this function's contract.
-        unsafe { length.write(socklen_t::try_from(self.length).unwrap_or(0)) };
+        // SAFETY: as above.
+        unsafe { length.write_unaligned(socklen_t::try_from(self.length).unwrap_or(0)) };
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{
     gate::call_cancellable,
     hints::{self, Sock, WATCHED},
     judge::{Call, Op, judge},
+    own,
     peer::Peer,
     shield,
     shield::{fail, returned, returned_int},
@@ -61,8 +62,7 @@ pub unsafe fn recvfrom(
     addr: *mut sockaddr,
     len: *mut socklen_t,
 ) -> isize {
-    let odd = !addr.is_null() && len.is_null();
-    let Some(sock) = watched(fd, flags).filter(|_| !odd) else {
+    let Some(sock) = watched(fd, flags) else {
         let args = [
             arg(fd),
             buffer.expose_provenance(),
@@ -92,9 +92,11 @@ pub unsafe fn recvfrom(
         }
         let far = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
         if admitted(fd, sock, &far) {
-            if !addr.is_null() {
-                // SAFETY: by this function's contract; `len` is not null, see `odd`.
-                unsafe { far.give(addr, len) };
+            if !addr.is_null()
+                // SAFETY: by this function's contract.
+                && let Err(errno) = unsafe { far.give(addr, len) }
+            {
+                return fail(errno) as isize;
             }
             return result;
         }
@@ -107,21 +109,33 @@ pub unsafe fn recvfrom(
 /// # Safety
 /// As for recvmsg(2).
 pub unsafe fn recvmsg(fd: c_int, message: *mut msghdr, flags: c_int) -> isize {
-    let Some(sock) = watched(fd, flags).filter(|_| message.addr() >= 4096) else {
+    let Some(sock) = watched(fd, flags).filter(|_| sys::writable(message.cast(), size_of::<msghdr>())) else {
         let args = [arg(fd), message.expose_provenance(), arg(flags), 0, 0, 0];
         // SAFETY: by this function's contract; no destructors.
         return returned(unsafe { call_cancellable(libc::SYS_recvmsg, &args) });
     };
     // SAFETY: by this function's contract.
-    returned(unsafe { next_message(fd, sock, message, flags) })
+    returned(unsafe { next_message(fd, sock, message, flags, false) })
 }
 
-/// The next message that may be seen: what the kernel says, without `errno`.
+/// Waits as recvmsg(2) does, and says whether a message is what came. An error that came stays for the next call.
+fn comes(fd: c_int, flags: c_int) -> bool {
+    let mut it = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let args = [(&raw mut it).expose_provenance(), 1, arg(sys::patience(fd, flags)), 0, 0, 0];
+    // SAFETY: `it` is one, and writable; no destructors.
+    unsafe { call_cancellable(libc::SYS_poll, &args) == 1 && it.revents & libc::POLLERR == 0 }
+}
+
+/// The next message that may be seen: what the kernel says, without `errno`. What went wrong after others were taken
+/// (`later`) is left for the next call to hear, as recvmmsg(2) does.
 ///
 /// # Safety
-/// As for recvmsg(2).
-unsafe fn next_message(fd: c_int, sock: Sock, message: *mut msghdr, flags: c_int) -> isize {
+/// As for recvmsg(2), and `message` is readable and writable.
+unsafe fn next_message(fd: c_int, sock: Sock, message: *mut msghdr, flags: c_int, later: bool) -> isize {
     loop {
+        if later && !own::sandboxed() && !comes(fd, flags) {
+            return -(libc::EAGAIN as isize);
+        }
         let mut bytes = [0u8; 128];
         // SAFETY: by this function's contract.
         let asked = unsafe { message.read() };
@@ -137,9 +151,11 @@ unsafe fn next_message(fd: c_int, sock: Sock, message: *mut msghdr, flags: c_int
         let far = Peer::from_kernel(bytes, usize::try_from(copy.msg_namelen).unwrap_or(0));
         if admitted(fd, sock, &far) {
             let mut length = asked.msg_namelen;
-            if !asked.msg_name.is_null() {
-                // SAFETY: writable for its length by this function's contract.
-                unsafe { far.give(asked.msg_name.cast(), &raw mut length) };
+            if !asked.msg_name.is_null()
+                // SAFETY: by this function's contract.
+                && let Err(errno) = unsafe { far.give(asked.msg_name.cast(), &raw mut length) }
+            {
+                return -(errno.0 as isize);
             }
             (copy.msg_name, copy.msg_namelen) = (asked.msg_name, length);
             // SAFETY: by this function's contract.
@@ -161,7 +177,7 @@ pub unsafe fn recvmmsg(
     flags: c_int,
     timeout: *mut timespec,
 ) -> c_int {
-    let Some(sock) = watched(fd, flags).filter(|_| vector.addr() >= 4096 && count > 0) else {
+    let Some(sock) = watched(fd, flags).filter(|_| count > 0) else {
         let args = [
             arg(fd),
             vector.expose_provenance(),
@@ -174,7 +190,10 @@ pub unsafe fn recvmmsg(
         return returned_int(unsafe { call_cancellable(libc::SYS_recvmmsg, &args) });
     };
     let began = sys::nanoseconds(libc::CLOCK_MONOTONIC);
-    // SAFETY: null or readable by this function's contract.
+    if !timeout.is_null() && !sys::writable(timeout.cast(), size_of::<timespec>()) {
+        return fail(Errno(libc::EFAULT));
+    }
+    // SAFETY: null, or the kernel has just been there.
     let within = match unsafe { timeout.as_ref() } {
         None => u64::MAX,
         Some(time) => match nanoseconds(time) {
@@ -185,16 +204,17 @@ pub unsafe fn recvmmsg(
     let mut flags = flags;
     let mut done = 0;
     while done < count.min(1024) {
-        // SAFETY: the vector has `count` messages by this function's contract.
-        let one = unsafe { &raw mut *vector.add(usize::try_from(done).unwrap_or(0)) };
-        // SAFETY: as above.
-        let result =
-            unsafe { next_message(fd, sock, &raw mut (*one).msg_hdr, flags & !libc::MSG_WAITFORONE) };
+        let one = vector.wrapping_add(usize::try_from(done).unwrap_or(0));
+        let result = if sys::writable(one.cast(), size_of::<mmsghdr>()) {
+            // SAFETY: by this function's contract.
+            unsafe { next_message(fd, sock, one.cast(), flags & !libc::MSG_WAITFORONE, done > 0) }
+        } else {
+            -(libc::EFAULT as isize)
+        };
         let Ok(got) = c_uint::try_from(result) else {
-            // What failed after the first message fails again for the next call.
             return if done == 0 { returned_int(result) } else { c_int::try_from(done).unwrap_or(0) };
         };
-        // SAFETY: as above.
+        // SAFETY: the kernel has just been there.
         unsafe { (*one).msg_len = got };
         done += 1;
         if flags & libc::MSG_WAITFORONE != 0 {

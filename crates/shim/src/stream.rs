@@ -24,18 +24,6 @@ pub fn arguments(peer: Option<&Peer>, addr: *const sockaddr, len: socklen_t) -> 
     }
 }
 
-/// Takes an address of the program's. `None`: the kernel will reject it.
-///
-/// # Safety
-/// As for connect(2).
-unsafe fn take(addr: *const sockaddr, len: socklen_t) -> Option<Peer> {
-    if !sys::readable(addr.cast(), length(len)) {
-        return None;
-    }
-    // SAFETY: by this function's contract, and the kernel has just read there.
-    unsafe { Peer::copy(addr, len) }
-}
-
 fn length(n: socklen_t) -> usize {
     arg(n.cast_signed())
 }
@@ -90,7 +78,7 @@ pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int {
 pub unsafe fn connect(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     let (mut audit_seq, mut asked) = (0, None);
     // SAFETY: by this function's contract.
-    let mut peer = unsafe { take(addr, len) };
+    let mut peer = unsafe { Peer::copy(addr, len) };
     if let Some(peer) = &mut peer
         && let Err(errno) = shield(|| judge_connect(fd, peer, &mut audit_seq, &mut asked))
     {
@@ -194,7 +182,7 @@ pub fn rewrite(permit: &Permit, peer: &mut Peer) {
 /// As for bind(2).
 pub unsafe fn bind(fd: c_int, addr: *const sockaddr, len: socklen_t) -> c_int {
     // SAFETY: by this function's contract.
-    let mut peer = unsafe { take(addr, len) };
+    let mut peer = unsafe { Peer::copy(addr, len) };
     if let Some(peer) = &mut peer
         && let Err(errno) = shield(|| judge_bind(fd, peer))
     {
@@ -287,11 +275,7 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
         Accept::Flags(flags) => (libc::SYS_accept4, arg(flags)),
     };
     let listener = find(fd, libc::AF_INET).filter(|sock| !sock.passes());
-    let wild = |at: usize| !(4096..0x7fff_ffff_f000).contains(&at);
-    // SAFETY: the program's `len` is readable if it wants an address.
-    let odd =
-        !addr.is_null() && (wild(addr.addr()) || wild(len.addr()) || unsafe { len.read() }.cast_signed() < 0);
-    let Some(listener) = listener.filter(|sock| sock.is_internet() && !odd) else {
+    let Some(listener) = listener.filter(|sock| sock.is_internet()) else {
         let args = [arg(fd), addr.expose_provenance(), len.expose_provenance(), flags, 0, 0];
         // SAFETY: by this function's contract; nothing here has a destructor.
         let result = returned_int(unsafe { call_cancellable(nr, &args) });
@@ -313,9 +297,14 @@ pub unsafe fn accept(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, how: A
         let mut peer = Peer::from_kernel(bytes, usize::try_from(got).unwrap_or(0));
         let judged = shield(|| judge_accept(listener, result, &mut peer));
         if judged.is_ok() {
-            if !addr.is_null() {
-                // SAFETY: by this function's contract; `len` is not null, as was seen above.
-                unsafe { peer.give(addr, len) };
+            if !addr.is_null()
+                // SAFETY: by this function's contract.
+                && let Err(errno) = unsafe { peer.give(addr, len) }
+            {
+                // As in the kernel, the connection is lost.
+                hints::forget(result);
+                sys::close(result);
+                return fail(errno);
             }
             return result;
         }
@@ -391,9 +380,9 @@ pub unsafe fn true_name(fd: c_int, addr: *mut sockaddr, len: *mut socklen_t, rem
         Err(_) => None,
         Ok(true_name) if true_name.family == 0 => None,
         Ok(true_name) => {
-            // SAFETY: by this function's contract; both were seen not to be null.
-            unsafe { Peer::from_wire(&true_name).give(addr, len) };
-            Some(0)
+            // SAFETY: by this function's contract.
+            let given = unsafe { Peer::from_wire(&true_name).give(addr, len) };
+            Some(given.map_or_else(fail, |()| 0))
         }
     }
 }

@@ -61,8 +61,29 @@ pub fn getpid() -> c_int {
 
 /// Reads an integer option; `None` if the descriptor is no socket or has no such option.
 pub fn getsockopt(fd: c_int, option: c_int) -> Option<c_int> {
-    let mut value: c_int = 0;
-    let mut length = 4u32;
+    option_as(fd, option, 0)
+}
+
+/// Who made the other end of a unix socket (`SO_PEERCRED`, unix(7)).
+pub fn peer_credentials(fd: c_int) -> Option<libc::ucred> {
+    option_as(fd, libc::SO_PEERCRED, libc::ucred { pid: 0, uid: 0, gid: 0 })
+}
+
+/// How long a call waits for something to arrive, in milliseconds as poll(2) takes them: -1 for ever.
+pub fn patience(fd: c_int, flags: c_int) -> c_int {
+    if flags & libc::MSG_DONTWAIT != 0 || fcntl(fd, libc::F_GETFL, 0) & libc::O_NONBLOCK != 0 {
+        return 0;
+    }
+    let time = option_as(fd, libc::SO_RCVTIMEO, libc::timeval { tv_sec: 0, tv_usec: 0 });
+    match time.map(|t| t.tv_sec.saturating_mul(1000).saturating_add(t.tv_usec / 1000)) {
+        None | Some(0) => -1,
+        Some(time) => c_int::try_from(time).unwrap_or(c_int::MAX),
+    }
+}
+
+/// Reads an option of whose type every value is valid.
+fn option_as<T>(fd: c_int, option: c_int, mut value: T) -> Option<T> {
+    let mut length = u32::try_from(size_of::<T>()).ok()?;
     // SAFETY: `value` and `length` are writable for what getsockopt(2) writes.
     let result = unsafe {
         call(
@@ -71,27 +92,6 @@ pub fn getsockopt(fd: c_int, option: c_int) -> Option<c_int> {
                 arg(fd),
                 arg(libc::SOL_SOCKET),
                 arg(option),
-                from_mut(&mut value).addr_exposed(),
-                from_mut(&mut length).addr_exposed(),
-                0,
-            ],
-        )
-    };
-    (result == 0).then_some(value)
-}
-
-/// Who made the other end of a unix socket (`SO_PEERCRED`, unix(7)).
-pub fn peer_credentials(fd: c_int) -> Option<libc::ucred> {
-    let mut value = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut length = u32::try_from(size_of::<libc::ucred>()).ok()?;
-    // SAFETY: as in `getsockopt`.
-    let result = unsafe {
-        call(
-            libc::SYS_getsockopt,
-            [
-                arg(fd),
-                arg(libc::SOL_SOCKET),
-                arg(libc::SO_PEERCRED),
                 from_mut(&mut value).addr_exposed(),
                 from_mut(&mut length).addr_exposed(),
                 0,
@@ -306,20 +306,32 @@ pub fn read(fd: c_int, bytes: &mut [u8]) -> isize {
     }
 }
 
+/// Whether a stretch of memory need not be asked about: nothing may be asked in a sandbox, and what lies in the
+/// callers' frames, just above ours, where most addresses are, is good.
+fn is_trusted(at: *const u8) -> bool {
+    const FRAMES: usize = 16_384;
+    let here = 0u8;
+    at.addr().wrapping_sub(from_ref(&here).addr()) < FRAMES || crate::own::sandboxed()
+}
+
+/// Whether it cannot be a program's: the first page, and what is not below the last one below 2^47.
+fn is_nobodys(at: *const u8) -> bool {
+    !(4096..0x7fff_ffff_f000).contains(&at.addr())
+}
+
 /// Whether the kernel can read a stretch of memory of up to 128 bytes. A wild pointer is the kernel's to
-/// answer (`EFAULT`), not ours to stumble over. In a sandbox it is taken to be good, and so is what lies
-/// in the callers' frames, just above ours, where most addresses are.
+/// answer (`EFAULT`), not ours to stumble over.
 ///
 /// sigprocmask(2) reads the new set before it looks at how to apply it, and this is no way to.
 pub fn readable(at: *const u8, length: usize) -> bool {
     const NO_WAY: c_int = 99;
-    const FRAMES: usize = 16_384;
-    let first = at.addr();
-    let here = 0u8;
-    let above = first.wrapping_sub(from_ref(&here).addr());
-    if crate::own::sandboxed() || above < FRAMES {
+    if is_nobodys(at) {
+        return false;
+    }
+    if is_trusted(at) {
         return true;
     }
+    let first = at.addr();
     // Both ends: 128 bytes touch two pages at most.
     [first, first.wrapping_add(length.clamp(SIGSET, 128)).wrapping_sub(SIGSET)].into_iter().enumerate().all(
         |(i, end)| {
@@ -331,6 +343,27 @@ pub fn readable(at: *const u8, length: usize) -> bool {
             result != -(libc::EFAULT as isize)
         },
     )
+}
+
+/// Whether a stretch of memory of up to 128 bytes can be written. Nothing is written.
+pub fn writable(at: *const u8, length: usize) -> bool {
+    if is_nobodys(at) {
+        return false;
+    }
+    if is_trusted(at) {
+        return true;
+    }
+    let populates = |first: usize, last: usize| {
+        const POPULATE_WRITE: c_int = 23; // MADV_POPULATE_WRITE, Linux 5.14
+        let page = first & !0xfff;
+        // SAFETY: the pages' content stays as it is.
+        unsafe {
+            call(libc::SYS_madvise, [page, (last | 0xfff) + 1 - page, arg(POPULATE_WRITE), 0, 0, 0]) == 0
+        }
+    };
+    let here = from_ref(&at).addr();
+    // Where the kernel cannot tell, not even of what can be, the program has to know.
+    populates(at.addr(), at.addr() + length.clamp(1, 128) - 1) || !populates(here, here)
 }
 
 /// All signals blocked while it lives, so that a handler's own connect(2) finds no half-done round

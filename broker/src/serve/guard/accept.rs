@@ -16,9 +16,12 @@ use portcullis_guard::{book::Line, listener::Answer};
 use portcullis_types::{Op, Protocol};
 use portcullis_wire::Addr;
 
-use super::{CONTINUE, Held, Outcome, deadline, fail};
+use super::{CONTINUE, Held, Outcome, deadline, fail, judging::canonical};
 use crate::{
-    guard::{calls, target},
+    guard::{
+        calls::{self, Named},
+        target,
+    },
     process::ProcessKey,
     serve::{Broker, Source, judge::Call},
     sys::{proxy, socket::Facts},
@@ -112,7 +115,7 @@ impl Broker {
             let (socket, name) = match kept {
                 Some(kept) => (kept.socket, kept.name),
                 None => match proxy::accept(listener.as_fd(), wanted.flags) {
-                    Ok((socket, name)) => match self.judge_arrival(held, socket) {
+                    Ok((socket, name)) => match self.judge_arrival(held, socket, &name) {
                         Ok((socket, instead)) => (socket, instead.map_or(name, |at| calls::bytes_of(&at))),
                         Err(Answer::Fail(libc::ECONNABORTED)) => return Some(fail(libc::ECONNABORTED)), // nobody else will come
                         Err(_) => continue,
@@ -139,14 +142,24 @@ impl Broker {
     }
 
     /// Judges who has arrived, and tells the true name of one that came by a token; a stranger is reset.
-    fn judge_arrival(&mut self, held: &Held, socket: OwnedFd) -> Result<(OwnedFd, Option<Addr>), Answer> {
+    fn judge_arrival(
+        &mut self,
+        held: &Held,
+        socket: OwnedFd,
+        name: &[u8],
+    ) -> Result<(OwnedFd, Option<Addr>), Answer> {
         let next = Answer::Fail(libc::EAGAIN);
         let Ok(facts) = Facts::of(socket.as_fd()) else { return Err(next) };
+        // One that has gone again is told all the same, as natively; its socket does not know it any more.
+        let gone = || match calls::address(name) {
+            Named::Address(from) => Some(canonical(from)),
+            Named::Unspecified | Named::Nothing => None,
+        };
         let mut call = Call {
             op: Op::Accept,
             protocol: facts.protocol,
             local: facts.local,
-            remote: facts.remote,
+            remote: facts.remote.or_else(gone),
             socket: Some((socket, facts)),
             number: -1,
             via: "guard",

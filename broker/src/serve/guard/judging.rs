@@ -106,18 +106,24 @@ impl Letters {
             Self::One { data, address } => {
                 // A longer piece than fits is for a stream, which takes what it is given.
                 let data = Span { length: data.length.min(target::MOST_BYTES as u64), ..data };
-                let name = target::read_address(tid, address);
+                if address.at != 0 && address.length == 0 {
+                    return Err(libc::EINVAL); // sendmsg(2), which sends it, takes that for no address
+                }
+                let name = if address.at == 0 { Vec::new() } else { target::read_address(tid, address)? };
                 return Ok(Message { name, data: target::read_span(tid, data)?, control: Vec::new() });
             }
             Self::Message { at } => at,
             Self::Messages { at, .. } => at.saturating_add(n.saturating_mul(EACH)),
         };
         let header = target::read_header(tid, header).ok_or(libc::EFAULT)?;
-        let control = target::read_span(tid, header.control)?;
+        let name = target::read_address(tid, header.name)?;
+        let control = target::read_span(tid, header.control).map_err(|errno| match errno {
+            libc::EMSGSIZE => libc::ENOBUFS,
+            errno => errno,
+        })?;
         if calls::has_source_route(&control) {
             return Err(libc::EPERM);
         }
-        let name = target::read_address(tid, header.name);
         Ok(Message { name, data: target::read_parts(tid, header.parts)?, control })
     }
 
@@ -185,7 +191,10 @@ impl Broker {
             Ok(found) => found,
             Err(outcome) => return outcome,
         };
-        let bytes = target::read_address(held.tid(), address);
+        let bytes = match target::read_address(held.tid(), address) {
+            Ok(bytes) => bytes,
+            Err(errno) => return if held.by_proxy { fail(errno) } else { CONTINUE },
+        };
         if let Some(answer) = self.heard_late(held, &bytes) {
             return Outcome::Answer(answer);
         }
@@ -222,7 +231,8 @@ impl Broker {
             Ok(found) => found,
             Err(outcome) => return outcome,
         };
-        let bytes = target::read_address(held.tid(), address);
+        // What cannot be read, or has no such length, is the kernel's to answer.
+        let Ok(bytes) = target::read_address(held.tid(), address) else { return CONTINUE };
         if let Some(answer) = self.heard_late(held, &bytes) {
             return Outcome::Answer(answer);
         }
@@ -300,7 +310,7 @@ impl Broker {
                     Err(_) => break,
                 }
             } else {
-                target::read_address(held.tid(), letters.name(held.tid(), n).0)
+                target::read_address(held.tid(), letters.name(held.tid(), n).0).unwrap_or_default()
             };
             if n == 0
                 && let Some(answer) = self.heard_late(held, &name)

@@ -167,7 +167,7 @@ impl Broker {
 
 fn read(memory: &File, address: Span) -> Option<Vec<u8>> {
     let mut bytes = [0; calls::ADDRESS];
-    let room = bytes.get_mut(..usize::try_from(address.length).ok()?.min(calls::ADDRESS))?;
+    let room = bytes.get_mut(..usize::try_from(address.length).ok()?)?;
     let got = memory.read_at(room, address.at).ok()?;
     (got > 0 && got == room.len()).then(|| room.to_vec())
 }

@@ -106,13 +106,16 @@ pub(super) fn landlock(tid: i32, attributes: Span, flags: u64) -> Outcome {
     const FILES: i64 = 3;
     /// Bytes of `struct landlock_ruleset_attr` then.
     const KNOWN: usize = 8;
+    const MOST: u64 = 128;
     if flags == landlock::ASK_VERSION {
         return match landlock::version() {
             0 => CONTINUE,
             version => Outcome::Answer(Answer::Return(version.min(FILES))),
         };
     }
-    let beyond =
-        target::read_address(tid, attributes).get(KNOWN..).is_some_and(|rest| rest.iter().any(|b| *b != 0));
+    // No version has as many.
+    let attributes = Span { length: attributes.length.min(MOST), ..attributes };
+    let bytes = target::read_span(tid, attributes).unwrap_or_default();
+    let beyond = bytes.get(KNOWN..).is_some_and(|rest| rest.iter().any(|b| *b != 0));
     if beyond { fail(libc::E2BIG) } else { CONTINUE }
 }
