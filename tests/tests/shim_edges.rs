@@ -16,6 +16,20 @@ fn careless_calls_have_the_results_they_have_unwrapped() {
     assert_eq!((wrapped.code(), wrapped.stderr), (0, String::new()));
 }
 
+#[test]
+fn a_thread_with_the_smallest_stack_has_room_for_every_call() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    let (program, source) = (host.path("small"), host.write("small.c", include_str!("../probes/small.c")));
+    let mut compiler = Command::new("cc");
+    let _built = Finished::of(compiler.args(["-w", "-pthread", "-o"]).arg(&program).arg(source)).success();
+    let words = [program.to_str().unwrap()];
+    // A dot for each thread, and how the child's went.
+    let all = format!("{} 0\n", ".".repeat(24));
+    assert_eq!(Finished::of(&mut host.plain(&words)).success(), all);
+    assert_eq!(Finished::of(&mut host.run(&words)).success(), all);
+}
+
 /// Good and bad addresses, lengths, messages, pointers and descriptors, for each call and kind of socket.
 const FAULTS: &str = include_str!("../probes/faults.c");
 
