@@ -48,6 +48,13 @@ impl<'a> Service<'a> {
         self.host.record("the refusal", is_it)
     }
 
+    /// Ends it, whoever runs under it, and starts another one.
+    fn restart(&mut self, policy: &str, options: &[&str]) {
+        self.supervisor.signal(Signal::SIGTERM);
+        assert_eq!(self.supervisor.wait(), 0);
+        *self = Self::start(self.host, policy, options);
+    }
+
     fn end(mut self) {
         self.supervisor.signal(Signal::SIGTERM);
         assert_eq!(self.supervisor.wait(), 0);
@@ -55,12 +62,18 @@ impl<'a> Service<'a> {
     }
 }
 
-/// All ways in which a tree can be held: under the backstop, by the guard alone, by the guard alone as an ordinary user.
-fn everywhere(net: &Net, check: impl Fn(&Host, &[&str])) {
-    let [host, ..] = net.hosts::<2>();
-    check(&host.as_user(0), &[]);
-    check(&host.as_user(0), &["--without", "backstop"]);
-    check(&host.as_user(NOBODY), &[]);
+/// A service with this policy on 10.77.0.1, in all ways in which its trees can be held: under the backstop, by the guard
+/// alone, by the guard alone as an ordinary user. The far host, 10.77.0.2, has servers at [`PORTS`].
+fn everywhere(policy: &str, check: impl Fn(&mut Service<'_>, &Host, &[&str])) {
+    let net = Net::new(&["a", "b"]);
+    let [host, far] = net.hosts();
+    let _servers = servers(far, &PORTS);
+    for (uid, options) in [(0, &[][..]), (0, &["--without", "backstop"]), (NOBODY, &[])] {
+        let host = host.as_user(uid);
+        let mut service = Service::start(&host, policy, options);
+        check(&mut service, far, options);
+        service.end();
+    }
 }
 
 /// A server, not wrapped, at these ports.
@@ -90,11 +103,8 @@ const OWN: &str = "allow tcp/8002-8003(*, *);";
 
 #[test]
 fn what_the_service_or_the_run_refuses_is_refused_and_the_record_says_who() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, WIDE, options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         let dial = dials("10.77.0.2", &PORTS);
         let other = a.start(&[PY, "-c", &dial]);
@@ -130,7 +140,6 @@ fn what_the_service_or_the_run_refuses_is_refused_and_the_record_says_who() {
         assert_eq!((refused(":8001"), refused(":8002"), refused(":8003")), (4, 0, 6), "{options:?}");
         let by_service = records.iter().filter(|r| r["verdict"] == "refuse" && r["policy"].is_null()).count();
         assert_eq!(by_service, 6, "the service's own refusals name no policy");
-        service.end();
     });
 }
 
@@ -151,28 +160,21 @@ ctypes.CDLL(None).syscall(60, 0)
 
 #[test]
 fn a_process_stays_narrowed_when_its_first_thread_has_ended() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, WIDE, options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         let dial = [PY, "-c", HEADLESS, "10.77.0.2", "8001", "8002", "8003"];
         let said = Finished::of(&mut a.run(&dial)).success();
         assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
         let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
         assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
-        service.end();
     });
 }
 
 #[test]
 fn what_need_not_be_asked_again_is_what_both_permit() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, "allow tcp/8001-8003(*, IPv4{10.77.0.0/24});", options);
+    everywhere("allow tcp/8001-8003(*, IPv4{10.77.0.0/24});", |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", "allow tcp/8002-8009(*, IPv4{10.0.0.0/8});");
         let dial = dials("10.77.0.2", &[8002, 8002, 8003, 8001, 8002, 8003]);
         let said = Finished::of(&mut service.narrowed(&own, &[PY, "-c", &dial])).success();
@@ -180,18 +182,15 @@ fn what_need_not_be_asked_again_is_what_both_permit() {
         let permitted =
             a.records().iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit").count();
         assert_eq!(permitted, 5, "all on record, {options:?}");
-        service.end();
     });
 }
 
 #[test]
 fn a_related_channel_is_one_for_the_run_that_says_so() {
-    let net = Net::new(&["a", "server"]);
-    let [_, server] = net.hosts();
-    let _daemon = Running::start(server.plain(&ftp::Daemon::Vsftpd.command(server, 1000)));
-    server.wait_for_port(21);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, ALLOW_ALL, options);
+    everywhere(ALLOW_ALL, |service, far, options| {
+        let a = service.host;
+        let _daemon = Running::start(far.plain(&ftp::Daemon::Vsftpd.command(far, 1000)));
+        far.wait_for_port(21);
         let own = a.write("own.pol", "service ftp = tcp/21, related;\nallow ftp(*, *);");
         let without = a.write("without.pol", "service control = tcp/21;\nallow control(*, *);");
         for (policy, comes) in [(&own, true), (&without, false)] {
@@ -199,7 +198,6 @@ fn a_related_channel_is_one_for_the_run_that_says_so() {
             let done = Finished::of(service.narrowed(policy, &words).current_dir(a.state()));
             assert_eq!(done.status == 0, comes, "{options:?} {policy:?}: {done}");
         }
-        service.end();
     });
 }
 
@@ -235,11 +233,8 @@ fn the_stronger_lane_of_both_is_taken() {
 
 #[test]
 fn a_denying_rule_of_either_is_named() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, "allow *(*, *);\ndeny tcp/8001(*, *);", options);
+    everywhere("allow *(*, *);\ndeny tcp/8001(*, *);", |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", "allow *(*, *);\n\ndeny tcp/8003(*, *);");
         let dial = dials("10.77.0.2", &PORTS);
         let said = Finished::of(&mut service.narrowed(&own, &[PY, "-c", &dial])).success();
@@ -248,21 +243,17 @@ fn a_denying_rule_of_either_is_named() {
         assert_eq!(by_run["rule"], "deny tcp/8003(*, *);");
         assert!(by_run["rule_at"].as_str().unwrap().ends_with("own.pol:3"), "{by_run}");
         assert!(service.refusal(8001)["rule_at"].as_str().unwrap().ends_with("policy.pol:2"));
-        service.end();
     });
 }
 
 #[test]
 fn a_mode_of_its_own_tightens_and_never_loosens() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
     let dial = dials("10.77.0.2", &PORTS);
     let would = |r: &Value, port: &str| {
         r["verdict"] == "would-refuse" && r["remote"].as_str().unwrap().ends_with(port)
     };
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, WIDE, options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         let loosened = Finished::of(&mut a.run_with(&["--mode", "audit"], &["true"]));
         assert_eq!(loosened.code(), 2, "{loosened}");
@@ -272,11 +263,10 @@ fn a_mode_of_its_own_tightens_and_never_loosens() {
         let remark = a.record("what the run's policy would refuse", |r| would(r, ":8001"));
         assert_eq!(remark["policy"], own_text, "{remark}");
         assert_eq!(a.records().iter().filter(|r| r["verdict"] == "would-refuse").count(), 1);
-        service.end();
     });
-    everywhere(&net, |a, options| {
-        let options = [options, &["--mode", "audit"]].concat();
-        let service = Service::start(a, WIDE, &options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
+        service.restart(WIDE, &[options, &["--mode", "audit"]].concat());
         let own = a.write("own.pol", OWN);
         let watched = Finished::of(&mut a.run(&[PY, "-c", &dial])).success();
         assert_eq!(watched, "8001:ok 8002:ok 8003:ok\n", "{options:?}");
@@ -286,20 +276,16 @@ fn a_mode_of_its_own_tightens_and_never_loosens() {
         let said = Finished::of(&mut service.narrowed(&own, &[PY, "-c", &dial])).success();
         assert_eq!(said, "8001:EACCES 8002:ok 8003:ok\n", "{options:?}");
         assert_eq!(a.records().iter().filter(|r| r["verdict"] == "would-refuse").count(), 2);
-        service.end();
     });
 }
 
 #[test]
 fn a_changed_policy_of_a_run_cuts_in_its_tree_and_a_broken_one_leaves_the_old() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
     let hold = "import socket, select\nall = {socket.create_connection(('10.77.0.2', p)): p for p in (8001, 8002)}\n\
         print('connected', flush=True)\nwhile all:\n    for s in select.select(list(all), [], [])[0]:\n        \
         print('cut', all.pop(s), flush=True)";
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, ALLOW_ALL, options);
+    everywhere(ALLOW_ALL, |service, _, _| {
+        let a = service.host;
         let own = a.write("own.pol", "allow tcp/8001-8002(*, *);");
         let mut narrowed = Running::start(service.narrowed(&own, &[PY, "-c", hold]));
         let mut other = a.start(&[PY, "-c", hold]);
@@ -320,17 +306,13 @@ fn a_changed_policy_of_a_run_cuts_in_its_tree_and_a_broken_one_leaves_the_old() 
         assert_eq!(a.records().iter().filter(|r| r["op"] == "cut").count(), 1);
         assert!(!narrowed.has_ended() && !other.has_ended());
         drop((narrowed, other));
-        service.end();
     });
 }
 
 #[test]
 fn another_broker_knows_whom_to_narrow() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, WIDE, options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         let dial = a.write("dial.py", dials("10.77.0.2", &PORTS));
         let words = ["sh", "-c", "while read line; do python3 dial.py < /dev/null; done"];
@@ -358,27 +340,20 @@ fn another_broker_knows_whom_to_narrow() {
             (service.status()["layers"].as_array().unwrap().is_empty()).then_some(())
         });
         drop(other);
-        service.end();
     });
 }
 
 #[test]
 fn a_tree_whose_policy_is_lost_is_refused_and_not_widened() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, ALLOW_ALL, options);
+    everywhere(ALLOW_ALL, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         a.write("dial.py", dials("10.77.0.2", &PORTS));
         let words = ["sh", "-c", "while read line; do python3 dial.py < /dev/null; done"];
         let mut narrowed = Running::start(service.narrowed(&own, &words));
         narrowed.say("go\n");
         assert_eq!(narrowed.line("8001:"), "8001:EACCES 8002:ok 8003:ok", "{options:?}");
-        let Service { mut supervisor, .. } = service;
-        supervisor.signal(Signal::SIGTERM);
-        supervisor.wait();
-        let service = Service::start(a, ALLOW_ALL, options);
+        service.restart(ALLOW_ALL, options);
         narrowed.say("go\n");
         assert!(!narrowed.line("8001:").contains("ok"), "{options:?}");
         if options.is_empty() && !a.is_ordinary() {
@@ -390,7 +365,6 @@ fn a_tree_whose_policy_is_lost_is_refused_and_not_widened() {
         let said = Finished::of(&mut a.run(&[PY, "dial.py"])).success();
         assert_eq!(said, "8001:ok 8002:ok 8003:ok\n", "{options:?}");
         drop(narrowed);
-        service.end();
     });
 }
 
