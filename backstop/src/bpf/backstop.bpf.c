@@ -35,7 +35,7 @@ struct who {
 struct control {
 	u64 generation;
 	u64 lease;   /* CLOCK_MONOTONIC nanoseconds */
-	u32 audit;   /* not 0: what is not granted goes on, and is on record */
+	u32 audit;   /* 1: what is not granted goes on, and is on record */
 	u32 wanted;  /* thread that `identify` looks for */
 };
 
@@ -149,7 +149,7 @@ INLINE void identify_current(struct who *who, void *ctx)
 	READ(who->uid, cred->euid.val);
 }
 
-/* Puts one judged call on record. Returns whether that worked.
+/* Puts one judged call on record. Returns whether it goes on: what cannot be put on record does not happen.
  *
  * The flag is looked at after the record has its place: the reader sets it and then looks for such
  * places, so one of the two sees the other. Refusals leave the last quarter to what is permitted: a
@@ -168,12 +168,13 @@ INLINE int record(const struct event *from)
 	__builtin_memcpy(to, from, sizeof(*to));
 	u64 flags = QUIETLY;
 	u32 *sleeps = look_up(&asleep, &zero);
-	if (sleeps && __sync_val_compare_and_swap(sleeps, 1, 0) == 1)
-		flags = WAKE;
-	/* From there, so that the verifier does not follow each cause through all of this. */
+	if (sleeps)
+		flags += __sync_val_compare_and_swap(sleeps, 1, 0) & (WAKE - QUIETLY);
+	/* Read back, so that the verifier does not follow each value of them through all of this. */
+	int goes_on = *(volatile u8 *)&to->permitted & 1;
 	count(*(volatile u8 *)&to->cause);
 	ring_submit(to, flags);
-	return 1;
+	return goes_on;
 }
 
 /* The region that covers the call and still holds, or 0 and the cause. */
@@ -271,9 +272,8 @@ out:
 		count(GRANTED);
 		return 1;
 	}
-	event->permitted = permitted || now->audit;
-	/* What cannot be put on record does not happen. */
-	return record(event) && event->permitted;
+	event->permitted = permitted | (now->audit & 1);
+	return record(event);
 }
 
 INLINE void v4(struct event *event, u32 ip)
@@ -432,7 +432,9 @@ SEC("cgroup_skb/ingress") int judge_ingress(struct __sk_buff *skb)
 	if (look_up(&listeners, &cookie))
 		return 1;
 	struct control *now = look_up(&control, &zero);
-	int audit = now && now->audit;
+	if (!now)
+		return 0;
+	u32 audit = now->audit & 1;
 	u64 *last = look_up(&strangers, &cookie);
 	/* One record per listener and second; the next tells how many there were. */
 	if (last && time - (*last & ~0xfffffull) < 1000000000) {
@@ -442,7 +444,7 @@ SEC("cgroup_skb/ingress") int judge_ingress(struct __sk_buff *skb)
 	}
 	struct event event = {
 		.op = LISTEN, .protocol = TCP, .cause = NOT_A_LISTENER, .time = time, .cookie = cookie,
-		.rule = ~0u, .permitted = audit, .generation = now ? now->generation : 0,
+		.rule = ~0u, .permitted = audit, .generation = now->generation,
 	};
 	if (last)
 		event.suppressed = *last & 0xfffff;
@@ -480,13 +482,15 @@ SEC("cgroup_skb/ingress") int ingress(struct __sk_buff *skb)
 SEC("cgroup_skb/egress") int judge_egress(struct __sk_buff *skb)
 {
 	struct control *now = look_up(&control, &zero);
-	int audit = now && now->audit;
+	if (!now)
+		return 0;
+	u32 audit = now->audit & 1;
 	struct event event = {
 		.op = SEND, .cause = ROUTED, .time = ktime(), .cookie = socket_cookie(skb), .family = FAMILY_V6,
-		.rule = ~0u, .permitted = audit, .generation = now ? now->generation : 0, .protocol = UDP,
+		.rule = ~0u, .permitted = audit, .generation = now->generation, .protocol = UDP,
 	};
 	load_bytes(skb, 24, event.addr, 16); /* whom it would go to */
-	return record(&event) && audit;
+	return record(&event);
 }
 
 /* Extension headers that may stand before or instead of the routing header (RFC 8200, 4.1). */
@@ -517,7 +521,7 @@ SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb)
 }
 
 /* More filters than a task has in practice; that there are others below these is told by one more. */
-#define FILTERS 64
+#define FILTERS 32
 
 struct filter {
 	u64 at; /* stands for it as long as a task has it */
