@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Most seccomp filters of a thread that are looked at; of a thread that has more, one more is told.
-const FILTERS: usize = 64;
+const FILTERS: usize = 32;
 /// A mark is one instruction; so many the kernel makes of it at most. A filter that judges anything has more.
 const SHORT: u32 = 16;
 

@@ -596,7 +596,7 @@ fn marks_are_told_and_so_is_that_they_are_buried() {
     assert_eq!(marks(&[(false, 1), (true, 40)]).unwrap(), [0; 0], "somebody else's filter");
     let two = marks(&[(true, 1), (false, 1), (true, 1), (false, 1)]).unwrap();
     assert!(two.len() == 2 && two[0] != two[1]);
-    assert_eq!(marks(&[(true, 1); 64]).unwrap().len(), 64);
-    assert_eq!(marks(&[(false, 1); 65]), None, "a mark may lie below them");
+    assert_eq!(marks(&[(true, 1); 32]).unwrap().len(), 32);
+    assert_eq!(marks(&[(false, 1); 33]), None, "a mark may lie below them");
     assert_eq!(cage.backstop.marks(u32::MAX >> 1).unwrap(), None);
 }

@@ -50,6 +50,9 @@ pub enum BrokerError {
         /// What is wrong with it, over one or more lines.
         reason: String,
     },
+    /// The policy that was to be in force first is none; the text has its own layout.
+    #[error("the policy cannot be used: {0}")]
+    Policy(String),
     /// A kernel facility that the broker cannot do without failed.
     #[error("{what} failed")]
     Kernel {

@@ -64,7 +64,7 @@ pub struct Config {
     /// The state folder. Must exist, belong to the caller and be writable by no one else.
     pub state: PathBuf,
     /// The policy file; `None` means `STATE/policy.pol`. If it cannot be used, everything is refused
-    /// until it can, and `status` says why.
+    /// until it can, and `status` says why; but see `strict`.
     pub policy: Option<PathBuf>,
     /// Enforce or audit.
     pub mode: Mode,
@@ -82,6 +82,8 @@ pub struct Config {
     pub ready: Option<OwnedFd>,
     /// No program has been served in this folder that could still be there.
     pub fresh: bool,
+    /// It does not begin with a policy that cannot be used. Otherwise it then refuses everything.
+    pub strict: bool,
     /// What is done without although this kernel has it.
     pub without: portcullis_types::Without,
 }

@@ -30,6 +30,8 @@ pub struct BrokerArgs {
     life_fd: i32,
     #[arg(long)]
     fresh: bool,
+    #[arg(long)]
+    strict: bool,
     #[arg(long, default_value_t)]
     without: Without,
 }
@@ -75,6 +77,7 @@ pub fn broker(args: BrokerArgs, out: &mut Out) -> u8 {
             handed: args.handed_fd.map(sys::adopt).transpose()?,
             ready: Some(sys::adopt(args.ready_fd)?),
             fresh: args.fresh,
+            strict: args.strict,
             without: args.without,
         })
     });

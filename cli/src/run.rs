@@ -264,6 +264,12 @@ fn reach(place: &Place, hello: &Hello, args: &Args) -> Result<(Link, Welcome), R
     {
         let _stays = cgroup.leave(std::process::id());
     }
+    // The broker, which reads it anyway, may have ended because of it.
+    if let Err(RunError::NoBroker(_)) = &reached
+        && let Ok(policy) = policy_of(place, args)
+    {
+        check(&policy)?;
+    }
     reached
 }
 
@@ -357,11 +363,7 @@ fn greet(link: &Link, hello: &Hello) -> Result<Option<Welcome>, RunError> {
 /// the program we become neither waits for it nor hears of its end. The lock goes with it: it belongs to the
 /// open file, which both have until we close ours.
 fn start(place: &Place, lock: &fs::File, args: &Args, without: Without) -> Result<(), RunError> {
-    let policy = match &args.policy {
-        Some(path) => readable(path)?,
-        None => default_policy(place)?,
-    };
-    check(&policy)?;
+    let policy = policy_of(place, args)?;
     place.make_runtime()?;
     let shim = supervise::place_shim(place)?;
     let socket =
@@ -422,7 +424,7 @@ fn detach(
     Ok(unistd::execve(c"/proc/self/exe", arguments, &environment)?)
 }
 
-/// The broker would refuse everything and say why in its log; here the user sees it.
+/// Shows what is wrong with a policy.
 fn check(policy: &Path) -> Result<(), RunError> {
     match Policy::load(policy) {
         Ok(_) => Ok(()),
@@ -445,6 +447,11 @@ fn readable(path: &Path) -> Result<PathBuf, RunError> {
     let absolute = fs::canonicalize(path).map_err(policy)?;
     fs::File::open(&absolute).map_err(policy)?;
     Ok(absolute)
+}
+
+/// The policy that a supervisor of this run's would serve.
+fn policy_of(place: &Place, args: &Args) -> Result<PathBuf, RunError> {
+    args.policy.as_deref().map_or_else(|| default_policy(place), readable)
 }
 
 fn default_policy(place: &Place) -> Result<PathBuf, RunError> {

@@ -222,6 +222,11 @@ fn a_broken_policy_is_shown_and_nothing_runs() {
     let done = Finished::of(&mut host.run(&["echo", "ran"]));
     assert_eq!((done.code(), done.stdout.as_str()), (125, ""));
     assert!(done.stderr.contains("policy.pol:"), "{}", done.stderr);
+    // Mended, it runs at once; and no broker was killed.
+    host.policy(ALLOW_ALL);
+    assert_eq!(Finished::of(&mut host.run(&["echo", "ran"])).success(), "ran\n");
+    let killed = |it: &serde_json::Value| it["reason"].as_str().is_some_and(|why| why.contains("killed"));
+    assert!(!host.records().iter().any(killed));
     nothing_is_left(&host);
 }
 

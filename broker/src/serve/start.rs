@@ -154,6 +154,12 @@ impl Broker {
         }
         broker.read_members();
         broker.load_first();
+        if config.strict
+            && let Some(text) = broker.diagnostic.take()
+        {
+            broker.end();
+            return Err(BrokerError::Policy(text));
+        }
         broker.record_left_over();
         if !config.fresh {
             broker.renew_keys();

@@ -197,6 +197,10 @@ impl Parts {
         if self.fresh && !self.served {
             command.arg("--fresh");
         }
+        // A run that starts a supervisor has not looked at the policy itself.
+        if self.args.socket_fd.is_some() && !self.served {
+            command.arg("--strict");
+        }
         self.broker = Some(spawn(command, Some(life))?);
         if !self.served {
             let backstop = self.backing.begin();
