@@ -147,7 +147,7 @@ impl Broker {
         {
             // Whoever asks by the guard has no table to look into.
             if call.via == "guard" {
-                self.learn(key, entry);
+                self.learn(key, entry, rule.clone());
             } else if self.cache(key, entry, rule.clone()) {
                 reply.flags |= Flags::CACHED;
             }

@@ -12,7 +12,7 @@ use portcullis_types::{Assurance, Op, Protocol, RuleId, Verdict};
 use portcullis_wire::{Flags, Reply, Request};
 
 use super::{
-    Broker,
+    Broker, RuleText,
     far::{FarEnd, SHOWN, loopback_for},
     flows::Flow,
     lanes::Opened,
@@ -50,6 +50,8 @@ pub(super) struct Call {
 pub(super) struct Finding {
     /// An earlier verdict covers it.
     pub(super) known: bool,
+    /// The rule as that one's record shows it.
+    pub(super) told: Option<RuleText>,
     pub(super) judgement: Judgement,
     pub(super) far: Option<FarEnd>,
     pub(super) session: Option<Control>,
@@ -79,8 +81,8 @@ pub(super) struct Would {
 impl Finding {
     pub(super) fn of(judgement: Judgement) -> Self {
         let (far, session, shared, scope, allow) = (None, None, None, None, None);
-        let (opened, errno, would, known, related_by) = (None, None, None, false, Vec::new());
-        Self { judgement, far, session, shared, scope, allow, opened, errno, known, would, related_by }
+        let (opened, errno, would, known, told, related_by) = (None, None, None, false, None, Vec::new());
+        Self { judgement, far, session, shared, scope, allow, opened, errno, known, told, would, related_by }
     }
 
     /// What one policy says, as one of several.
@@ -325,7 +327,7 @@ impl Broker {
         }
         self.protect(context, call, &mut finding);
         let permitted = finding.judgement.permitted || self.mode_for(context) == Mode::Audit;
-        let rule = self.rule_text(finding.judgement.rule);
+        let rule = finding.told.take().or_else(|| self.rule_text(finding.judgement.rule));
         let seq = self.record(context, call, &finding, rule.as_ref());
         // What is known is written with the rest of this turn, as what a process finds in its table is.
         let written = finding.known || self.log.commit();

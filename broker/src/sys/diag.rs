@@ -4,14 +4,14 @@
 
 use std::{
     collections::HashMap,
-    io,
+    io::{self, IoSliceMut},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
-    socket, sockopt,
+    AddressFamily, MsgFlags, MultiHeaders, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv,
+    recvmmsg, send, setsockopt, socket, sockopt,
 };
 use portcullis_types::Protocol;
 
@@ -162,8 +162,14 @@ impl Diag {
 #[derive(Debug)]
 pub struct Endings {
     netlink: OwnedFd,
-    buffer: Vec<u8>,
+    buffers: Vec<[u8; LONGEST]>,
+    /// One ending is one message: so many are taken with one system call.
+    headers: MultiHeaders<()>,
 }
+
+/// Room for one ending, and how many are taken at once.
+const LONGEST: usize = 2048;
+const AT_ONCE: usize = 32;
 
 impl Endings {
     /// Subscribes. `buffer` is in bytes; what does not fit is lost, and said so.
@@ -177,7 +183,11 @@ impl Endings {
             setsockopt(&netlink, sockopt::RcvBuf, &buffer)?;
         }
         bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, TCP_DESTROY_GROUPS))?;
-        Ok(Self { netlink, buffer: vec![0; 64 * 1024] })
+        Ok(Self {
+            netlink,
+            buffers: vec![[0; LONGEST]; AT_ONCE],
+            headers: MultiHeaders::preallocate(AT_ONCE, None),
+        })
     }
 
     /// Takes what has come. `Ok(false)`: something was lost before this.
@@ -187,20 +197,28 @@ impl Endings {
     pub fn take(&mut self, mut each: impl FnMut(Ended)) -> io::Result<bool> {
         let mut complete = true;
         loop {
-            match recv(self.netlink.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
-                Ok(got) => {
-                    for (kind, body) in messages(self.buffer.get(..got).unwrap_or_default()) {
-                        if kind == SOCK_DIAG_BY_FAMILY
-                            && let Some(ended) = parse_ended(body)
-                        {
-                            each(ended);
-                        }
-                    }
-                }
+            let mut parts: Vec<_> = self.buffers.iter_mut().map(|it| [IoSliceMut::new(it)]).collect();
+            let netlink = self.netlink.as_raw_fd();
+            let got = recvmmsg(netlink, &mut self.headers, &mut parts, MsgFlags::MSG_DONTWAIT, None);
+            let lengths: Vec<usize> = match got {
+                Ok(got) => got.map(|message| message.bytes).collect(),
                 Err(nix::Error::EAGAIN) => return Ok(complete),
-                Err(nix::Error::ENOBUFS) => complete = false,
-                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::ENOBUFS) => {
+                    complete = false;
+                    continue;
+                }
+                Err(nix::Error::EINTR) => continue,
                 Err(other) => return Err(other.into()),
+            };
+            for (buffer, length) in self.buffers.iter().zip(&lengths) {
+                let all = messages(buffer.get(..*length).unwrap_or_default());
+                all.filter(|(kind, _)| *kind == SOCK_DIAG_BY_FAMILY)
+                    .filter_map(|(_, body)| parse_ended(body))
+                    .for_each(&mut each);
+            }
+            // There was no more when this was asked.
+            if lengths.len() < AT_ONCE {
+                return Ok(complete);
             }
         }
     }

@@ -24,7 +24,7 @@ use crate::{
     },
     process::{Inspector, ProcessKey},
     serve::{
-        Broker,
+        Broker, RuleText,
         judge::{Call, Finding},
     },
     sys::{
@@ -43,12 +43,13 @@ const THREADS: usize = 1 << 16;
 pub(in crate::serve) struct Learned {
     memory: File,
     generation: u64,
-    regions: Vec<Entry>,
+    /// With the rule that each was permitted by.
+    regions: Vec<(Entry, Option<RuleText>)>,
 }
 
 impl Broker {
     /// Notes the region of a verdict.
-    pub(in crate::serve) fn learn(&mut self, key: ProcessKey, entry: Entry) {
+    pub(in crate::serve) fn learn(&mut self, key: ProcessKey, entry: Entry, rule: Option<RuleText>) {
         let generation = self.generation_in_force();
         let Some(process) = self.processes.get_mut(&key) else { return };
         let current =
@@ -66,7 +67,7 @@ impl Broker {
         if self.grant_region(&entry)
             && let Some(learned) = self.processes.get_mut(&key).and_then(|p| p.learned.as_mut())
         {
-            learned.regions.push(entry);
+            learned.regions.push((entry, rule));
         }
     }
 
@@ -116,7 +117,7 @@ impl Broker {
         let bytes = read(&learned.memory, address)?;
         let Named::Address(named) = calls::address(&bytes) else { return None };
         let named = canonical(named);
-        let entry = learned.regions.iter().find(|entry| covers(entry, named)).copied()?;
+        let (entry, told) = learned.regions.iter().find(|(entry, _)| covers(entry, named)).cloned()?;
         if process.at.owner().ok()? != process.context.credentials.uid {
             return None;
         }
@@ -156,7 +157,13 @@ impl Broker {
         };
         let mut reply = Reply::to(&Request::new(OpCode::Judge, 1));
         reply.flags |= Flags::CACHED;
-        self.settle(key, &context, &call, Finding { known: true, ..Finding::of(judgement) }, &mut reply);
+        self.settle(
+            key,
+            &context,
+            &call,
+            Finding { known: true, told, ..Finding::of(judgement) },
+            &mut reply,
+        );
         if reply.errno != 0 {
             return Some(super::fail(reply.errno));
         }
