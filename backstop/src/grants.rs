@@ -20,8 +20,13 @@ use crate::{
 
 /// Most seccomp filters of a thread that are looked at; of a thread that has more, one more is told.
 const FILTERS: usize = 32;
-/// A mark is one instruction; so many the kernel makes of it at most. A filter that judges anything has more.
-const SHORT: u32 = 16;
+/// What a mark begins with (`portcullis_guard::listener::mark`), as the kernel translates it: `r7 = r0` and `r0 = r7`
+/// (linux/filter.h). No other filter moves its two registers to and fro.
+const MARK: [u64; 8] = {
+    const TAX: u64 = 0x07bf;
+    const TXA: u64 = 0x70bf;
+    [TAX, TXA, TXA, TAX, TXA, TAX, TAX, TXA]
+};
 
 /// One call that is granted for one destination, a number of times.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -148,9 +153,9 @@ impl Backstop {
         Ok(told.first_chunk().and_then(parse_who).map(Holder::from_who))
     }
 
-    /// The marks that a thread is under, the newest first: seccomp filters that log
-    /// (`SECCOMP_FILTER_FLAG_LOG`) and have nothing to say, as numbers that stand for them as long as a task has them. A task inherits
-    /// them and cannot take one off. `None` if it has ended, or has so many filters that not all were looked at.
+    /// The marks that a thread is under, the newest first: seccomp filters that log (`SECCOMP_FILTER_FLAG_LOG`) and
+    /// begin as ours do, as numbers that stand for them as long as a task has them. A task inherits them and cannot
+    /// take one off. `None` if it has ended, or has so many filters that not all were looked at.
     ///
     /// # Errors
     /// As [`Self::identify`].
@@ -470,19 +475,17 @@ fn parse_who(bytes: &[u8; 32]) -> Option<Who> {
 /// The marks among a thread's filters; `None` if there are more filters than were looked at.
 fn parse_marks(filters: &[u8]) -> Option<Vec<u64>> {
     let (filters, _) = filters.as_chunks();
-    let mark = |bytes| parse_filter(bytes).filter(|it| it.logs != 0 && it.length <= SHORT).map(|it| it.at);
+    let mark = |bytes| parse_filter(bytes).filter(|it| it.logs != 0 && it.code == MARK).map(|it| it.at);
     (filters.len() <= FILTERS).then(|| filters.iter().filter_map(mark).collect())
 }
 
-fn parse_filter(bytes: &[u8; 16]) -> Option<Filter> {
-    let (at, rest) = bytes.split_first_chunk()?;
-    let (length, rest) = rest.split_first_chunk()?;
-    let (logs, _) = rest.split_first_chunk()?;
-    Some(Filter {
-        at: u64::from_ne_bytes(*at),
-        length: u32::from_ne_bytes(*length),
-        logs: u32::from_ne_bytes(*logs),
-    })
+fn parse_filter(bytes: &[u8; size_of::<Filter>()]) -> Option<Filter> {
+    let (words, _) = bytes.as_chunks();
+    let mut words = words.iter().map(|word| u64::from_ne_bytes(*word));
+    let [at, logs] = [words.next()?, words.next()?];
+    let mut code = [0; MARK.len()];
+    code.iter_mut().zip(words).for_each(|(to, from)| *to = from);
+    Some(Filter { at, logs, code })
 }
 
 /// `CLOCK_MONOTONIC` in nanoseconds, which is what the programs compare with.

@@ -21,8 +21,8 @@ pub(crate) struct Who {
 #[repr(C)]
 pub(crate) struct Filter {
     pub at: u64,
-    pub length: u32,
-    pub logs: u32,
+    pub logs: u64,
+    pub code: [u64; 8],
 }
 
 /// `struct control`.
@@ -114,7 +114,7 @@ pub(crate) struct RawEvent {
     pub zero: [u32; 4],
 }
 
-const _: () = assert!(size_of::<Who>() == 32 && size_of::<Control>() == 24 && size_of::<Filter>() == 16);
+const _: () = assert!(size_of::<Who>() == 32 && size_of::<Control>() == 24 && size_of::<Filter>() == 80);
 const _: () = assert!(size_of::<PlaceData>() == 24 && size_of::<Grant>() == 88);
 const _: () = assert!(size_of::<Single>() == 32 && size_of::<Uses>() == 24);
 const _: () = assert!(size_of::<RawEvent>() == 112);

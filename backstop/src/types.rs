@@ -33,7 +33,7 @@ const STRUCTURES: [&[u8]; 13] = [
     b"ipcm_cookie",
 ];
 /// The fields that are read of them, and of what is in them.
-const FIELDS: [&[u8]; 24] = [
+const FIELDS: [&[u8]; 23] = [
     b"net_cookie",
     b"net_ns",
     b"euid",
@@ -50,7 +50,6 @@ const FIELDS: [&[u8]; 24] = [
     b"log",
     b"prev",
     b"prog",
-    b"len",
     b"seq",
     b"meta",
     b"task",

@@ -22,6 +22,7 @@ use std::{
 use portcullis_backstop::{
     Attacher, Backstop, Cause, Cgroup, Holder, Once, Region, load, load_for_another, monotonic, sweep,
 };
+use portcullis_guard::listener::{Privileges, mark};
 use portcullis_types::{Generation, Op, Protocol};
 use support::*;
 
@@ -557,17 +558,24 @@ fn a_thousand_processes_can_be_granted_and_forgotten() {
     assert!(TcpListener::bind("127.0.0.1:0").is_ok());
 }
 
-/// `cat` under filters that permit all: whether each logs, and how many instructions it has.
-fn marked(filters: &'static [(bool, u16)]) -> std::process::Child {
+#[derive(Clone, Copy)]
+enum Filter {
+    /// One of ours.
+    Mark,
+    /// A program's own that permits all, with these flags.
+    Own(libc::c_ulong),
+}
+
+/// `cat` under filters that permit all.
+fn marked(filters: &'static [Filter]) -> std::process::Child {
     let mark = move || {
-        let all = libc::sock_filter { code: 6, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
-        // Loads the number of the call, as often as there is room.
-        let mut code =
-            [libc::sock_filter { code: 0x20, ..all }; 40].map(|it| libc::sock_filter { k: 0, ..it });
-        for (log, length) in filters {
-            code[usize::from(*length) - 1] = all;
-            let program = libc::sock_fprog { len: *length, filter: code.as_mut_ptr() };
-            let flags = if *log { libc::SECCOMP_FILTER_FLAG_LOG } else { 0 };
+        for filter in filters {
+            let Filter::Own(flags) = *filter else {
+                mark(Privileges::Kept)?;
+                continue;
+            };
+            let mut all = libc::sock_filter { code: 6, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW };
+            let program = libc::sock_fprog { len: 1, filter: &raw mut all };
             let mode = libc::SECCOMP_SET_MODE_FILTER;
             // SAFETY: seccomp(2) reads the program, which outlives the call.
             if unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) } != 0 {
@@ -593,10 +601,12 @@ fn marks_are_told_and_so_is_that_they_are_buried() {
         child.wait().unwrap();
         told
     };
-    assert_eq!(marks(&[(false, 1), (true, 40)]).unwrap(), [0; 0], "somebody else's filter");
-    let two = marks(&[(true, 1), (false, 1), (true, 1), (false, 1)]).unwrap();
+    const PLAIN: Filter = Filter::Own(0);
+    const LOGS: Filter = Filter::Own(libc::SECCOMP_FILTER_FLAG_LOG);
+    assert_eq!(marks(&[PLAIN, LOGS]).unwrap(), [0; 0], "somebody else's filters");
+    let two = marks(&[Filter::Mark, LOGS, Filter::Mark, PLAIN]).unwrap();
     assert!(two.len() == 2 && two[0] != two[1]);
-    assert_eq!(marks(&[(true, 1); 32]).unwrap().len(), 32);
-    assert_eq!(marks(&[(false, 1); 33]), None, "a mark may lie below them");
+    assert_eq!(marks(&[Filter::Mark; 32]).unwrap().len(), 32);
+    assert_eq!(marks(&[PLAIN; 33]), None, "a mark may lie below them");
     assert_eq!(cage.backstop.marks(u32::MAX >> 1).unwrap(), None);
 }

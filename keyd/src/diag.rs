@@ -101,7 +101,7 @@ impl Deaths {
         const INET_TCP_DESTROY: i32 = 1; // linux/sock_diag.h, sknetlink_groups
         const INET6_TCP_DESTROY: i32 = 3;
         let netlink = open()?;
-        sock::attach_classic(netlink.as_fd(), &mut packet::deaths())?;
+        sock::attach_classic(netlink.as_fd(), &packet::deaths())?;
         for group in [INET_TCP_DESTROY, INET6_TCP_DESTROY] {
             sock::join_group(netlink.as_fd(), group)?;
         }

@@ -66,8 +66,6 @@ pub struct Tokens {
     held: OwnedFd,
     /// Where it tells.
     ring: Ring,
-    /// One for programs' sockets ([`packet::only_ours`]).
-    only_ours: OwnedFd,
     /// Listens on [`FAR_PORT`] of all tokens of IPv4 and answers nobody.
     _hold: OwnedFd,
     /// On every packet of ours to a program's listener.
@@ -105,9 +103,8 @@ impl Tokens {
     pub fn new(raw: Raw, mark: u32) -> io::Result<Self> {
         let ring = Ring::new(Map::new(Shape::ring(RING))?, RING)?;
         let held = load_filter(&packet::held(ring.as_fd().as_raw_fd()).map_err(io::Error::other)?)?;
-        let only_ours = load_filter(&packet::only_ours(mark).map_err(io::Error::other)?)?;
         let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &held)?;
-        Ok(Self { raw, held, ring, only_ours, _hold: hold, mark })
+        Ok(Self { raw, held, ring, _hold: hold, mark })
     }
 
     /// A token of IPv4 that stands for nothing yet; random, so that none is used again soon (TIME_WAIT).
@@ -148,10 +145,12 @@ impl Tokens {
     /// # Errors
     /// `EBUSY` if the program has put a filter there itself: both cannot be, and it is not thrown away.
     pub fn guard(&self, program: BorrowedFd<'_>) -> io::Result<()> {
-        if sock::has_classic_filter(program) {
+        let ours = packet::only_ours(self.mark);
+        // Another key daemon's has another mark.
+        if sock::has_another_filter(program, &ours) {
             return Err(Errno::EBUSY.into());
         }
-        sock::attach(program, self.only_ours.as_fd())
+        sock::attach_classic(program, &ours)
     }
 
     /// SYNs that arrived; [`AsFd`] is readable then.

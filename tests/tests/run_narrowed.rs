@@ -1,9 +1,17 @@
 //! A run with a policy of its own under a service: it narrows what its tree may, and nobody else's.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
-use std::{path::Path, process::Command};
+use std::{os::unix::process::CommandExt, path::Path, process::Command};
 
-use nix::sys::signal::Signal;
+use nix::{
+    libc,
+    sys::{
+        ptrace::{self, Options},
+        signal::{Signal, kill},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
 use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, built, eventually, ftp, trust::Trust};
 use serde_json::Value;
 
@@ -328,7 +336,7 @@ fn another_broker_knows_whom_to_narrow() {
                 assert_eq!(tree.line("8001:"), said, "{options:?}, broker {broker}");
             }
             let before = a.broker();
-            nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), Signal::SIGKILL).unwrap();
+            kill(Pid::from_raw(before), Signal::SIGKILL).unwrap();
             eventually("another broker", || {
                 let status = service.status();
                 (status["pid"].is_i64() && status["pid"] != before && status["generation"] != 0).then_some(())
@@ -340,6 +348,85 @@ fn another_broker_knows_whom_to_narrow() {
             (service.status()["layers"].as_array().unwrap().is_empty()).then_some(())
         });
         drop(other);
+    });
+}
+
+/// Starts a run and stops it where it has just put its mark under itself.
+fn marked(mut run: Command) -> (Running, Pid) {
+    #[expect(unsafe_code, reason = "no safe way to be traced from the start")]
+    // SAFETY: ptrace(2) is a system call, which a forked child may make.
+    unsafe {
+        run.pre_exec(|| Ok(ptrace::traceme()?));
+    }
+    let running = Running::start(run);
+    let pid = Pid::from_raw(running.pid());
+    waitpid(pid, None).unwrap(); // its first execve(2)
+    ptrace::setoptions(pid, Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_EXITKILL).unwrap();
+    let mut signal = None;
+    loop {
+        ptrace::syscall(pid, signal.take()).unwrap();
+        match waitpid(pid, None).unwrap() {
+            WaitStatus::PtraceSyscall(_) => {
+                let at = ptrace::getregs(pid).unwrap();
+                let logs = at.rsi == libc::SECCOMP_FILTER_FLAG_LOG;
+                if i64::try_from(at.orig_rax) == Ok(libc::SYS_seccomp) && logs && at.rax == 0 {
+                    return (running, pid);
+                }
+            }
+            WaitStatus::Stopped(_, Signal::SIGTRAP) => {} // execve(2)
+            WaitStatus::Stopped(_, other) => signal = Some(other),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_broker_that_dies_before_it_has_seen_a_mark_leaves_no_run_refused() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _servers = servers(b, &PORTS);
+    // It is told of the mark and does not look; or it has ended by then, and the next one meets the mark.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        let host = a.as_user(0);
+        let service = Service::start(&host, WIDE, &[]);
+        let own = host.write("own.pol", OWN);
+        let (running, pid) = marked(service.narrowed(&own, &[PY, "-c", &dials("10.77.0.2", &PORTS)]));
+        let broker = Pid::from_raw(host.broker());
+        kill(broker, signal).unwrap();
+        ptrace::detach(pid, None).unwrap();
+        if signal == Signal::SIGSTOP {
+            // However far the run comes meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(300));
+            kill(broker, Signal::SIGKILL).unwrap();
+        }
+        assert_eq!(running.line("8001:"), "8001:EACCES 8002:ok 8003:EACCES", "{signal}");
+        drop(running);
+        service.end();
+    }
+}
+
+const OWN_FILTER: &str = "
+import ctypes, struct
+permit = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0x7fff0000))
+program = struct.pack('HxxxxxxQ', 1, ctypes.addressof(permit))
+assert ctypes.CDLL(None).syscall(317, 1, 2, program) == 0
+";
+
+#[test]
+fn a_programs_own_filter_that_logs_is_no_mark() {
+    let net = Net::new(&["a", "b"]);
+    let [_, b] = net.hosts();
+    let _servers = servers(b, &PORTS);
+    everywhere(&net, |a, options| {
+        let service = Service::start(a, WIDE, options);
+        let own = a.write("own.pol", OWN);
+        let script = format!("{OWN_FILTER}{}", dials("10.77.0.2", &PORTS));
+        let dial = [PY, "-c", &script];
+        let said = Finished::of(&mut a.run(&dial)).success();
+        assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
+        let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
+        assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
+        service.end();
     });
 }
 

@@ -124,24 +124,34 @@ const fn libc_econnrefused() -> i32 {
 
 #[test]
 fn a_filter_that_the_program_has_put_under_its_socket_is_not_thrown_away() {
-    let net = Net::client_server_stranger(POLICY);
+    let net = Net::client_server_stranger(&POLICY.replace("tcp/8080", "tcp/8080-8081"));
     let [client, server, _] = net.hosts();
     let _trust = Trust::of(&[client, server]);
     let _web = web(server, "10.77.0.2");
-    // SO_ATTACH_FILTER with one instruction that lets all pass (linux/filter.h), and SO_DETACH_FILTER.
-    let connect = |after: &str| {
+    // SO_ATTACH_FILTER and SO_ATTACH_BPF, with a program that lets all pass (linux/filter.h, linux/bpf.h).
+    let classic = "code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffffffff))\n\
+         s.setsockopt(socket.SOL_SOCKET, 26, struct.pack('HL', 1, ctypes.addressof(code)))";
+    let extended = "code = ctypes.create_string_buffer(struct.pack('BBhiBBhi', 0xb7, 0, 0, -1, 0x95, 0, 0, 0))\n\
+         terms = ctypes.create_string_buffer(b'MIT')\n\
+         asked = struct.pack('IIQQ', 1, 2, ctypes.addressof(code), ctypes.addressof(terms)) + bytes(104)\n\
+         program = ctypes.CDLL(None).syscall(321, 5, asked, len(asked))\n\
+         s.setsockopt(socket.SOL_SOCKET, 50, program)";
+    // A second connect(2) on the same socket finds what we have put there at the first.
+    let connect = |before: &str| {
         let script = format!(
             "import ctypes, errno, socket, struct\n\
-             code = ctypes.create_string_buffer(struct.pack('HBBI', 6, 0, 0, 0xffffffff))\n\
              s = socket.socket()\n\
-             s.setsockopt(socket.SOL_SOCKET, 26, struct.pack('HL', 1, ctypes.addressof(code)))\n\
-             {after}\n\
-             print(errno.errorcode.get(s.connect_ex(('10.77.0.2', 8080)), 'connected'))\n"
+             {before}\n\
+             print(*(errno.errorcode.get(s.connect_ex(('10.77.0.2', port)), 'connected') for port in (8081, 8080)))\n"
         );
         Finished::of(&mut client.run(&["/usr/bin/python3", "-c", &script])).success()
     };
-    assert_eq!(connect("s.setsockopt(socket.SOL_SOCKET, 27, 0)"), "connected\n", "the control");
-    assert_eq!(connect(""), "EACCES\n");
+    assert_eq!(connect(""), "ECONNREFUSED connected\n");
+    for own in [classic, extended] {
+        let gone = format!("{own}\ns.setsockopt(socket.SOL_SOCKET, 27, 0)");
+        assert_eq!(connect(&gone), "ECONNREFUSED connected\n", "the control");
+        assert_eq!(connect(own), "EACCES EACCES\n", "{own}");
+    }
     client
         .record("why", |r| refused(r, "connect") && r["reason"].to_string().contains("a filter of its own"));
 }

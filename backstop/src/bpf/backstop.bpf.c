@@ -522,10 +522,13 @@ SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb)
 
 /* More filters than a task has in practice; that there are others below these is told by one more. */
 #define FILTERS 32
+/* Before its own instructions stand three of the kernel's (bpf_convert_filter). */
+#define BEGINS (SIZE(struct bpf_prog) + 3 * 8)
 
 struct filter {
-	u64 at; /* stands for it as long as a task has it */
-	u32 length, logs;
+	u64 at;      /* stands for it as long as a task has it */
+	u64 logs;
+	u64 code[8]; /* what it begins with */
 };
 
 /* Tells who a thread is, in the terms of `who`, to whoever reads the iterator; and its seccomp filters, the newest
@@ -564,7 +567,7 @@ SEC("iter/task") int identify(struct bpf_iter__task *ctx)
 		struct bpf_prog *program = 0;
 		READ(*(u8 *)&told.logs, filter->log);
 		READ(program, filter->prog);
-		READ(told.length, program->len);
+		read_kernel(told.code, sizeof(told.code), (char *)program + BEGINS);
 		seq_write(out, &told, sizeof(told));
 		READ(filter, filter->prev);
 	}

@@ -56,6 +56,8 @@ static u64 (*ring_query)(void *ring, u64 what) = (void *)134; /* 0: bytes that w
 #define READ(to, from) read_kernel(&(to), sizeof(to), __builtin_preserve_access_index(&(from)))
 /* Where this kernel keeps a field. */
 #define OFFSET(type, field) __builtin_preserve_field_info(((type *)0)->field, 0 /* BPF_FIELD_BYTE_OFFSET */)
+/* How long this kernel's structure is. */
+#define SIZE(type) __builtin_preserve_type_info(*(type *)0, 1 /* BPF_TYPE_SIZE */)
 
 struct net {
 	u64 net_cookie;
@@ -74,7 +76,8 @@ struct cred {
 } KERNEL;
 
 struct bpf_prog {
-	u32 len;
+	u16 pages;
+	/* its instructions follow */
 } KERNEL;
 
 struct seccomp_filter {

@@ -8,9 +8,9 @@
 //! | `N` | why there is no backstop, as text | | supervisor |
 //! | `A` | why the backstop is an nftables table, as text | | supervisor |
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
-//! | `L` | a tag, a mark or 0, a mode, and a policy's path as text | pidfd of a run whose tree that policy narrows | supervisor |
+//! | `L` | a tag, a mark or 0, what stands for the marks before it or 0, a mode, and a policy's path as text | pidfd of a run whose tree that policy narrows | supervisor |
 //! | `M` | a tag | none: that run has put its mark under itself | supervisor |
-//! | `Y` | a tag, a mark or 0 | none: it is known | broker |
+//! | `Y` | a tag, a mark or 0, what stands for the marks before it or 0 | none: it is known | broker |
 //! | `U` | a tag | none: that run's tree is no more, or cannot be narrowed | both |
 //! | `T` | a tag of `L`, or 0 | guards' listeners, one of each tree that the backstop holds too | supervisor |
 //! | `P` | a tag of `L`, or 0 | guards' listeners, one of each tree whose calls are made by proxy | supervisor |
@@ -47,7 +47,7 @@ use crate::Mode;
 pub const MOST: usize = 128;
 
 /// Longest path of a policy that can be told.
-pub const LONGEST_PATH: usize = 8 * MOST - 3 * 8;
+pub const LONGEST_PATH: usize = 8 * MOST - 4 * 8;
 
 /// A run's own policy, which narrows what its tree may.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -56,6 +56,8 @@ pub struct Narrowing {
     pub tag: u64,
     /// What the kernel knows its tree by, if a broker before has found that out; else 0.
     pub mark: u64,
+    /// What stands for the marks that the run was under before it had its own, if a broker before has seen them; else 0.
+    pub before: u64,
     /// Whether what it refuses is refused.
     pub mode: Mode,
     /// Its file, no longer than [`LONGEST_PATH`].
@@ -69,8 +71,15 @@ pub enum Handed {
     Layer(Narrowing, OwnedFd),
     /// It has put its mark under itself.
     Marked(u64),
-    /// It is known, by this mark.
-    Layered(u64, u64),
+    /// It is known, by this mark, above those that this stands for.
+    Layered {
+        /// The supervisor's number of the run.
+        tag: u64,
+        /// See [`Narrowing::mark`].
+        mark: u64,
+        /// See [`Narrowing::before`].
+        before: u64,
+    },
     /// It is no more, or cannot be narrowed.
     Unlayered(u64),
     /// The backstop. Its sender keeps no copy: the last one's closing is the broker's end.
@@ -194,10 +203,10 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         }
         Handed::Layer(it, process) => {
             let mode = u64::from(it.mode == Mode::Audit);
-            (b'L', vec![it.tag, it.mark, mode], vec![process.as_raw_fd()])
+            (b'L', vec![it.tag, it.mark, it.before, mode], vec![process.as_raw_fd()])
         }
         Handed::Marked(tag) => (b'M', vec![*tag], Vec::new()),
-        Handed::Layered(tag, mark) => (b'Y', vec![*tag, *mark], Vec::new()),
+        Handed::Layered { tag, mark, before } => (b'Y', vec![*tag, *mark, *before], Vec::new()),
         Handed::Unlayered(tag) => (b'U', vec![*tag], Vec::new()),
         Handed::Unbacked(_) => (b'N', Vec::new(), Vec::new()),
         Handed::Fenced(_) => (b'A', Vec::new(), Vec::new()),
@@ -234,14 +243,18 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
     let wrong = || io::Error::from(io::ErrorKind::InvalidData);
     Ok(match letter {
         b'L' => {
-            let [tag, mark, audit] = [tags.next(), tags.next(), tags.next()];
+            let [tag, mark, before, audit] = [(); 4].map(|()| tags.next());
             let mode = if audit.ok_or_else(wrong)? == 0 { Mode::Enforce } else { Mode::Audit };
-            let policy = OsStr::from_bytes(words.get(24..).unwrap_or_default()).into();
-            let (tag, mark) = (tag.ok_or_else(wrong)?, mark.ok_or_else(wrong)?);
-            Handed::Layer(Narrowing { tag, mark, mode, policy }, fds.pop().ok_or_else(wrong)?)
+            let policy = OsStr::from_bytes(words.get(32..).unwrap_or_default()).into();
+            let [tag, mark, before] = [tag, mark, before].map(|number| number.ok_or_else(wrong));
+            let narrowing = Narrowing { tag: tag?, mark: mark?, before: before?, mode, policy };
+            Handed::Layer(narrowing, fds.pop().ok_or_else(wrong)?)
         }
         b'M' => Handed::Marked(tags.next().ok_or_else(wrong)?),
-        b'Y' => Handed::Layered(tags.next().ok_or_else(wrong)?, tags.next().ok_or_else(wrong)?),
+        b'Y' => {
+            let [tag, mark, before] = [(); 3].map(|()| tags.next().ok_or_else(wrong));
+            Handed::Layered { tag: tag?, mark: mark?, before: before? }
+        }
         b'U' => Handed::Unlayered(tags.next().ok_or_else(wrong)?),
         b'B' => Handed::Backstop(fds),
         b'T' | b'P' => {
@@ -279,21 +292,23 @@ mod tests {
         ours.send(Handed::Backstop(vec![fd(), fd(), fd()]));
         ours.send(Handed::Filters((0..MOST as u64).map(|tag| (tag, fd())).collect()));
         ours.send(Handed::Trees { by_proxy: true, run: 3, listeners: vec![fd()] });
-        let narrowing =
-            Narrowing { tag: 3, mark: u64::MAX, mode: Mode::Audit, policy: "/".repeat(LONGEST_PATH).into() };
+        let policy = "/".repeat(LONGEST_PATH).into();
+        let narrowing = Narrowing { tag: 3, mark: u64::MAX, before: 5, mode: Mode::Audit, policy };
         ours.send(Handed::Layer(narrowing.clone(), fd()));
-        ours.send(Handed::Layered(3, 4));
+        ours.send(Handed::Layered { tag: 3, mark: 4, before: 5 });
         ours.send(Handed::Forget(7));
         ours.send(Handed::Unbacked("no types".to_owned()));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Filters(all))) if all.len() == MOST));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, run: 3, .. }))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Layer(told, _))) if told == narrowing));
-        assert!(matches!(theirs.receive(), Ok(Some(Handed::Layered(3, 4)))));
+        assert!(matches!(theirs.receive(), Ok(Some(Handed::Layered { tag: 3, mark: 4, before: 5 }))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Unbacked(why))) if why == "no types"));
         assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        for nonsense in [b"Z".as_slice(), b"X", b"F12345678", b"X1234567", b"T", b"L12345678", b"Y12345678"] {
+        for nonsense in
+            [b"Z".as_slice(), b"X", b"F12345678", b"X1234567", b"T", b"L12345678", b"Y1234567812345678"]
+        {
             nix::sys::socket::send(ours.socket.as_raw_fd(), nonsense, MsgFlags::empty()).unwrap();
             assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::InvalidData);
         }

@@ -34,7 +34,7 @@ impl Broker {
                 Ok(Some(Handed::Filters(some))) => self.inherited.extend(some),
                 Ok(Some(Handed::Watch(kept))) => self.keepsake = Keepsake::from(kept),
                 Ok(Some(Handed::Begun(tag, process))) => self.judge_outset(tag, &process),
-                Ok(Some(Handed::Forget(_) | Handed::Judged(_) | Handed::Layered(..))) => {}
+                Ok(Some(Handed::Forget(_) | Handed::Judged(_) | Handed::Layered { .. })) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(None) | Err(_) => {

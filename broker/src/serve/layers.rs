@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     rc::Rc,
@@ -69,8 +70,8 @@ struct Run {
     layer: u8,
     /// What its tree is known by; 0 until it is there, and where the kernel does not tell.
     mark: u64,
-    /// The marks that it was under before.
-    before: Option<Vec<u64>>,
+    /// What stands for the marks that it was under before; 0 where the kernel does not tell.
+    before: u64,
     process: OwnedFd,
 }
 
@@ -224,9 +225,14 @@ impl Broker {
         let Some(layer) = self.layer_for(narrowing) else {
             return self.tell_supervisor(Handed::Unlayered(tag));
         };
-        let before = self.pid_of(&process).and_then(|pid| self.marks_of(pid));
-        self.layers.runs.insert(tag, Run { layer, mark: narrowing.mark, before, process });
-        self.tell_supervisor(Handed::Layered(tag, narrowing.mark));
+        // It may have its mark by now, if a broker before was asked first.
+        let before = match narrowing.before {
+            0 => self.pid_of(&process).and_then(|pid| self.marks_of(pid)).map_or(0, |marks| sum_of(&marks)),
+            before => before,
+        };
+        let mark = narrowing.mark;
+        self.layers.runs.insert(tag, Run { layer, mark, before, process });
+        self.tell_supervisor(Handed::Layered { tag, mark, before });
     }
 
     /// A run has put its mark under itself: from here on its tree is narrowed, and its program may begin.
@@ -234,16 +240,12 @@ impl Broker {
         let Some(run) = self.layers.runs.get(&tag) else {
             return self.tell_supervisor(Handed::Unlayered(tag));
         };
-        let pid = self.pid_of(&run.process);
+        let (pid, before) = (self.pid_of(&run.process), run.before);
         let now = pid.and_then(|pid| self.marks_of(pid));
-        let before = self.layers.runs.get(&tag).and_then(|run| run.before.clone());
-        let mark = match (&now, &before) {
+        let mark = match now.as_deref().map(<[u64]>::split_first) {
             // One more than before, and on top of them: not somebody else's.
-            (Some(now), Some(before)) => match now.split_first() {
-                Some((mark, rest)) if rest == before.as_slice() => *mark,
-                _ => return self.end_run(tag),
-            },
-            (None, None) if self.kernel.is_none() => 0,
+            Some(Some((mark, rest))) if sum_of(rest) == before => *mark,
+            None if self.kernel.is_none() => 0,
             _ => return self.end_run(tag),
         };
         let earlier =
@@ -264,7 +266,7 @@ impl Broker {
                 self.refresh(key, true);
             }
         }
-        self.tell_supervisor(Handed::Layered(tag, mark));
+        self.tell_supervisor(Handed::Layered { tag, mark, before });
     }
 
     fn pid_of(&self, process: &OwnedFd) -> Option<i32> {
@@ -380,6 +382,13 @@ impl Broker {
     }
 }
 
+/// One number, not 0, for some marks in their order. They are the kernel's addresses, which nobody chooses.
+fn sum_of(marks: &[u64]) -> u64 {
+    let mut sum = DefaultHasher::new();
+    marks.hash(&mut sum);
+    sum.finish() | 1
+}
+
 /// Why there is no policy to decide by.
 fn no_policy(path: &Path) -> String {
     let path = sentence(&path.to_string_lossy());
@@ -394,12 +403,8 @@ mod tests {
     fn a_number_is_not_used_again_while_another_is_free() {
         let mut layers = Layers::default();
         let layer = || Layer { path: PathBuf::new(), mode: Mode::Enforce, policy: None, diagnostic: None };
-        let run = |layer| Run {
-            layer,
-            mark: 0,
-            before: None,
-            process: fs::File::open("/dev/null").unwrap().into(),
-        };
+        let run =
+            |layer| Run { layer, mark: 0, before: 0, process: fs::File::open("/dev/null").unwrap().into() };
         for expected in 1..=MOST {
             let number = layers.free().unwrap();
             assert_eq!(number, expected);

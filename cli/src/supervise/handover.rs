@@ -44,7 +44,11 @@ pub struct Handover {
 struct Run {
     narrowing: Narrowing,
     process: OwnedFd,
-    /// The broker has said that it knows it, and nobody has heard that yet.
+    /// It has put its mark under itself.
+    marked: bool,
+    /// What was told of it and the broker that runs has not answered yet.
+    unanswered: usize,
+    /// All was answered, and nobody has heard that yet.
     known: bool,
 }
 
@@ -71,8 +75,14 @@ impl Handover {
         for ring in rings {
             ours.send(Handed::Ring(ring));
         }
-        for run in &self.runs {
+        for run in &mut self.runs {
             ours.send(Handed::Layer(run.narrowing.clone(), run.process.try_clone()?));
+            run.unanswered = 1;
+        }
+        // The broker before has not said by what mark these are known.
+        for run in self.runs.iter_mut().filter(|run| run.marked && run.narrowing.mark == 0) {
+            ours.send(Handed::Marked(run.narrowing.tag));
+            run.unanswered += 1;
         }
         for (tree, by_proxy, run) in &self.trees {
             let listeners = vec![tree.try_clone()?];
@@ -131,14 +141,19 @@ impl Handover {
         let (copy, process) = (process.try_clone()?, process.try_clone()?);
         self.last_run += 1;
         let tag = self.last_run;
-        let narrowing = Narrowing { tag, mark: 0, mode, policy: policy.to_owned() };
-        self.runs.push(Run { narrowing: narrowing.clone(), process, known: false });
+        let narrowing = Narrowing { tag, mark: 0, before: 0, mode, policy: policy.to_owned() };
+        let run = Run { narrowing: narrowing.clone(), process, marked: false, unanswered: 1, known: false };
+        self.runs.push(run);
         self.tell(Handed::Layer(narrowing, copy));
         Ok(tag)
     }
 
     /// A run has put its mark under itself.
     pub fn mark_run(&mut self, tag: u64) {
+        if let Some(run) = self.runs.iter_mut().find(|run| run.narrowing.tag == tag) {
+            (run.marked, run.known) = (true, false);
+            run.unanswered += 1;
+        }
         self.tell(Handed::Marked(tag));
     }
 
@@ -214,9 +229,11 @@ impl Handover {
                 Ok(Some(Handed::Filters(some))) => self.filters.extend(some),
                 Ok(Some(Handed::Forget(tag))) => drop(self.filters.remove(&tag)),
                 Ok(Some(Handed::Watch(fds))) => self.watch = fds,
-                Ok(Some(Handed::Layered(tag, mark))) => {
+                Ok(Some(Handed::Layered { tag, mark, before })) => {
                     if let Some(run) = self.runs.iter_mut().find(|run| run.narrowing.tag == tag) {
-                        (run.narrowing.mark, run.known) = (mark, true);
+                        (run.narrowing.mark, run.narrowing.before) = (mark, before);
+                        run.unanswered = run.unanswered.saturating_sub(1);
+                        run.known = run.unanswered == 0;
                     }
                 }
                 Ok(Some(Handed::Unlayered(tag))) => self.runs.retain(|run| run.narrowing.tag != tag),
@@ -255,4 +272,42 @@ pub fn refuse(tree: &OwnedFd) {
 fn is_over(fd: BorrowedFd<'_>) -> bool {
     let mut one = [PollFd::new(fd, PollFlags::empty())];
     matches!(poll(&mut one, PollTimeout::ZERO), Ok(n) if n > 0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic, reason = "test code")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_begins_when_the_broker_that_runs_knows_its_mark() {
+        let mut handover = Handover::default();
+        let process: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+        let told = |broker: &Link| match broker.receive().unwrap().unwrap() {
+            Handed::Book(_) => None,
+            other => Some(other),
+        };
+        let mut first = Link::from(handover.begin(None, Vec::new()).unwrap());
+        let tag =
+            handover.add_run(Path::new("/own.pol"), portcullis_broker::Mode::Enforce, &process).unwrap();
+        assert!(told(&first).is_none() && matches!(told(&first), Some(Handed::Layer(..))));
+        first.send(Handed::Layered { tag, mark: 0, before: 7 });
+        handover.hear();
+        assert_eq!((handover.take_word_of(tag), handover.take_word_of(tag)), (Some(true), None));
+        handover.mark_run(tag);
+        drop(first); // has read that, or has not
+        let mut second = Link::from(handover.begin(None, Vec::new()).unwrap());
+        let Some(Handed::Layer(narrowing, _)) = told(&second) else { panic!("the layer comes first") };
+        assert_eq!((narrowing.mark, narrowing.before), (0, 7));
+        assert!(matches!(told(&second), Some(Handed::Marked(marked)) if marked == tag));
+        second.send(Handed::Layered { tag, mark: 0, before: 7 });
+        handover.hear();
+        assert_eq!(handover.take_word_of(tag), None, "by what mark it is not known yet");
+        second.send(Handed::Layered { tag, mark: 9, before: 7 });
+        handover.hear();
+        assert_eq!(handover.take_word_of(tag), Some(true));
+        let third = Link::from(handover.begin(None, Vec::new()).unwrap());
+        assert!(matches!(told(&third), Some(Handed::Layer(narrowing, _)) if narrowing.mark == 9));
+        assert!(told(&third).is_none(), "it is known");
+    }
 }
