@@ -414,11 +414,8 @@ assert ctypes.CDLL(None).syscall(317, 1, 2, program) == 0
 
 #[test]
 fn a_programs_own_filter_that_logs_is_no_mark() {
-    let net = Net::new(&["a", "b"]);
-    let [_, b] = net.hosts();
-    let _servers = servers(b, &PORTS);
-    everywhere(&net, |a, options| {
-        let service = Service::start(a, WIDE, options);
+    everywhere(WIDE, |service, _, options| {
+        let a = service.host;
         let own = a.write("own.pol", OWN);
         let script = format!("{OWN_FILTER}{}", dials("10.77.0.2", &PORTS));
         let dial = [PY, "-c", &script];
@@ -426,7 +423,6 @@ fn a_programs_own_filter_that_logs_is_no_mark() {
         assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
         let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
         assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
-        service.end();
     });
 }
 
