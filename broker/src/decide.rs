@@ -286,14 +286,14 @@ fn settle(policy: &Policy, question: &Question<'_>, decision: Decision, user_onl
         Verdict::Protect => Some(format!("needs certificate; lane {} not available", decision.lane)),
         Verdict::Refuse if denied => Some("a rule denies it".to_owned()),
         Verdict::Refuse if user_only => Some(format!(
-            "no rule permits it {far} a process of this host that is known by its user only, as it is not wrapped"
+            "no rule permits it {far} a process of this host that is not wrapped, so that only its user is known"
         )),
         Verdict::Refuse => Some(match question.far {
             Far::Local(&[]) if question.outbound => {
-                "no rule permits it to an address of this host where nobody listens".to_owned()
+                "no rule permits it, and nobody listens there".to_owned()
             }
             Far::Local(&[]) => {
-                "no rule permits it from a process of this host that is not known, as it has closed already"
+                "no rule permits it; which process of this host it came from is not known, as that has closed already"
                     .to_owned()
             }
             _ => "no rule permits it".to_owned(),

@@ -28,8 +28,8 @@ pub struct Args {
     /// Only records with this verdict; may be repeated
     #[arg(long, value_enum)]
     verdict: Vec<Verdict>,
-    /// Only records since this time: `2026-01-31T10:00:00Z`, a local date, time or both (`2026-01-31`, `10:00`), or a
-    /// duration such as `10m` or `2h`
+    /// Only records since this time: `2026-01-31T10:00:00Z`, a local date, time or both (`2026-01-31`, `10:00`),
+    /// `today`, `yesterday`, or a duration such as `10m` or `2h`
     #[arg(long, value_name = "TIME", value_parser = select::since)]
     since: Option<jiff::Timestamp>,
     /// Only records of this process: its id, or its executable's path or name

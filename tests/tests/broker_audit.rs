@@ -125,6 +125,21 @@ fn the_log_rotates_and_numbers_go_on() {
     has_no_gap(&host);
 }
 
+/// Kills the broker, and has a call judged by the next one.
+fn kill_and_judge(host: &Host, it: &mut Running) {
+    let broker = host.broker();
+    kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
+    eventually("another broker serves", || {
+        let status = host.portcullis(&["status", "--format", "json"]);
+        let status: Value = serde_json::from_str(&status.stdout).ok()?;
+        status["pid"].as_i64().filter(|pid| *pid != i64::from(broker)).map(drop)
+    });
+    eventually("calls are judged again", || {
+        it.say("\n");
+        (it.line("") == "ok").then_some(())
+    });
+}
+
 #[test]
 fn a_killed_broker_takes_up_where_it_was() {
     let host = Host::here();
@@ -134,22 +149,39 @@ fn a_killed_broker_takes_up_where_it_was() {
     for _ in 0..2 {
         it.say("\n");
         it.line("ok");
-        let broker = host.broker();
-        kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
-        eventually("another broker serves", || {
-            let status = host.portcullis(&["status", "--format", "json"]);
-            let status: Value = serde_json::from_str(&status.stdout).ok()?;
-            status["pid"].as_i64().filter(|pid| *pid != i64::from(broker)).map(drop)
-        });
-        eventually("calls are judged again", || {
-            it.say("\n");
-            (it.line("") == "ok").then_some(())
-        });
+        kill_and_judge(&host, &mut it);
     }
     has_no_gap(&host);
     let records = host.records();
     let generations: Vec<u64> = records.iter().filter_map(|r| r["generation"].as_u64()).collect();
     assert!(generations.is_sorted() && *generations.last().unwrap() >= 3, "{generations:?}");
+}
+
+#[test]
+fn who_follows_sees_each_record_once_over_rotations_and_a_killed_broker() {
+    let host = Host::here();
+    host.policy(ALLOW_ALL);
+    host.write("state/portcullis.toml", "[audit]\nrotate_mib = 0\n");
+    let mut it = host.start(&[PY, "-c", LISTENER]);
+    it.line("up");
+    let state = host.state();
+    let program = portcullis_tests::built::portcullis();
+    let words = ["audit", "--follow", "--format", "json", "--state"].map(std::ffi::OsStr::new);
+    let words = [&[program.as_os_str()], &words[..], &[state.as_os_str()]].concat();
+    let follower = Running::start(host.plain(&words));
+    for _ in 0..2 {
+        for _ in 0..5 {
+            it.say("\n");
+            it.line("ok");
+        }
+        kill_and_judge(&host, &mut it);
+    }
+    assert!(std::fs::read_dir(host.state().join("audit")).unwrap().count() > 5);
+    let last = host.records().last().unwrap()["seq"].as_u64().unwrap();
+    for seq in 1..=last {
+        let record: Value = serde_json::from_str(&follower.line("")).unwrap();
+        assert_eq!(record["seq"], seq, "{record}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use jiff::{Timestamp, Zoned};
+use jiff::{Timestamp, ToSpan as _, Zoned};
 
 use super::Record;
 
@@ -100,6 +100,15 @@ pub fn since(text: &str) -> Result<Timestamp, String> {
             .map(|z| z.timestamp())
             .map_err(|e| e.to_string());
     }
+    let days = match text {
+        "today" => Some(0),
+        "yesterday" => Some(1),
+        _ => None,
+    };
+    if let Some(days) = days {
+        let day = Zoned::now().start_of_day().and_then(|today| today.checked_sub(days.days()));
+        return day.map(|z| z.timestamp()).map_err(|e| e.to_string());
+    }
     let ago = text.trim_end_matches(" ago");
     let ago: jiff::Span =
         ago.parse().map_err(|_| "neither a time nor a duration such as `10m`".to_string())?;
@@ -152,6 +161,8 @@ mod tests {
             "10:00:30",
             "2h 30m",
             "1 day ago",
+            "today",
+            "yesterday",
         ] {
             assert!(since(form).is_ok(), "{form}");
         }
