@@ -12,6 +12,7 @@ import threading
 import time
 
 SERVER, SIX, PORT, NOBODY = '10.77.0.2', 'fd77::2', 8080, 8081
+GROUP, LINK = 'ff02::4d:77', 8082
 LINGER = struct.pack('ii', 1, 0)
 SOON = 30
 BIG = bytes(range(256)) * 12_000
@@ -267,6 +268,64 @@ def look(what, end, s):
     s.close()
 
 
+def of_the_link():
+    """This host's own address on the link, once the kernel is sure that nobody else has it."""
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        for line in open('/proc/net/if_inet6'):
+            address, number, _, _, flags, _ = line.split()
+            if address.startswith('fe80') and not int(flags, 16) & 0x40:  # IFA_F_TENTATIVE
+                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)), int(number, 16)
+        time.sleep(.05)
+    raise TimeoutError('no address of the link')
+
+
+def group(scope):
+    """All that listen, on that link and no other."""
+    it = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    it.settimeout(SOON)
+    it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_LOOP, 0)
+    it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, GROUP) + struct.pack('i', scope))
+    return it
+
+
+def serve_link():
+    own, scope = of_the_link()
+    hears = group(scope)
+    hears.bind(('::', LINK, 0, scope))
+    door = socket.socket(socket.AF_INET6)
+    print('unscoped', tried(lambda: socket.socket(socket.AF_INET6).bind((own, LINK))), flush=True)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    door.bind((own, LINK, 0, scope))
+    door.listen()
+    said, who = hears.recvfrom(99)
+    print('from the link', said, who[0][:4], who[3] == scope, flush=True)
+    hears.sendto(own.encode(), who)
+    far, who = door.accept()
+    print('came by the link', who[0][:4], who[3] == scope, far.getsockname()[3] == scope, far.recv(9), flush=True)
+
+
+def ask_link():
+    own, scope = of_the_link()
+    asks = group(scope)
+    asks.bind((own, 0, 0, scope))
+    print('unscoped', tried(lambda: asks.sendto(b'x', ('fe80::77', LINK))))
+    # Who is asked may not listen yet.
+    asks.settimeout(.5)
+    said, end = None, time.monotonic() + SOON
+    while said is None and time.monotonic() < end:
+        sent = asks.sendto(b'who', (GROUP, LINK, 0, scope))
+        try:
+            said, who = asks.recvfrom(99)
+        except TimeoutError:
+            pass
+    print('answered', sent, who[3] == scope, said.decode() == who[0])
+    it = socket.socket(socket.AF_INET6)
+    it.settimeout(SOON)
+    it.connect((who[0], LINK, 0, scope))
+    print('connected', it.getpeername() == (who[0], LINK, 0, scope), it.getsockname()[0] == own, it.send(b'word'), flush=True)
+
+
 def serve():
     global LISTENER, CAME
     door = socket.create_server((SERVER, PORT), backlog=64)
@@ -288,6 +347,7 @@ def serve():
         data, at = udp.recvfrom(99)
         print('datagram', data, shape(at), flush=True)
         udp.sendto(b're ' + data, at)
+    serve_link()
 
 
 def ask():
@@ -337,6 +397,7 @@ def ask():
     udp.connect((SERVER, NOBODY))
     udp.send(b'x')
     print('datagram', tried(lambda: udp.recv(9)))
+    ask_link()
 
 
 serve() if sys.argv[1] == 'server' else ask()
