@@ -31,7 +31,7 @@ use crate::{
 };
 use hash::{Table, mix};
 use ports::PortIndex;
-use side::{Hits, Principal, Role, SideIndex, TooMany};
+use side::{Hit, Hits, Principal, Role, SideIndex, TooMany, Wanted};
 
 /// All indices of one policy.
 #[derive(Debug)]
@@ -61,11 +61,6 @@ impl hash::Entry for Entry {
     fn hash(&self) -> u64 {
         triple(self.from, self.to, self.service)
     }
-
-    /// Combinations have no kinds, so other bits of the hash tell them apart.
-    fn kinds(&self) -> u32 {
-        kind(self.hash())
-    }
 }
 
 #[derive(Debug)]
@@ -92,6 +87,7 @@ const fn triple(from: u32, to: u32, service: u32) -> u64 {
     mix((from as u64) << 32 | to as u64, service as u64)
 }
 
+/// Combinations have no kinds, so other bits of the hash tell them apart.
 const fn kind(hash: u64) -> u32 {
     1 << (hash & 31)
 }
@@ -132,8 +128,9 @@ impl Principals {
         (soft, numbers)
     }
 
-    fn index(&self) -> Arc<SideIndex> {
-        Arc::new(SideIndex::new(&self.all))
+    fn index(&self, side: Side) -> Arc<SideIndex> {
+        // Who accepts is looked for second, when it is known whom somebody who opens has a rule for.
+        Arc::new(SideIndex::new(&self.all, side == Side::To))
     }
 }
 
@@ -176,7 +173,7 @@ impl Compiled {
                 brief: Brief::of(RuleId(to_u32(i)), *rank, rule),
             });
         }
-        let (from, to) = (froms.index(), tos.index());
+        let (from, to) = (froms.index(Side::From), tos.index(Side::To));
         let unsettled =
             |list: &Principals| list.all.iter().any(|p| p.expr.mentions(|a| !matches!(a, Atom::Address(_))));
         let soften = |list: &[Option<u32>], n: u32| list.get(to_usize(n)).copied().flatten();
@@ -184,13 +181,25 @@ impl Compiled {
             let (soft, numbers) = tos.before_certificate();
             let moved = entries.iter().filter_map(|e| Some(Entry { to: soften(&numbers, e.to)?, ..*e }));
             let table = table(moved.collect());
-            Index { from: Arc::clone(&from), to: soft.index(), from_moved: 0, to_moved: u32::MAX, table }
+            Index {
+                from: Arc::clone(&from),
+                to: soft.index(Side::To),
+                from_moved: 0,
+                to_moved: u32::MAX,
+                table,
+            }
         });
         let before_from = unsettled(&froms).then(|| {
             let (soft, numbers) = froms.before_certificate();
             let moved = entries.iter().filter_map(|e| Some(Entry { from: soften(&numbers, e.from)?, ..*e }));
             let table = table(moved.collect());
-            Index { from: soft.index(), to: Arc::clone(&to), from_moved: u32::MAX, to_moved: 0, table }
+            Index {
+                from: soft.index(Side::From),
+                to: Arc::clone(&to),
+                from_moved: u32::MAX,
+                to_moved: 0,
+                table,
+            }
         });
         let exact = Index { from, to, from_moved: 0, to_moved: 0, table: table(entries) };
         Some(Self { ports: PortIndex::new(&services)?, exact, before_to, before_from, expiries })
@@ -261,7 +270,7 @@ fn table(mut entries: Vec<Entry>) -> Table<Entry> {
     for group in entries.chunk_by(|a, b| key(a) == key(b)) {
         kept.extend(group.iter().filter(|entry| is_needed(entry, group)));
     }
-    Table::new(kept)
+    Table::new(kept, |entry| kind(hash::Entry::hash(entry)))
 }
 
 impl Index {
@@ -275,13 +284,18 @@ impl Index {
     ) -> Result<(), TooMany> {
         let wanted = services.iter().fold(0, |bits, s| bits | service_bit(*s));
         let (mut froms, mut tos) = (Hits::new(), Hits::new());
-        self.from.hits(from, wanted, &mut froms)?;
-        // Only what somebody who opens has a rule for is looked for any further.
-        let wanted = froms.iter().fold(0, |bits, from| bits | from.role.services) & wanted;
+        self.from.hits(from, Wanted { services: wanted, principals: u32::MAX }, &mut froms)?;
+        // Only whom and what somebody who opens has a rule for is looked for any further.
+        let (mut partners, mut theirs) = (self.to_moved, 0);
+        for Hit { role, .. } in &froms {
+            partners |= role.partners;
+            theirs |= role.services;
+        }
+        let wanted = theirs & wanted;
         if wanted == 0 {
             return Ok(());
         }
-        self.to.hits(to, wanted, &mut tos)?;
+        self.to.hits(to, Wanted { services: wanted, principals: partners }, &mut tos)?;
         for from in &froms {
             for to in &tos {
                 let (left, right, truth) = (&from.role, &to.role, from.truth & to.truth);

@@ -40,6 +40,20 @@ pub(super) struct Role {
     pub(super) partners: u32,
 }
 
+/// What is looked for on a side: bits of services, and of the numbers of principals.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub(super) services: u32,
+    pub(super) principals: u32,
+}
+
+impl Role {
+    #[inline(always)]
+    const fn is(&self, wanted: Wanted) -> bool {
+        self.services & wanted.services != 0 && super::bit(self.principal) & wanted.principals != 0
+    }
+}
+
 /// A principal that a party is, and how certainly.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Hit {
@@ -65,10 +79,6 @@ impl Entry for Place {
     fn hash(&self) -> u64 {
         self.hash
     }
-
-    fn kinds(&self) -> u32 {
-        self.role.services
-    }
 }
 
 /// One alternative of one principal, in full.
@@ -84,6 +94,8 @@ struct Alternative {
 #[derive(Debug)]
 pub(super) struct SideIndex {
     places: Table<Place>,
+    /// Whether homes of places say of which principals they are, not of which services.
+    by_principal: bool,
     depths: Depths,
     /// Principals that are everyone.
     everyone: Vec<Role>,
@@ -142,7 +154,7 @@ impl Keys {
 
 impl SideIndex {
     /// Indexes principals.
-    pub(super) fn new(principals: &[Principal]) -> Self {
+    pub(super) fn new(principals: &[Principal], by_principal: bool) -> Self {
         let mut found: Vec<(&Principal, Term)> = Vec::with_capacity(principals.len());
         let mut builder = Builder::default();
         for principal in principals {
@@ -159,7 +171,7 @@ impl SideIndex {
         for (principal, term) in found {
             builder.add(principal, term, &keys);
         }
-        builder.finish()
+        builder.finish(by_principal)
     }
 }
 
@@ -227,10 +239,13 @@ impl Builder {
         }
     }
 
-    fn finish(mut self) -> SideIndex {
+    fn finish(mut self, by_principal: bool) -> SideIndex {
         self.places.sort_unstable_by_key(|p| (p.hash, p.role.principal));
         SideIndex {
-            places: Table::new(self.places),
+            places: Table::new(self.places, |place| {
+                if by_principal { super::bit(place.role.principal) } else { place.role.services }
+            }),
+            by_principal,
             depths: Depths::new(&self.uses),
             everyone: self.everyone,
             alternatives: self.alternatives,
@@ -241,10 +256,10 @@ impl Builder {
 }
 
 impl SideIndex {
-    /// The principals that a party is, among those with a rule for one of the services that are wanted.
+    /// The principals that a party is, among those that are wanted.
     #[inline(always)]
-    pub(super) fn hits(&self, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
-        for role in self.everyone.iter().filter(|role| role.services & wanted != 0) {
+    pub(super) fn hits(&self, view: &View<'_>, wanted: Wanted, hits: &mut Hits) -> Result<(), TooMany> {
+        for role in self.everyone.iter().filter(|role| role.is(wanted)) {
             keep(role, Truth::TRUE, hits)?;
         }
         self.try_all(&self.always, view, wanted, hits)?;
@@ -254,18 +269,11 @@ impl SideIndex {
         self.try_unknown(view, wanted, hits)?;
         let mut values = Values::new();
         self.depths.values(view, &mut values)?;
-        for hash in values.alone() {
-            self.by_hash(*hash, view, wanted, hits)?;
-        }
-        for (a, b) in self.depths.pairs() {
-            let others = values.group(*b);
-            for left in values.group(*a) {
-                for right in others {
-                    self.by_hash(both(*left, *right), view, wanted, hits)?;
-                }
-            }
-        }
-        Ok(())
+        let kinds = if self.by_principal { wanted.principals } else { wanted.services };
+        // Most values lead nowhere, so that is told before anything is called.
+        self.depths.find(&values, |hash| {
+            if self.places.may_have(hash, kinds) { self.at(hash, view, wanted, hits) } else { Ok(()) }
+        })
     }
 
     fn alternative(&self, number: u32, view: &View<'_>) -> Truth {
@@ -280,10 +288,16 @@ impl SideIndex {
         alternative.rest.iter().fold(truth, |truth, rest| truth & view.expr(rest, false))
     }
 
-    fn try_all(&self, numbers: &[u32], view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+    fn try_all(
+        &self,
+        numbers: &[u32],
+        view: &View<'_>,
+        wanted: Wanted,
+        hits: &mut Hits,
+    ) -> Result<(), TooMany> {
         for number in numbers {
             if let Some(Alternative { role, .. }) = self.alternatives.get(to_usize(*number))
-                && role.services & wanted != 0
+                && role.is(wanted)
             {
                 keep(role, self.alternative(*number, view), hits)?;
             }
@@ -291,16 +305,10 @@ impl SideIndex {
         Ok(())
     }
 
-    /// Most values lead nowhere, so that is told before anything is called.
-    #[inline(always)]
-    fn by_hash(&self, hash: u64, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
-        if self.places.may_have(hash, wanted) { self.at(hash, view, wanted, hits) } else { Ok(()) }
-    }
-
     #[inline(never)]
-    fn at(&self, hash: u64, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+    fn at(&self, hash: u64, view: &View<'_>, wanted: Wanted, hits: &mut Hits) -> Result<(), TooMany> {
         for place in self.places.near(hash) {
-            if place.hash == hash && place.role.services & wanted != 0 {
+            if place.hash == hash && place.role.is(wanted) {
                 let truth = code::run(&place.code, view, |number| self.alternative(number, view));
                 keep(&place.role, truth, hits)?;
             }
@@ -310,7 +318,7 @@ impl SideIndex {
 
     /// What a fact would lead to that could not be established: it may hold, in a `deny`.
     #[inline]
-    fn try_unknown(&self, view: &View<'_>, wanted: u32, hits: &mut Hits) -> Result<(), TooMany> {
+    fn try_unknown(&self, view: &View<'_>, wanted: Wanted, hits: &mut Hits) -> Result<(), TooMany> {
         let mut unknown: u32 = 0;
         if view.address == Address::Unknown {
             unknown |= 1 << ADDRESS;

@@ -35,10 +35,11 @@ pub(super) enum Lead {
     ProcessUid,
     ProcessGroup,
     ProcessUnit,
-    Prefix,
+    V4,
+    V6,
 }
 
-const LEADS: usize = Lead::Prefix as usize + 1;
+const LEADS: usize = Lead::V6 as usize + 1;
 
 impl Lead {
     const fn seed(self) -> u64 {
@@ -53,7 +54,7 @@ impl Lead {
             Self::ProcessUser | Self::ProcessUid => USER,
             Self::ProcessGroup => GROUP,
             Self::ProcessUnit => UNIT,
-            Self::Prefix => ADDRESS,
+            Self::V4 | Self::V6 => ADDRESS,
             _ => return None,
         })
     }
@@ -66,8 +67,8 @@ pub(super) const GROUP: usize = 3;
 pub(super) const UNIT: usize = 4;
 pub(super) const ADDRESS: usize = 5;
 
-/// By what a condition can be found: the hash of a fact, of what kind, and how deep it is (labels of a name,
-/// components of a path, bits of a prefix, which for IPv6 count from 64).
+/// By what a condition can be found: the hash of a fact, of what kind, and how deep it is (dots in the
+/// end of a name, slashes in the beginning of a path, bits of a prefix).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Key {
     pub(super) lead: Lead,
@@ -75,64 +76,66 @@ pub(super) struct Key {
     pub(super) hash: u64,
 }
 
+/// How a fact is used.
+#[derive(Clone, Copy, Debug, Default)]
+struct Use {
+    /// It leads somewhere alone.
+    alone: bool,
+    /// It does with another.
+    paired: bool,
+}
+
 /// How facts are used, by kind and depth.
 #[derive(Debug, Default)]
 pub(super) struct UsesOf {
-    /// Whether one leads somewhere alone, and with another.
-    by_depth: BTreeMap<(Lead, u8), (bool, bool)>,
+    by_depth: BTreeMap<(Lead, u8), Use>,
     pairs: BTreeSet<(Lead, Lead)>,
 }
 
 impl UsesOf {
     pub(super) fn alone(&mut self, key: &Key) {
-        self.by_depth.entry((key.lead, key.depth)).or_default().0 = true;
+        self.by_depth.entry((key.lead, key.depth)).or_default().alone = true;
     }
 
     pub(super) fn paired(&mut self, a: &Key, b: &Key) {
         for key in [a, b] {
-            self.by_depth.entry((key.lead, key.depth)).or_default().1 = true;
+            self.by_depth.entry((key.lead, key.depth)).or_default().paired = true;
         }
         self.pairs.insert((a.lead, b.lead));
     }
 }
 
-/// The hashes of what is known of a party, in groups.
+/// The hashes of what is known of a party.
 pub(super) struct Values {
-    hashes: ArrayVec<u64, MOST>,
-    /// Where the hashes of each group begin; behind the last group, where they end.
-    starts: [u8; MOST_GROUPS + 1],
-    /// How many lead somewhere alone: the first.
-    alone: usize,
+    /// Those that may lead somewhere alone.
+    alone: ArrayVec<u64, MOST>,
+    /// Those that may with another, group by group.
+    paired: ArrayVec<u64, MOST>,
+    /// Where those of each group begin; behind the last, where they end.
+    starts: [usize; LEADS + 1],
 }
-
-/// Each kind of fact in three: those that lead somewhere alone, with another, or both.
-const MOST_GROUPS: usize = 3 * LEADS;
 
 impl Values {
     pub(super) const fn new() -> Self {
-        Self { hashes: ArrayVec::new_const(), starts: [0; MOST_GROUPS + 1], alone: 0 }
+        Self { alone: ArrayVec::new_const(), paired: ArrayVec::new_const(), starts: [0; LEADS + 1] }
     }
 
-    #[inline]
-    fn push(&mut self, hash: u64) -> Result<(), TooMany> {
-        self.hashes.try_push(hash).map_err(|_| TooMany)
+    #[inline(always)]
+    fn push(&mut self, hash: u64, used: Use) -> Result<(), TooMany> {
+        if used.alone {
+            self.alone.try_push(hash).map_err(|_| TooMany)?;
+        }
+        if used.paired {
+            self.paired.try_push(hash).map_err(|_| TooMany)?;
+        }
+        Ok(())
     }
 
-    fn text(&mut self, lead: Lead, text: &str) -> Result<(), TooMany> {
-        self.push(hash::text::<false>(lead.seed(), text.as_bytes()))
-    }
-
-    /// Those that may lead somewhere alone.
-    #[inline]
-    pub(super) fn alone(&self) -> &[u64] {
-        self.hashes.get(..self.alone).unwrap_or_default()
-    }
-
-    /// Those of a group.
-    #[inline]
-    pub(super) fn group(&self, number: usize) -> &[u64] {
+    /// Those of the group with this number that may lead somewhere with another.
+    #[inline(always)]
+    fn of(&self, number: usize) -> &[u64] {
         match self.starts.get(number..number + 2) {
-            Some(&[start, end]) => self.hashes.get(usize::from(start)..usize::from(end)).unwrap_or_default(),
+            Some(&[start, end]) => self.paired.get(start..end).unwrap_or_default(),
             _ => &[],
         }
     }
@@ -195,93 +198,75 @@ const fn key(lead: Lead, depth: u8, hash: u64) -> Key {
     Key { lead, depth, hash }
 }
 
-/// How often a byte occurs; very many are as many as [`DEEPEST`].
+/// How often a byte occurs in a part of a pattern, which is not long.
 fn count(text: &[u8], byte: u8) -> u8 {
-    let count = text.iter().filter(|b| **b == byte).count();
-    u8::try_from(count).unwrap_or(DEEPEST).min(DEEPEST)
+    u8::try_from(text.iter().filter(|b| **b == byte).count()).unwrap_or(u8::MAX)
 }
-
-/// Depths of names and paths from here on are not told apart.
-const DEEPEST: u8 = 63;
 
 /// The prefixes of a set.
 fn prefixes(set: &AddressSet) -> Vec<Key> {
     let v4 = set.v4.iter().flat_map(|(low, high)| prefixes_v4(*low, *high));
-    let v4 = v4.map(|net| (u128::from(u32::from(net.network())), net.prefix_len()));
+    let v4 = v4.map(|net| (Lead::V4, u128::from(u32::from(net.network())), net.prefix_len()));
     let v6 = set.v6.iter().flat_map(|(low, high)| prefixes_v6(*low, *high));
-    let v6 = v6.map(|net| (u128::from(net.network()), net.prefix_len() + V6));
-    v4.chain(v6).map(|(address, depth)| key(Lead::Prefix, depth, address_hash(address, depth))).collect()
+    let v6 = v6.map(|net| (Lead::V6, u128::from(net.network()), net.prefix_len()));
+    v4.chain(v6).map(|(lead, address, depth)| key(lead, depth, address_hash(lead, address, depth))).collect()
 }
-
-/// What is added to the length of prefixes of IPv6, to keep them apart from those of IPv4.
-const V6: u8 = 64;
 
 #[expect(clippy::cast_possible_truncation, reason = "the two halves of the address are wanted")]
-const fn address_hash(address: u128, depth: u8) -> u64 {
-    mix(address as u64 ^ (depth as u64) << 56, (address >> 64) as u64 ^ Lead::Prefix.seed())
-}
-
-/// An address cut to its first bits.
-fn cut(address: u128, width: u8, length: u8) -> u128 {
-    let drop = u32::from(width - length.min(width));
-    address.checked_shr(drop).and_then(|a| a.checked_shl(drop)).unwrap_or(0)
+const fn address_hash(lead: Lead, address: u128, depth: u8) -> u64 {
+    mix(address as u64 ^ (depth as u64) << 56, (address >> 64) as u64 ^ lead.seed())
 }
 
 /// Which facts are looked at, for one set of principals.
 #[derive(Debug, Default)]
 pub(super) struct Depths {
-    /// First those that lead somewhere alone, last those that only do so with another.
     groups: Vec<Group>,
-    /// How many groups have facts that lead somewhere alone.
-    alone: usize,
     /// Groups whose facts lead somewhere together.
     pairs: Vec<(usize, usize)>,
 }
 
-/// Facts of one kind at some depths.
+/// Facts of one kind, and at which depths they lead somewhere.
 #[derive(Debug)]
 struct Group {
     lead: Lead,
-    /// Of names and paths: a bit for each depth.
-    levels: u64,
-    /// Of addresses: the lengths of prefixes.
-    v4: Vec<u8>,
-    v6: Vec<u8>,
+    /// How one that has no depth is used.
+    used: Use,
+    /// From the least.
+    depths: Vec<(u8, Use)>,
 }
 
 impl Depths {
     pub(super) fn new(uses: &UsesOf) -> Self {
-        let mut depths = Self::default();
-        let mut first_paired = 0;
-        for part in [(true, false), (true, true), (false, true)] {
-            let keys = uses.by_depth.iter().filter(|(_, used)| **used == part);
-            let keys: Vec<(Lead, u8)> = keys.map(|(key, _)| *key).collect();
-            depths.groups.extend(keys.chunk_by(|a, b| a.0 == b.0).filter_map(Group::new));
-            match part {
-                (true, false) => first_paired = depths.groups.len(),
-                (true, true) => depths.alone = depths.groups.len(),
-                _ => {}
-            }
-        }
-        let of = |lead: Lead| {
-            let groups = depths.groups.iter().enumerate().skip(first_paired);
-            groups.filter(move |(_, group)| group.lead == lead).map(|(number, _)| number)
-        };
-        let all = uses
-            .pairs
-            .iter()
-            .flat_map(|(a, b)| of(*a).flat_map(|left| of(*b).map(move |right| (left, right))));
-        depths.pairs = all.collect();
-        depths
+        let all: Vec<_> = uses.by_depth.iter().map(|((lead, depth), used)| (*lead, *depth, *used)).collect();
+        let groups: Vec<_> = all.chunk_by(|a, b| a.0 == b.0).filter_map(Group::new).collect();
+        let place = |lead: Lead| groups.iter().position(|group| group.lead == lead);
+        let pairs = uses.pairs.iter().filter_map(|(a, b)| Some((place(*a)?, place(*b)?))).collect();
+        Self { groups, pairs }
     }
 
     pub(super) const fn nothing(&self) -> bool {
         self.groups.is_empty()
     }
 
-    /// Groups whose facts lead somewhere together.
-    pub(super) fn pairs(&self) -> &[(usize, usize)] {
-        &self.pairs
+    /// Calls `visit` with all by which something may be found.
+    #[inline(always)]
+    pub(super) fn find(
+        &self,
+        values: &Values,
+        mut visit: impl FnMut(u64) -> Result<(), TooMany>,
+    ) -> Result<(), TooMany> {
+        for hash in &values.alone {
+            visit(*hash)?;
+        }
+        for (a, b) in &self.pairs {
+            let lefts = values.of(*a);
+            for right in values.of(*b) {
+                for left in lefts {
+                    visit(both(*left, *right))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The hashes of what is known of a party, as far as they may lead somewhere.
@@ -294,26 +279,19 @@ impl Depths {
         // What a certificate says of its process counts where nothing nearer does.
         let remote = view.far && !view.no_process && matches!(view.process, ProcessFact::Unknown);
         let attested = certificate.filter(|_| remote);
-        for (number, group) in self.groups.iter().enumerate() {
-            match group.lead {
-                Lead::Prefix => group.address(view, values)?,
-                Lead::Exe | Lead::Folder | Lead::Sha256 => group.executable(view, attested, values)?,
-                Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit => {
-                    process(group.lead, view, attested, values)?;
+        for (group, start) in self.groups.iter().zip(1..) {
+            match (group.lead, certificate) {
+                (Lead::V4 | Lead::V6, _) => group.address(view, values)?,
+                (Lead::Exe | Lead::Folder, _) => group.executable(view, attested, values)?,
+                (Lead::ProcessUser | Lead::ProcessUid | Lead::ProcessGroup | Lead::ProcessUnit, _) => {
+                    group.process(view, attested, values)?;
                 }
-                _ => {
-                    if let Some(facts) = certificate {
-                        group.certificate(facts, values)?;
-                    }
-                }
+                (Lead::Sha256, _) => group.content(view, attested, values)?,
+                (_, Some(facts)) => group.certificate(facts, values)?,
+                (_, None) => {}
             }
-            // At most 128, so it fits.
-            let end = u8::try_from(values.hashes.len()).unwrap_or(u8::MAX);
-            if let Some(start) = values.starts.get_mut(number + 1) {
-                *start = end;
-            }
-            if number + 1 == self.alone {
-                values.alone = values.hashes.len();
+            if let Some(start) = values.starts.get_mut::<usize>(start) {
+                *start = values.paired.len();
             }
         }
         Ok(())
@@ -322,45 +300,33 @@ impl Depths {
 
 impl Group {
     /// Of keys of one kind.
-    fn new(keys: &[(Lead, u8)]) -> Option<Self> {
-        let (lead, _) = *keys.first()?;
-        let mut group = Self { lead, levels: 0, v4: Vec::new(), v6: Vec::new() };
-        for (_, depth) in keys {
-            match (lead, depth.checked_sub(V6)) {
-                (Lead::Prefix, None) => group.v4.push(*depth),
-                (Lead::Prefix, Some(length)) => group.v6.push(length),
-                _ => group.levels |= 1 << depth.min(&DEEPEST),
-            }
-        }
-        Some(group)
+    fn new(keys: &[(Lead, u8, Use)]) -> Option<Self> {
+        let (lead, _, used) = *keys.first()?;
+        Some(Self { lead, used, depths: keys.iter().map(|(_, depth, used)| (*depth, *used)).collect() })
     }
 
-    const fn has_level(&self, depth: u32) -> bool {
-        self.levels >> (if depth < DEEPEST as u32 { depth } else { DEEPEST as u32 }) & 1 == 1
+    #[inline]
+    fn text(&self, text: &str, values: &mut Values) -> Result<(), TooMany> {
+        values.push(hash::text::<false>(self.lead.seed(), text.as_bytes()), self.used)
     }
 
-    /// Whether nothing is to be found from this depth on.
-    const fn ends_before(&self, depth: u32) -> bool {
-        depth < DEEPEST as u32 && self.levels >> depth == 0
-    }
-
+    // Each of these by itself: together they are more than a compiler keeps in registers.
+    #[inline(never)]
     fn address(&self, view: &View<'_>, values: &mut Values) -> Result<(), TooMany> {
-        match view.address {
-            Address::V4(v4) => {
-                for length in &self.v4 {
-                    values.push(address_hash(cut(v4.into(), 32, *length), *length))?;
-                }
-            }
-            Address::V6(v6) => {
-                for length in &self.v6 {
-                    values.push(address_hash(cut(v6, 128, *length), *length + V6))?;
-                }
-            }
-            Address::Unknown | Address::Absent => {}
+        let (address, width) = match (view.address, self.lead) {
+            (Address::V4(v4), Lead::V4) => (v4.into(), u32::BITS),
+            (Address::V6(v6), Lead::V6) => (v6, u128::BITS),
+            _ => return Ok(()),
+        };
+        for (length, used) in &self.depths {
+            let drop = width.saturating_sub((*length).into());
+            let prefix = address.checked_shr(drop).and_then(|a| a.checked_shl(drop)).unwrap_or(0);
+            values.push(address_hash(self.lead, prefix, *length), *used)?;
         }
         Ok(())
     }
 
+    #[inline(never)]
     fn certificate(&self, facts: &CertificateFacts, values: &mut Values) -> Result<(), TooMany> {
         let lead = self.lead;
         let one = match lead {
@@ -369,108 +335,130 @@ impl Group {
                     let name = name.as_bytes();
                     let name = name.strip_suffix(b".").unwrap_or(name);
                     if lead == Lead::Name {
-                        values.push(hash::text::<true>(Lead::Name.seed(), name))?;
+                        values.push(hash::text::<true>(Lead::Name.seed(), name), self.used)?;
                     } else {
                         self.name_ends(name, values)?;
                     }
                 }
                 return Ok(());
             }
-            Lead::Group => return facts.groups.iter().try_for_each(|group| values.text(lead, group)),
+            Lead::Group => return facts.groups.iter().try_for_each(|group| self.text(group, values)),
             Lead::Org => &facts.org,
             Lead::Process => &facts.process,
             Lead::Unit => &facts.unit,
             Lead::User => &facts.user,
             _ => &facts.issuer,
         };
-        one.as_ref().map_or(Ok(()), |text| values.text(lead, text))
+        one.as_ref().map_or(Ok(()), |text| self.text(text, values))
     }
 
+    #[inline(never)]
     fn name_ends(&self, name: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let mut dots = 0;
-        let mut rest = name;
-        while let Some(at) = rest.iter().rposition(|byte| *byte == b'.') {
-            rest = rest.get(..at).unwrap_or_default();
-            // What lies behind this dot has `dots` dots in it.
-            if self.has_level(dots) {
-                let end = name.get(at + 1..).unwrap_or_default();
-                values.push(hash::text::<true>(Lead::NameEnd.seed(), end))?;
+        let mut dots = hash::Marks::from_end(name, b'.');
+        let mut next = 0;
+        for (depth, used) in &self.depths {
+            // What lies behind the first dot from the end has none in it.
+            while next < *depth {
+                if dots.next_back().is_none() {
+                    return Ok(());
+                }
+                next += 1;
             }
-            dots += 1;
-            if self.ends_before(dots) {
-                break;
-            }
+            let Some(dot) = dots.next_back() else { break };
+            let end = name.get(dot + 1..).unwrap_or_default();
+            values.push(hash::text::<true>(Lead::NameEnd.seed(), end), *used)?;
+            next += 1;
         }
         Ok(())
     }
 
+    #[inline(never)]
     fn executable(
         &self,
         view: &View<'_>,
         attested: Option<&CertificateFacts>,
         values: &mut Values,
     ) -> Result<(), TooMany> {
-        let (path, sha256) = match (view.process, attested) {
-            (ProcessFact::Known(facts), _) if !view.no_process => {
-                let path = if let Fact::Known(path) = &facts.exe { Some(path) } else { None };
-                let sha256 = if let Fact::Known(sha256) = &facts.sha256 { Some(sha256) } else { None };
-                (path, sha256)
-            }
-            (_, Some(facts)) => (facts.exe.as_ref(), facts.sha256.as_ref()),
+        let path = match (view.process, attested) {
+            (ProcessFact::Known(facts), _) if !view.no_process => match &facts.exe {
+                Fact::Known(path) => path,
+                Fact::Unknown => return Ok(()),
+            },
+            (_, Some(CertificateFacts { exe: Some(path), .. })) => path,
             _ => return Ok(()),
         };
-        match (self.lead, path, sha256) {
-            (Lead::Exe, Some(path), _) => values.text(Lead::Exe, path),
-            (Lead::Folder, Some(path), _) => self.folders(path.as_bytes(), values),
-            (Lead::Sha256, _, Some(sha256)) => values.push(hash::text::<false>(Lead::Sha256.seed(), sha256)),
-            _ => Ok(()),
-        }
+        if self.lead == Lead::Exe { self.text(path, values) } else { self.folders(path.as_bytes(), values) }
     }
 
+    #[inline(never)]
+    fn content(
+        &self,
+        view: &View<'_>,
+        attested: Option<&CertificateFacts>,
+        values: &mut Values,
+    ) -> Result<(), TooMany> {
+        let sha256 = match (view.process, attested) {
+            (ProcessFact::Known(facts), _) if !view.no_process => match &facts.sha256 {
+                Fact::Known(sha256) => sha256,
+                Fact::Unknown => return Ok(()),
+            },
+            (_, Some(CertificateFacts { sha256: Some(sha256), .. })) => sha256,
+            _ => return Ok(()),
+        };
+        values.push(hash::text::<false>(Lead::Sha256.seed(), sha256), self.used)
+    }
+
+    #[inline(never)]
     fn folders(&self, path: &[u8], values: &mut Values) -> Result<(), TooMany> {
-        let mut slashes = 0;
-        for (at, byte) in path.iter().enumerate() {
-            if *byte != b'/' {
-                continue;
+        let mut slashes = hash::Marks::from_start(path, b'/');
+        let mut next = 1;
+        for (depth, used) in &self.depths {
+            while next < *depth {
+                if slashes.next().is_none() {
+                    return Ok(());
+                }
+                next += 1;
             }
-            slashes += 1;
-            if self.has_level(slashes) {
-                let folder = path.get(..=at).unwrap_or_default();
-                values.push(hash::text::<false>(Lead::Folder.seed(), folder))?;
-            }
-            if self.ends_before(slashes + 1) {
-                break;
-            }
+            let Some(slash) = slashes.next() else { break };
+            let folder = path.get(..=slash).unwrap_or_default();
+            values.push(hash::text::<false>(Lead::Folder.seed(), folder), *used)?;
+            next += 1;
         }
         Ok(())
     }
-}
 
-fn process(
-    lead: Lead,
-    view: &View<'_>,
-    attested: Option<&CertificateFacts>,
-    values: &mut Values,
-) -> Result<(), TooMany> {
-    let uid_hash = |uid: u32| mix(Lead::ProcessUid.seed(), uid.into());
-    match (view.process, attested) {
-        _ if view.no_process => Ok(()),
-        (ProcessFact::Known(facts), _) => match lead {
-            Lead::ProcessUser => values.text(lead, &facts.user),
-            Lead::ProcessUid => values.push(uid_hash(facts.uid)),
-            Lead::ProcessGroup => facts.groups.iter().try_for_each(|group| values.text(lead, group)),
-            _ => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
-        },
-        (ProcessFact::UserOnly { uid, user }, _) => match lead {
-            Lead::ProcessUser => values.text(lead, user),
-            Lead::ProcessUid => values.push(uid_hash(uid)),
-            _ => Ok(()),
-        },
-        (ProcessFact::Unknown, Some(facts)) => match lead {
-            Lead::ProcessUser => facts.user.as_ref().map_or(Ok(()), |user| values.text(lead, user)),
-            Lead::ProcessUnit => facts.unit.as_ref().map_or(Ok(()), |unit| values.text(lead, unit)),
-            _ => Ok(()),
-        },
-        (ProcessFact::Unknown, None) => Ok(()),
+    #[inline(never)]
+    fn process(
+        &self,
+        view: &View<'_>,
+        attested: Option<&CertificateFacts>,
+        values: &mut Values,
+    ) -> Result<(), TooMany> {
+        let mut one = |text: Option<&String>| text.map_or(Ok(()), |text| self.text(text, values));
+        match (view.process, attested) {
+            _ if view.no_process => Ok(()),
+            (ProcessFact::Known(facts), _) => match self.lead {
+                Lead::ProcessUser => self.text(&facts.user, values),
+                Lead::ProcessUid => self.uid(facts.uid, values),
+                Lead::ProcessGroup => facts.groups.iter().try_for_each(|group| self.text(group, values)),
+                _ => one(facts.unit.as_ref()),
+            },
+            (ProcessFact::UserOnly { uid, user }, _) => match self.lead {
+                Lead::ProcessUser => self.text(user, values),
+                Lead::ProcessUid => self.uid(uid, values),
+                _ => Ok(()),
+            },
+            (ProcessFact::Unknown, Some(facts)) => match self.lead {
+                Lead::ProcessUser => one(facts.user.as_ref()),
+                Lead::ProcessUnit => one(facts.unit.as_ref()),
+                _ => Ok(()),
+            },
+            (ProcessFact::Unknown, None) => Ok(()),
+        }
+    }
+
+    #[inline(never)]
+    fn uid(&self, uid: u32, values: &mut Values) -> Result<(), TooMany> {
+        values.push(mix(Lead::ProcessUid.seed(), uid.into()), self.used)
     }
 }
