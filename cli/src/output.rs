@@ -2,13 +2,17 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use portcullis_policy::{Diagnostics, Part, Severity};
+
 /// Standard output and standard error of one command.
 ///
 /// A reader that goes away (`| head`) ends the command quietly, by SIGPIPE.
 pub struct Out {
     stdout: io::Stdout,
     stderr: io::Stderr,
+    /// Whether each of them is shown in colour.
     colour: bool,
+    colour_of_notes: bool,
     /// Why a part of the result was not written, if one was not.
     lost: Option<io::Error>,
 }
@@ -38,6 +42,10 @@ impl Ink {
             Self::Strong => "1",
         }
     }
+
+    fn on(self, text: &str) -> String {
+        format!("\x1b[{}m{text}\x1b[0m", self.sgr())
+    }
 }
 
 impl Out {
@@ -46,8 +54,9 @@ impl Out {
     pub fn new() -> Self {
         let stdout = io::stdout();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-        let colour = wanted && stdout.is_terminal();
-        Self { stdout, stderr: io::stderr(), colour, lost: None }
+        let (colour, colour_of_notes) =
+            (wanted && stdout.is_terminal(), wanted && io::stderr().is_terminal());
+        Self { stdout, stderr: io::stderr(), colour, colour_of_notes, lost: None }
     }
 
     /// Writes one line of the result.
@@ -93,9 +102,20 @@ impl Out {
         let _gone = writeln!(self.stderr, "portcullis: {}", text.as_ref());
     }
 
-    /// Writes text to standard error as it is (a diagnostic that brings its own layout).
+    /// Writes text to standard error as it is.
     pub fn diagnostic(&mut self, text: impl AsRef<str>) {
         let _gone = self.stderr.write_all(text.as_ref().as_bytes());
+    }
+
+    /// Writes what is wrong with a policy to standard error.
+    pub fn diagnostics(&mut self, found: &Diagnostics) {
+        let text = painted(found, self.colour_of_notes);
+        let _gone = self.stderr.write_all(text.as_bytes());
+    }
+
+    /// Writes what is wrong with a policy as the result.
+    pub fn findings(&mut self, found: &Diagnostics) {
+        self.line(painted(found, self.colour));
     }
 
     /// Writes an error, `error: ` before it and its causes behind.
@@ -119,8 +139,19 @@ impl Out {
     /// `text` in colour, if this output has colour.
     #[must_use]
     pub fn ink(&self, ink: Ink, text: &str) -> String {
-        if self.colour { format!("\x1b[{}m{text}\x1b[0m", ink.sgr()) } else { text.to_owned() }
+        if self.colour { ink.on(text) } else { text.to_owned() }
     }
+}
+
+fn painted(found: &Diagnostics, colour: bool) -> String {
+    found.painted(|part, text| match part {
+        _ if !colour => text.to_owned(),
+        Part::Severity(Severity::Error) => Ink::Bad.on(text),
+        Part::Severity(Severity::Warning) => Ink::Note.on(text),
+        Part::Message => Ink::Strong.on(text),
+        Part::Related => Ink::Good.on(text),
+        Part::Frame => Ink::Faint.on(text),
+    })
 }
 
 /// Makes text from outside safe for a terminal: control characters, escape sequences and characters that

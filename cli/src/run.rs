@@ -85,9 +85,9 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
-    /// The policy is no valid policy; the text brings its own layout.
-    #[error("{0}")]
-    BadPolicy(String),
+    /// The policy is no valid policy, or cannot be read.
+    #[error(transparent)]
+    BadPolicy(LoadError),
     /// The folder's broker serves another policy or mode.
     #[error("{0}")]
     Conflict(String),
@@ -157,7 +157,7 @@ pub fn run(args: Args, out: &mut Out) -> u8 {
         Ok(environment) => become_program(&args.command, &environment, out),
         Err(error) => {
             match &error {
-                RunError::BadPolicy(text) => out.diagnostic(text),
+                RunError::BadPolicy(LoadError::Policy(found)) => out.diagnostics(found),
                 error => out.error(error),
             }
             if matches!(error, RunError::Conflict(_)) { COULD_NOT } else { RUN_FAILED }
@@ -426,11 +426,7 @@ fn detach(
 
 /// Shows what is wrong with a policy.
 fn check(policy: &Path) -> Result<(), RunError> {
-    match Policy::load(policy) {
-        Ok(_) => Ok(()),
-        Err(LoadError::Policy(text)) => Err(RunError::BadPolicy(text.to_string())),
-        Err(error) => Err(RunError::BadPolicy(format!("portcullis: error: {error}\n"))),
-    }
+    Policy::load(policy).map(drop).map_err(RunError::BadPolicy)
 }
 
 /// Begins to be narrowed by a policy of its own: what comes after is known by its mark.

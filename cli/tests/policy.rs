@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::Write as _,
+    io::{Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -94,6 +94,53 @@ fn explain_names_the_rule_and_its_line() {
     assert!(stdout.contains("\"verdict\":\"refuse\"") && stdout.contains("\"rule\":null"));
     assert_eq!(ask("x509{nam=\"a\"}", "*", "smtp", "text").0, 2);
     assert_eq!(ask("*", "*", "smpt", "text").0, 2);
+}
+
+#[test]
+fn explain_says_that_no_host_has_a_lane() {
+    let file = written("lane.pol", "allow smtp(*, IPv4{192.0.2.1}) using ipsec;\n");
+    let flow = ["--from", "*", "--to", "IPv4{192.0.2.1}", "--service", "smtp"];
+    let (status, stdout, _) = policy(&[&["explain", file.to_str().unwrap()][..], &flow].concat());
+    assert_eq!(status, 0, "the policy permits it");
+    assert!(
+        stdout.ends_with("  but no host has the lane ipsec yet, so each refuses this flow\n"),
+        "{stdout}"
+    );
+    let file = written("lane-tls.pol", "allow smtp(*, IPv4{192.0.2.1}) using tls;\n");
+    let (_, stdout, _) = policy(&[&["explain", file.to_str().unwrap()][..], &flow].concat());
+    assert!(!stdout.contains("  but "), "{stdout}");
+}
+
+/// What a tool shows on a terminal.
+fn on_a_terminal(arguments: &[&str], no_color: Option<&str>) -> String {
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_portcullis"));
+    command.arg("policy").args(arguments).stdout(end()).stderr(end()).env_remove("NO_COLOR");
+    command.envs(no_color.map(|value| ("NO_COLOR", value)));
+    let mut child = command.spawn().unwrap();
+    drop((pty.slave, command));
+    let (mut shown, mut terminal) = (Vec::new(), std::fs::File::from(pty.master));
+    // A terminal that nobody writes to any more gives EIO.
+    let _end = terminal.read_to_end(&mut shown);
+    child.wait().unwrap();
+    String::from_utf8(shown).unwrap().replace("\r\n", "\n")
+}
+
+#[test]
+fn diagnostics_have_colours_on_a_terminal_only() {
+    let broken = file("corpus/reject/defined-twice.pol");
+    let flow = ["--from", "*", "--to", "*", "--service", "smtp"];
+    // One shows it as its result, the other on standard error.
+    for arguments in [vec!["check", &broken], [&["explain", broken.as_str()][..], &flow].concat()] {
+        let (_, stdout, stderr) = policy(&arguments);
+        let plain = stdout + &stderr;
+        assert!(plain.contains("error: ") && !plain.contains('\u{1b}'), "{plain}");
+        assert_eq!(on_a_terminal(&arguments, Some("1")), plain);
+        let coloured = on_a_terminal(&arguments, None);
+        assert!(coloured.contains("\u{1b}[31merror\u{1b}[0m"), "{coloured}");
+        assert_eq!(coloured, on_a_terminal(&arguments, Some("")), "empty is as if it were not there");
+    }
 }
 
 #[test]
@@ -351,7 +398,7 @@ fn the_members_of_json_are_those_in_the_manual() {
     let named: BTreeSet<String> =
         section.split('`').skip(1).step_by(2).map(|word| word.trim_end_matches('?').to_owned()).collect();
     let old =
-        written("json-old.pol", "allow smtp(x509{group=\"a\"}, *) using tls as mail because \"mail\";\n");
+        written("json-old.pol", "allow smtp(x509{group=\"a\"}, *) using ipsec as mail because \"mail\";\n");
     let new = written(
         "json-new.pol",
         "deny smtp(x509{group=\"b\"}, *); allow smtp(x509{group=\"a\"}, *); allow ssh(*, *);

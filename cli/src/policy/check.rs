@@ -84,7 +84,7 @@ fn show(name: &str, rules: Option<usize>, found: &Diagnostics, arguments: &Argum
         return;
     }
     if !found.is_empty() {
-        out.line(found.to_string());
+        out.findings(found);
     }
     let name = portcullis_policy::escape(name);
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });

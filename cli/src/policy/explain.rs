@@ -38,6 +38,9 @@ struct Report<'a> {
     reason: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     lane: Option<portcullis_types::Lane>,
+    /// The policy permits it, and yet every host refuses it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    refused_for: Option<String>,
     related: bool,
     observe_only: bool,
     near: Vec<Near<'a>>,
@@ -62,7 +65,7 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
     let answers = match answers {
         Ok(answers) => answers,
         Err(errors) => {
-            out.diagnostic(errors.to_string());
+            out.diagnostics(&errors);
             return COULD_NOT;
         }
     };
@@ -98,6 +101,13 @@ fn reason(policy: &Policy, answer: &Answer) -> String {
     }
 }
 
+/// Why every host refuses what the policy permits, if the flow would travel as none can.
+fn no_lane(answer: &Answer) -> Option<String> {
+    let decision = &answer.explanation.decision;
+    let missing = decision.permits() && !decision.lane.is_available();
+    missing.then(|| format!("no host has the lane {} yet, so each refuses this flow", decision.lane))
+}
+
 fn report<'a>(policy: &'a Policy, answer: &'a Answer) -> Report<'a> {
     let decision = &answer.explanation.decision;
     let data = |id| policy.get(id).map(|rule| RuleData::new(id, rule));
@@ -112,6 +122,7 @@ fn report<'a>(policy: &'a Policy, answer: &'a Answer) -> Report<'a> {
         rule: decision.rule.and_then(data),
         reason: reason(policy, answer),
         lane: decision.rule.and_then(|id| policy.get(id)).and_then(|rule| rule.lane),
+        refused_for: no_lane(answer),
         related: decision.related,
         observe_only: decision.observe_only,
         near: near.collect(),
@@ -131,6 +142,9 @@ fn show(policy: &Policy, answer: &Answer, out: &mut Out) {
         }
     }
     out.line(format!("  why  {}", reason(policy, answer)));
+    if let Some(why) = no_lane(answer) {
+        out.line(format!("  {} {why}", out.ink(Ink::Note, "but")));
+    }
     let near = &answer.explanation.near;
     if !near.is_empty() {
         out.line("  nearest rules that do not match:");

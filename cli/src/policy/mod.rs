@@ -105,7 +105,7 @@ fn load(path: &Path, out: &mut Out) -> Result<Loaded, u8> {
 
 fn report(error: &LoadError, out: &mut Out) {
     match error {
-        LoadError::Policy(diagnostics) => out.diagnostic(diagnostics.to_string()),
+        LoadError::Policy(diagnostics) => out.diagnostics(diagnostics),
         error => out.error(error),
     }
 }

@@ -74,7 +74,7 @@ pub fn run(arguments: &Arguments, out: &mut Out) -> u8 {
             answered(!found.is_empty(), nothing, arguments, out)
         }
         Err(errors) => {
-            out.diagnostic(errors.to_string());
+            out.diagnostics(&errors);
             COULD_NOT
         }
     }

@@ -85,6 +85,6 @@ fn show(outcome: &TestOutcome, out: &mut Out) {
     let took = outcome.took;
     out.line(format!("test \"{name}\" … {word} ({lines} expectations, {took:.1?})"));
     if !outcome.passed() {
-        out.line(outcome.failures.to_string());
+        out.findings(&outcome.failures);
     }
 }

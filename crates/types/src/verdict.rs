@@ -77,6 +77,14 @@ pub enum Lane {
     Ipsec = 3,
 }
 
+impl Lane {
+    /// Whether hosts have it: what asks for one that none has is refused.
+    #[must_use]
+    pub const fn is_available(self) -> bool {
+        matches!(self, Self::Plain | Self::Tls)
+    }
+}
+
 impl TryFrom<u8> for Lane {
     type Error = u8;
     fn try_from(raw: u8) -> Result<Self, u8> {

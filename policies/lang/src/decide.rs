@@ -141,7 +141,7 @@ fn assurance<'r>(
     let kinds = if side == Side::To { found.to } else { found.from };
     if kinds.has(Kinds::CHOICE) {
         let expr = rule(found.id).map(|r| if side == Side::To { &r.to } else { &r.from });
-        return expr.map_or(Assurance::None, |e| strength(e, far, false));
+        return expr.map_or(Assurance::None, |e| strength(e, far, false).1);
     }
     let shown = matches!(far.certificate, CertificateFact::Shown(_));
     let here = matches!(far.process, ProcessFact::Known(_) | ProcessFact::UserOnly { .. });
@@ -156,22 +156,31 @@ fn assurance<'r>(
     }
 }
 
-fn strength(expr: &Expr, far: &View<'_>, negated: bool) -> Assurance {
-    match expr {
-        Expr::Any | Expr::Nothing => Assurance::None,
-        Expr::Atom(atom) if far.atom(atom, negated) != Truth::TRUE => Assurance::None,
-        Expr::Atom(atom) => match (&**atom, far.process) {
-            (Atom::Address(_), _) => Assurance::Address,
-            (Atom::Process(..) | Atom::Sha256(_), ProcessFact::Known(_) | ProcessFact::UserOnly { .. }) => {
-                Assurance::Kernel
-            }
-            _ if matches!(far.certificate, CertificateFact::Shown(_)) => Assurance::Certificate,
-            _ => Assurance::None,
-        },
+/// How a formula stands, and the strongest proof by which it does if it holds.
+fn strength(expr: &Expr, far: &View<'_>, negated: bool) -> (Truth, Assurance) {
+    let (truth, proof) = match expr {
+        Expr::Any | Expr::Nothing => (far.expr(expr, negated), Assurance::None),
+        Expr::Atom(atom) => {
+            let proof = match (&**atom, far.process) {
+                (Atom::Address(_), _) => Assurance::Address,
+                (
+                    Atom::Process(..) | Atom::Sha256(_),
+                    ProcessFact::Known(_) | ProcessFact::UserOnly { .. },
+                ) => Assurance::Kernel,
+                _ if matches!(far.certificate, CertificateFact::Shown(_)) => Assurance::Certificate,
+                _ => Assurance::None,
+            };
+            (far.atom(atom, negated), proof)
+        }
         Expr::Not(inner) => strength(inner, far, !negated),
         Expr::And(list) | Expr::Or(list) => {
             let all = list.iter().map(|e| strength(e, far, negated));
-            all.max().unwrap_or_default()
+            let joined = matches!(expr, Expr::And(_)) != negated;
+            let none = if joined { Truth::TRUE } else { Truth::FALSE };
+            all.fold((none, Assurance::None), |(truth, most), (found, proof)| {
+                (if joined { truth & found } else { truth | found }, most.max(proof))
+            })
         }
-    }
+    };
+    (truth, if truth == Truth::TRUE { proof } else { Assurance::None })
 }

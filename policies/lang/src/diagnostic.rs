@@ -197,30 +197,54 @@ struct Place<'a> {
     end_column: usize,
 }
 
+/// What a piece of a shown message is, for those who give each its colour.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Part {
+    /// The word and the mark of a message.
+    Severity(Severity),
+    /// What is wrong.
+    Message,
+    /// The mark of another place that belongs to it.
+    Related,
+    /// Line numbers, arrows and bars.
+    Frame,
+}
+
 impl fmt::Display for Diagnostics {
     /// As the compiler of Rust shows its own. Nothing in it can move a terminal's cursor.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.painted(|_, text| text.to_owned()))
+    }
+}
+
+impl Diagnostics {
+    /// What [`Display`](fmt::Display) shows, each piece as `paint` returns it.
+    #[must_use]
+    pub fn painted(&self, paint: impl Fn(Part, &str) -> String) -> String {
+        let mut out = String::new();
         for (i, d) in self.list.iter().enumerate() {
             if i > 0 {
-                writeln!(f)?;
+                out.push('\n');
             }
             let word = match d.severity {
                 Severity::Error => "error",
                 Severity::Warning => "warning",
             };
-            writeln!(f, "{word}: {}", escape(&d.message))?;
-            self.excerpt(f, d.span, d.label.as_deref(), '^', "-->")?;
+            let severity = Part::Severity(d.severity);
+            let message = paint(Part::Message, &format!(": {}", escape(&d.message)));
+            let _infallible = writeln!(out, "{}{message}", paint(severity, word));
+            self.excerpt(&mut out, &paint, d.span, d.label.as_deref(), ("-->", severity, '^'));
             for (message, span) in &d.related {
-                self.excerpt(f, *span, Some(message), '-', ":::")?;
+                self.excerpt(&mut out, &paint, *span, Some(message), (":::", Part::Related, '-'));
             }
             if let Some(help) = &d.help {
-                writeln!(f, "  = help: {}", escape(help))?;
+                let _infallible = writeln!(out, "  {} help: {}", paint(Part::Frame, "="), escape(help));
             }
         }
         if self.left_out > 0 {
-            writeln!(f, "\nand {} more", self.left_out)?;
+            let _infallible = writeln!(out, "\nand {} more", self.left_out);
         }
-        Ok(())
+        out
     }
 }
 
@@ -230,17 +254,19 @@ const SHOWN: usize = 160;
 impl Diagnostics {
     fn excerpt(
         &self,
-        f: &mut fmt::Formatter<'_>,
+        out: &mut String,
+        paint: &impl Fn(Part, &str) -> String,
         span: Span,
         label: Option<&str>,
-        mark: char,
-        arrow: &str,
-    ) -> fmt::Result {
-        let Some(source) = self.source(span) else { return Ok(()) };
+        (arrow, part, mark): (&str, Part, char),
+    ) {
+        let Some(source) = self.source(span) else { return };
         let (number, column) = source.position(span.start);
         let (start, line) = source.line(number);
         let gutter = number.to_string().len();
-        writeln!(f, "{:gutter$}{arrow} {}:{number}:{column}", "", escape(&source.name))?;
+        let frame = |text: String| paint(Part::Frame, &text);
+        let arrow = frame(format!("{:gutter$}{arrow}", ""));
+        let _infallible = writeln!(out, "{arrow} {}:{number}:{column}", escape(&source.name));
         // A long line is shown around its mark only, so the cost does not depend on its length.
         let at = crate::source::to_usize(span.start.saturating_sub(start)).min(line.len());
         let (before, after) = (line.get(..at).unwrap_or(""), line.get(at..).unwrap_or(""));
@@ -256,18 +282,13 @@ impl Diagnostics {
         let marked = escape(&marked.chars().take(SHOWN).collect::<String>()).width().max(1);
         let dots = if skipped > 0 { "…" } else { "" };
         let more = if after.chars().nth(SHOWN).is_some() { "…" } else { "" };
-        writeln!(f, "{:gutter$} |", "")?;
-        writeln!(f, "{number} | {dots}{before}{}{more}", escape(&after_shown))?;
+        let (bar, numbered) = (frame(format!("{:gutter$} |", "")), frame(format!("{number} |")));
+        let _infallible = writeln!(out, "{bar}\n{numbered} {dots}{before}{}{more}", escape(&after_shown));
         // Wide letters take two columns, and combining ones none.
         let indent = dots.width() + before.width();
-        write!(f, "{:gutter$} | {:indent$}", "", "")?;
-        for _ in 0..marked {
-            f.write_char(mark)?;
-        }
-        match label {
-            Some(label) => writeln!(f, " {}", escape(label)),
-            None => writeln!(f),
-        }
+        let label = label.map_or_else(String::new, |label| format!(" {}", escape(label)));
+        let marks = paint(part, &format!("{}{label}", mark.to_string().repeat(marked)));
+        let _infallible = writeln!(out, "{bar} {:indent$}{marks}", "");
     }
 }
 
@@ -351,6 +372,31 @@ mod tests {
         assert_eq!(nearest("exee", ["exe", "user"].into_iter()), Some("exe"));
         assert_eq!(nearest("usre", ["exe", "user"].into_iter()), Some("user"));
         assert_eq!(nearest("colour", ["exe", "user"].into_iter()), None);
+    }
+
+    #[test]
+    fn colours_are_all_that_is_added() {
+        let errors = crate::Policy::parse("t.pol", "a = IPv4{1.2.3};\na = *;\nallow smtp(b, a)").unwrap_err();
+        let painted = errors.painted(|part, text| {
+            let letter = match part {
+                Part::Severity(_) => 's',
+                Part::Message => 'm',
+                Part::Related => 'r',
+                Part::Frame => 'f',
+            };
+            format!("\u{1}{letter}{text}\u{2}")
+        });
+        assert!("smrf".chars().all(|letter| painted.contains(&format!("\u{1}{letter}"))), "{painted}");
+        let mut plain = String::new();
+        let mut rest = painted.chars();
+        while let Some(c) = rest.next() {
+            match c {
+                '\u{1}' => drop(rest.next()),
+                '\u{2}' => {}
+                c => plain.push(c),
+            }
+        }
+        assert_eq!(plain, errors.to_string());
     }
 
     #[test]

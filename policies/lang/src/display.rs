@@ -14,7 +14,7 @@ use crate::{
     services::{self, Service, protocol_name},
 };
 
-/// A formula as policy text; parsing it gives the formula again.
+/// A formula as policy text; parsing it gives one that means the same.
 pub(crate) fn expr(expr: &Expr) -> String {
     match expr {
         Expr::Any => "*".to_owned(),
@@ -36,8 +36,10 @@ fn two_families(atom: &Atom) -> bool {
 
 /// Conditions of one kind share their braces.
 fn conjunction(list: &[Expr]) -> String {
+    let list = &one_version(list);
     let (mut certificate, mut process, mut others) = (Vec::new(), Vec::new(), Vec::new());
     let shown = list.iter().any(|e| matches!(e, Expr::Atom(a) if **a == Atom::Shown));
+    let versioned = list.iter().any(|e| matches!(e, Expr::Atom(a) if range(a).is_some()));
     for part in list {
         match part {
             Expr::Atom(atom) => match &**atom {
@@ -50,7 +52,7 @@ fn conjunction(list: &[Expr]) -> String {
             Expr::Not(inner) => match &**inner {
                 Expr::Atom(atom) => match &**atom {
                     Atom::Certificate(..) if shown => certificate.push(condition(atom, "!=")),
-                    Atom::Version(low, high) if shown && low == high => {
+                    Atom::Version(low, high) if (shown || versioned) && low == high => {
                         certificate.push(format!("ver!={low}"))
                     }
                     Atom::Sha256(_) | Atom::Process(..) => process.push(condition(atom, "!=")),
@@ -73,6 +75,52 @@ fn conjunction(list: &[Expr]) -> String {
     }
     parts.extend(others);
     parts.join(" & ")
+}
+
+/// Conditions on a version as one: once there must be a version, what it must not be takes off from what it must.
+fn one_version(list: &[Expr]) -> Vec<Expr> {
+    let version = |expr: &Expr, wanted_negated: bool| match expr {
+        Expr::Atom(atom) if !wanted_negated => range(atom),
+        Expr::Not(inner) if wanted_negated => match &**inner {
+            Expr::Atom(atom) => range(atom),
+            _ => None,
+        },
+        _ => None,
+    };
+    let wanted = list.iter().filter_map(|expr| version(expr, false));
+    let Some((mut low, mut high)) = wanted.reduce(|a, b| (a.0.max(b.0), a.1.min(b.1))) else {
+        return list.to_vec();
+    };
+    let mut holes: Vec<(u64, u64)> = list.iter().filter_map(|expr| version(expr, true)).collect();
+    holes.sort_unstable();
+    let mut empty = low > high;
+    // What is cut off at the lower end, from the least, and at the upper end, from the greatest.
+    for (from, to) in holes.iter().filter(|(from, to)| from <= to) {
+        if *from <= low && low <= *to {
+            (low, empty) = (to.saturating_add(1), empty || *to == u64::MAX);
+        }
+    }
+    holes.sort_unstable_by_key(|(_, to)| std::cmp::Reverse(*to));
+    for (from, to) in holes.iter().filter(|(from, to)| from <= to) {
+        if *from <= high && high <= *to {
+            (high, empty) = (from.saturating_sub(1), empty || *from == 0);
+        }
+    }
+    if empty {
+        (low, high) = (1, 0);
+    }
+    let within = |(from, to): (u64, u64)| low < from && to < high;
+    let mut rest: Vec<Expr> = list
+        .iter()
+        .filter(|expr| version(expr, false).is_none() && version(expr, true).is_none_or(within))
+        .cloned()
+        .collect();
+    rest.insert(0, Expr::Atom(Atom::Version(low, high).into()));
+    rest
+}
+
+fn range(atom: &Atom) -> Option<(u64, u64)> {
+    if let Atom::Version(low, high) = atom { Some((*low, *high)) } else { None }
 }
 
 /// One condition as policy text.
@@ -173,4 +221,24 @@ pub(crate) fn service(service: &Service) -> String {
 /// The service of one flow.
 pub(crate) fn port(protocol: Protocol, port: u16) -> String {
     services::display(protocol, port)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn conditions_on_a_version_are_one() {
+        let shown = [
+            ("x509{ver>=5} & !x509{ver>=6}", "x509{ver=5}"),
+            ("x509{ver>=5} & !x509{ver>=9} & !x509{ver=5}", "x509{ver>=6, ver<=8}"),
+            ("x509{ver>=5, ver<=9} & !x509{ver=7}", "x509{ver>=5, ver<=9, ver!=7}"),
+            ("x509{ver>=5} & !x509{ver>=3}", "x509{ver<0}"),
+            ("x509{ver<=9} & !x509{ver<=4} & !x509{ver=5} & !x509{ver>=8}", "x509{ver>=6, ver<=7}"),
+            ("x509{ver>=5} & !x509{ver<3} & x509{name=\"a\"}", "x509{ver>=5, name=\"a\"}"),
+            ("!x509{ver>=5}", "!x509{ver>=5}"),
+        ];
+        for (text, wanted) in shown {
+            let loaded = crate::Policy::parse("t.pol", &format!("allow smtp({text}, *);")).unwrap();
+            assert_eq!(super::expr(&loaded.policy.rules[0].from), wanted, "{text}");
+        }
+    }
 }

@@ -50,7 +50,7 @@ mod view;
 mod warn;
 
 pub use decision::{Decision, ListenerScope, Region};
-pub use diagnostic::{Diagnostic, DiagnosticData, Diagnostics, Severity, escape};
+pub use diagnostic::{Diagnostic, DiagnosticData, Diagnostics, Part, Severity, escape};
 pub use diff::{Change, Diff, ExampleFlow, RuleOf, diff};
 pub use explain::{Explanation, NearMiss};
 pub use facts::{CertificateFact, CertificateFacts, Fact, Flow, Party, ProcessFact, ProcessFacts, Side};

@@ -5,8 +5,6 @@ mod links;
 
 use std::{collections::HashMap, sync::Arc};
 
-use portcullis_types::Lane;
-
 pub(crate) use characters::characters;
 pub(crate) use links::links;
 
@@ -142,7 +140,7 @@ fn expiring(rule: &Rule, sources: &[Source], now: Option<u64>, out: &mut Diagnos
 
 /// A lane that no host has: what asks for it is refused.
 fn missing_lane(rule: &Rule, sources: &[Source], out: &mut Diagnostics) {
-    let Some(lane @ (Lane::Ktls | Lane::Ipsec)) = rule.lane else { return };
+    let Some(lane) = rule.lane.filter(|lane| !lane.is_available()) else { return };
     let place = place_of(rule, sources, |parts| Some(parts.options.lane.as_ref()?.span));
     let warning = Diagnostic::warning(format!("no host has the lane `{lane}` yet"), place);
     out.push(

@@ -213,6 +213,9 @@ fn the_assurance_is_the_strongest_proof_by_which_the_rule_holds() {
     assert_eq!(proven("IPv4{192.0.2.1} & x509{name=\"*\"}", &shown), permit(Assurance::Certificate));
     assert_eq!(proven("IPv4{192.0.2.1} | x509{name=\"evil.org\"}", &shown), permit(Assurance::Address));
     assert_eq!(proven("IPv4{127.0.0.1} & process{exe=\"/usr/sbin/sshd\"}", &here), permit(Assurance::Kernel));
+    // What holds by itself proves nothing if the alternative that it belongs to does not hold.
+    let half = "IPv4{192.0.2.1} | x509{name=\"h.example.com\", group=\"other\"}";
+    assert_eq!(proven(half, &shown), permit(Assurance::Address));
 }
 
 #[test]
