@@ -100,16 +100,12 @@ impl Scene {
 fn another_broker_takes_over_what_a_killed_one_held() {
     for (by_proxy, port) in [(false, 4101), (true, 4102)] {
         let mut scene = scene(by_proxy, port);
-        // If the server was held in accept(2) already, it hears of it, and comes again.
-        while scene.told.is_empty() {
+        // The server is held in accept(2) all the while, and hears nothing of it.
+        for _ in 0..3 {
             kill(scene.broker(), Signal::SIGKILL).unwrap();
             eventually("a connect is served again", || (scene.connect().0 == "connect ok").then_some(()));
         }
-        assert!(
-            scene.told.iter().all(|it| it == "accept Software caused connection abort"),
-            "{:?}",
-            scene.told
-        );
+        assert!(scene.told.is_empty(), "{:?}", scene.told);
         let ps = scene.host.portcullis(&["ps", "--format", "json"]).success();
         let held = if scene.by_proxy { "[\"guard\"]" } else { "[\"guard\",\"backstop\"]" };
         assert!(ps.contains(held), "{ps}");

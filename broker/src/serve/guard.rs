@@ -60,6 +60,8 @@ struct Tree {
 pub(super) struct Guards {
     trees: HashMap<u64, Tree>,
     book: Option<Book>,
+    /// What an earlier broker has left waiting, by its tree.
+    left: Vec<(u64, Notification)>,
     waiting: HashMap<u64, waiting::Waiting>,
     accepting: HashMap<u64, accept::Accepting>,
     /// Questions of the shim whose calls are still to come, with the generation that judged them.
@@ -136,18 +138,31 @@ impl Broker {
         }
     }
 
-    /// Answers what an earlier broker has left: all trees were handed over before.
+    /// Answers what an earlier broker has left: all trees were handed over before. Who waits for somebody to arrive goes
+    /// on waiting ([`Self::serve_left`]).
     pub(super) fn take_book(&mut self, book: &OwnedFd) {
         match Book::open(book.as_fd()) {
             Ok((book, left)) => {
                 self.guards.book = Some(book);
-                for (id, call) in left {
-                    for tree in self.guards.trees.values() {
-                        let _other_tree = listener::answer(tree.listener.as_fd(), id, unserved(call));
+                for call in left {
+                    let of = |(id, tree): (&u64, &Tree)| {
+                        listener::is_waiting(tree.listener.as_fd(), call.id).then_some(*id)
+                    };
+                    let Some(tree) = self.guards.trees.iter().find_map(of) else { continue };
+                    match asked(&call) {
+                        Asked::Accept { .. } => self.guards.left.push((tree, call)),
+                        _ => drop(self.deliver(tree, call.id, &unserved(call.nr.into()))),
                     }
                 }
             }
             Err(error) => self.note("broker", &format!("held calls cannot be booked: {error}"), &[]),
+        }
+    }
+
+    /// Takes up what an earlier broker has left waiting, now that it can be judged.
+    pub(super) fn serve_left(&mut self) {
+        for (tree, call) in std::mem::take(&mut self.guards.left) {
+            self.serve_held(tree, &call);
         }
     }
 
@@ -174,7 +189,7 @@ impl Broker {
 
     fn serve_held(&mut self, tree: u64, call: &Notification) {
         let line = match &mut self.guards.book {
-            Some(book) => match book.note(call.id, call.nr) {
+            Some(book) => match book.note(call) {
                 Some(line) => Some(line),
                 // Nobody could answer it after this broker's death.
                 None => {

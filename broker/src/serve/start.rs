@@ -167,6 +167,7 @@ impl Broker {
             broker.take_keyd();
         }
         broker.end_all_left();
+        broker.serve_left();
         broker.flush_log();
         broker.renew_lease();
         if let Some(ready) = config.ready {

@@ -71,7 +71,7 @@ fn set(filter: &[sock_filter], privileges: Privileges, flags: libc::c_ulong) -> 
 }
 
 /// One call that a task is held in.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Notification {
     /// Names this stop of this task to [`answer`] and [`is_waiting`].
     pub id: u64,
