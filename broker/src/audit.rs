@@ -28,6 +28,7 @@
 
 mod left;
 mod log;
+mod unsaid;
 
 use std::{fmt::Write, net::SocketAddr};
 
@@ -37,6 +38,7 @@ use crate::{escape::json_string, process::Context};
 
 pub use left::{Left, LeftOpen};
 pub use log::{ENDS, Log};
+pub use unsaid::Unsaid;
 
 /// A value of an additional field.
 #[derive(Clone, Copy, Debug)]

@@ -44,6 +44,7 @@ use std::{io::Write, os::fd::OwnedFd, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use audit::Unsaid;
 pub use error::BrokerError;
 pub use sys::lock_within;
 

@@ -4,14 +4,14 @@ use std::{
     collections::HashSet,
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::BorrowedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
 
-use super::{LeftOpen, Line, More};
+use super::{LeftOpen, Line, More, Unsaid};
 use crate::{escape::json_string, settings::Audit, sys::lock_within};
 
 /// How much of a file's end is searched for its last record, in bytes.
@@ -50,6 +50,8 @@ pub struct Log {
     seq: u64,
     buffer: String,
     buffered: u64,
+    /// The same, for the next broker, if this one is killed.
+    unsaid: Option<Unsaid>,
     lost: u64,
     lost_unsaid: u64,
     error: Option<String>,
@@ -90,6 +92,7 @@ impl Log {
             seq: tail.seq,
             buffer: String::new(),
             buffered: 0,
+            unsaid: None,
             lost: 0,
             lost_unsaid: 0,
             error: None,
@@ -98,6 +101,26 @@ impl Log {
             _lock: lock,
         };
         Ok((log, tail))
+    }
+
+    /// Puts on record what an earlier writer was killed before it could write, and keeps there what is not written yet.
+    ///
+    /// # Errors
+    /// As mmap(2).
+    pub fn keep_in(&mut self, memory: BorrowedFd<'_>) -> io::Result<()> {
+        let (unsaid, left) = Unsaid::open(memory)?;
+        for line in String::from_utf8_lossy(&left).split_inclusive('\n') {
+            let number = line.strip_prefix("{\"seq\":").and_then(|rest| rest.split_once(','));
+            let number = number.and_then(|(number, _)| number.parse().ok()).unwrap_or(0);
+            // It may have been written just before.
+            if number == self.seq + self.buffered + 1 && line.ends_with('\n') {
+                self.buffer.push_str(line);
+                self.buffered += 1;
+            }
+        }
+        self.unsaid = Some(unsaid);
+        let _counted = self.commit();
+        Ok(())
     }
 
     /// From here on records are this host's.
@@ -150,7 +173,11 @@ impl Log {
         self.buffered += 1;
         let seq = self.seq + self.buffered;
         let stamp = self.stamp(line.time);
+        let before = self.buffer.len();
         line.write(&mut self.buffer, seq, &stamp, &self.host);
+        if let Some(unsaid) = &mut self.unsaid {
+            unsaid.add(self.buffer.get(before..).unwrap_or_default());
+        }
         seq
     }
 
@@ -195,6 +222,7 @@ impl Log {
         }
         self.buffer.clear();
         self.buffered = 0;
+        self.unsaid.iter_mut().for_each(Unsaid::clear);
         done
     }
 
@@ -349,6 +377,8 @@ fn mend(file: &mut File) -> io::Result<(Tail, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn numbers(folder: &Path) -> Vec<u64> {
@@ -436,5 +466,36 @@ mod tests {
         let text = fs::read_to_string(files(folder.path()).unwrap().pop().unwrap()).unwrap();
         assert!(text.lines().nth(1).unwrap().ends_with("\"lost\":3}"), "{text}");
         assert_eq!(numbers(folder.path()), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_a_killed_writer_had_not_written_the_next_one_writes() {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = Unsaid::make().unwrap();
+        let log = |keeps: bool| {
+            let (mut log, _) = Log::open(folder.path(), Audit::default(), "h").unwrap();
+            if keeps {
+                log.keep_in(memory.as_fd()).unwrap();
+            }
+            log
+        };
+        let mut first = log(true);
+        first.push(&line(1));
+        assert!(first.commit());
+        first.push(&line(1));
+        assert_eq!(first.push(&line(1)), 3);
+        drop(first);
+        assert_eq!(numbers(folder.path()), [1]);
+        let mut second = log(true);
+        assert_eq!(numbers(folder.path()), [1, 2, 3]);
+        assert_eq!(second.push(&line(1)), 4);
+        drop(second);
+        // One that was killed between writing and saying so.
+        let mut third = log(false);
+        third.push(&line(1));
+        assert!(third.commit());
+        drop(third);
+        drop(log(true));
+        assert_eq!(numbers(folder.path()), [1, 2, 3, 4]);
     }
 }

@@ -8,6 +8,7 @@
 //! | `N` | why there is no backstop, as text | | supervisor |
 //! | `A` | why the backstop is an nftables table, as text | | supervisor |
 //! | `R` | | the record ring of the broker before, as `portcullis_backstop::events_of` has it | supervisor |
+//! | `V` | | memory of records that are not on disk yet (`portcullis_broker::Unsaid`), before all else | supervisor |
 //! | `L` | a tag, a mark or 0, what stands for the marks before it or 0, a mode, and a policy's path as text | pidfd of a run whose tree that policy narrows | supervisor |
 //! | `M` | a tag | none: that run has put its mark under itself | supervisor |
 //! | `Y` | a tag, a mark or 0, what stands for the marks before it or 0 | none: it is known | broker |
@@ -88,6 +89,8 @@ pub enum Handed {
     Unbacked(String),
     /// It is an nftables table, which the key daemon fills, and why.
     Fenced(String),
+    /// Records that the broker before was killed before it could write.
+    Unsaid(OwnedFd),
     /// What the kernel put on record and the broker before had no time for.
     Ring(OwnedFd),
     /// Guards' listeners, of trees whose calls are made by proxy or go on under the backstop.
@@ -210,6 +213,7 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Unlayered(tag) => (b'U', vec![*tag], Vec::new()),
         Handed::Unbacked(_) => (b'N', Vec::new(), Vec::new()),
         Handed::Fenced(_) => (b'A', Vec::new(), Vec::new()),
+        Handed::Unsaid(fd) => (b'V', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
         Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
@@ -262,6 +266,7 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
         }
         b'N' => Handed::Unbacked(String::from_utf8_lossy(words).into_owned()),
         b'A' => Handed::Fenced(String::from_utf8_lossy(words).into_owned()),
+        b'V' => Handed::Unsaid(fds.pop().ok_or_else(wrong)?),
         b'R' => Handed::Ring(fds.pop().ok_or_else(wrong)?),
         b'K' => Handed::Book(fds),
         b'D' => Handed::Doors(fds),

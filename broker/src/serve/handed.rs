@@ -22,6 +22,15 @@ impl Broker {
                 Ok(Some(Handed::Backstop(descriptors))) => self.take_backstop(descriptors),
                 Ok(Some(Handed::Unbacked(why))) => self.unbacked = Some(why),
                 Ok(Some(Handed::Fenced(why))) => self.take_fence(why),
+                Ok(Some(Handed::Unsaid(memory))) => {
+                    if let Err(error) = self.log.keep_in(memory.as_fd()) {
+                        self.note(
+                            "broker",
+                            &format!("records cannot be kept for another broker: {error}"),
+                            &[],
+                        );
+                    }
+                }
                 Ok(Some(Handed::Ring(ring))) => self.left_over.extend(left_over(ring).unwrap_or_default()),
                 Ok(Some(Handed::Layer(narrowing, process))) => self.expect_run(&narrowing, process),
                 Ok(Some(Handed::Marked(tag))) => self.mark_run(tag),

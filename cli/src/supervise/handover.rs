@@ -12,7 +12,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
 };
-use portcullis_broker::guard::link::{Handed, Link, MOST, Narrowing};
+use portcullis_broker::{
+    Unsaid,
+    guard::link::{Handed, Link, MOST, Narrowing},
+};
 use portcullis_guard::{
     book,
     listener::{self, Answer},
@@ -30,6 +33,8 @@ pub struct Handover {
     last_run: u64,
     /// The book of held calls.
     book: Option<OwnedFd>,
+    /// Records that are not on disk yet.
+    unsaid: Option<OwnedFd>,
     doors: Vec<OwnedFd>,
     /// By a listener's tag.
     filters: HashMap<u64, OwnedFd>,
@@ -69,6 +74,12 @@ impl Handover {
         self.tidy();
         let (mut ours, theirs) = Link::pair()?;
         let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
+        let unsaid = match self.unsaid.take() {
+            Some(unsaid) => unsaid,
+            None => Unsaid::make()?,
+        };
+        ours.send(Handed::Unsaid(unsaid.try_clone()?));
+        self.unsaid = Some(unsaid);
         if let Some(backstop) = backstop {
             ours.send(backstop);
         }
@@ -283,14 +294,14 @@ mod tests {
     fn a_run_begins_when_the_broker_that_runs_knows_its_mark() {
         let mut handover = Handover::default();
         let process: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
-        let told = |broker: &Link| match broker.receive().unwrap().unwrap() {
-            Handed::Book(_) => None,
-            other => Some(other),
+        let told = |broker: &Link| {
+            let others = |it: &Handed| !matches!(it, Handed::Book(_) | Handed::Unsaid(_));
+            std::iter::from_fn(|| broker.receive().ok().flatten()).find(others)
         };
         let mut first = Link::from(handover.begin(None, Vec::new()).unwrap());
         let tag =
             handover.add_run(Path::new("/own.pol"), portcullis_broker::Mode::Enforce, &process).unwrap();
-        assert!(told(&first).is_none() && matches!(told(&first), Some(Handed::Layer(..))));
+        assert!(matches!(told(&first), Some(Handed::Layer(..))));
         first.send(Handed::Layered { tag, mark: 0, before: 7 });
         handover.hear();
         assert_eq!((handover.take_word_of(tag), handover.take_word_of(tag)), (Some(true), None));
