@@ -113,8 +113,11 @@ fn programs_see_native_names_and_errors() {
     // Nobody listens: as natively, and no refusal.
     drop(_web);
     let code = "import socket; print(socket.socket().connect_ex(('10.77.0.2', 8080)))";
-    let said = Finished::of(&mut client.run(&["/usr/bin/python3", "-c", code]));
-    assert_eq!(said.stdout, format!("{}\n", libc_econnrefused()), "{said}");
+    for without in ["", "backstop"] {
+        let said =
+            Finished::of(client.run(&["/usr/bin/python3", "-c", code]).env("PORTCULLIS_WITHOUT", without));
+        assert_eq!(said.stdout, format!("{}\n", libc_econnrefused()), "{without}: {said} {}", all(client));
+    }
     assert!(!client.records().iter().any(|r| refused(r, "connect")), "{}", all(client));
 }
 

@@ -12,7 +12,7 @@ mod records;
 pub(super) use members::FILE as MEMBERS;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     rc::{Rc, Weak},
@@ -49,6 +49,8 @@ const HEARD: Duration = Duration::from_millis(200);
 
 /// Most peers that are remembered for further flows: those with a certificate of their own come once only.
 const MOST_PEERS: usize = 64;
+/// Most associations that are over and whose tokens are remembered.
+const MOST_OVER: usize = 256;
 
 /// A peer, as its certificate proves.
 #[derive(Debug)]
@@ -195,6 +197,8 @@ pub(super) struct Lanes {
     by_cookie: HashMap<u64, u64>,
     /// From the token by which a program sees its peer.
     by_inner: HashMap<SocketAddr, u64>,
+    /// The last that are over, by their sockets, with their tokens: a program that was told of one may not have got there.
+    over: VecDeque<(u64, SocketAddr)>,
     /// Listeners behind each front.
     pub(super) fronts: HashMap<u32, Vec<u64>>,
     pub(super) members: members::List,
@@ -238,7 +242,7 @@ impl Lanes {
     /// Whether this is the token that the program of this socket was told to connect to.
     pub(super) fn is_token_of(&self, cookie: u64, at: SocketAddr) -> bool {
         let one = self.of_cookie(cookie).and_then(|id| self.all.get(&id));
-        one.and_then(|one| one.token?.socket_addr()) == Some(at)
+        one.and_then(|one| one.token?.socket_addr()) == Some(at) || self.over.contains(&(cookie, at))
     }
 
     fn insert(&mut self, id: u64, one: Association) {
@@ -250,6 +254,10 @@ impl Lanes {
 
     fn forget(&mut self, id: u64) -> Option<Association> {
         let one = self.all.remove(&id)?;
+        if let (Some(cookie), Some(token)) = (one.cookie, one.token.and_then(|token| token.socket_addr())) {
+            self.over.truncate(MOST_OVER - 1);
+            self.over.push_front((cookie, token));
+        }
         if let Some(cookie) = one.cookie.filter(|cookie| self.by_cookie.get(cookie) == Some(&id)) {
             self.by_cookie.remove(&cookie);
         }
