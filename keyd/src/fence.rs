@@ -63,14 +63,14 @@ impl Fence {
     }
 
     /// What was refused since the last look. `time`: now, in nanoseconds since the Unix epoch.
-    pub fn take(&self, time: u64) -> Vec<Stopped> {
-        let refusals = self.refusals.as_ref().map(Refusals::take).unwrap_or_default();
+    pub fn take(&mut self, time: u64) -> Vec<Stopped> {
+        let refusals = self.refusals.as_mut().map(Refusals::take).unwrap_or_default();
         let told = |it: nft::Refusal| Stopped {
             time,
             uid: it.uid.unwrap_or(u32::MAX),
             protocol: it.protocol,
             arrives: it.arrives.into(),
-            reserved: [0; 2],
+            missed: u16::try_from(it.missed).unwrap_or(u16::MAX),
             source: Addr::from(it.source),
             destination: Addr::from(it.destination),
         };

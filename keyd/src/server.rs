@@ -467,7 +467,7 @@ impl Server {
     /// Tells some of what the backstop's nftables form refused. Without a broker it is in no log.
     fn tell_refused(&mut self) -> Result<(), KeydError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let all = self.fence.as_ref().map(|fence| fence.take(u64::try_from(now).unwrap_or(0)));
+        let all = self.fence.as_mut().map(|fence| fence.take(u64::try_from(now).unwrap_or(0)));
         for stopped in all.unwrap_or_default() {
             self.tell(&[Head::new(Kind::Stopped, 0).as_bytes(), stopped.as_bytes()], &[])?;
         }

@@ -150,7 +150,13 @@ impl Broker {
             _ => "send",
         };
         let refused = self.mode == Mode::Enforce;
-        let uid = [("by_uid", More::Number(stopped.uid.into()))];
+        let mut more = Vec::with_capacity(2);
+        if stopped.uid != u32::MAX {
+            more.push(("by_uid", More::Number(stopped.uid.into())));
+        }
+        if stopped.missed > 0 {
+            more.push(("missed", More::Number(stopped.missed.into())));
+        }
         let reason = if arrives {
             "nobody granted this listener"
         } else {
@@ -163,7 +169,7 @@ impl Broker {
             verdict: Some(if refused { word(Verdict::Refuse) } else { "would-refuse" }),
             reason: Some(reason),
             generation: Some(self.generation_in_force()),
-            more: if stopped.uid == u32::MAX { &[] } else { &uid },
+            more: &more,
             ..Line::bare(stopped.time, op, "backstop")
         });
     }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     netlink::{Attributes, LOG, Netlink, attributes},
-    table::group,
+    table::{ARRIVING, group},
 };
 
 const CONFIGURE: u16 = LOG << 8 | 1;
@@ -31,11 +31,19 @@ pub struct Refusal {
     pub arrives: bool,
     /// User of the socket that it left from.
     pub uid: Option<u32>,
+    /// So many before it were not told: there were too many at once.
+    pub missed: u32,
 }
 
 /// Hears of them, in the network namespace where it was made.
 #[derive(Debug)]
-pub struct Refusals(Netlink);
+pub struct Refusals {
+    netlink: Netlink,
+    /// Of which table: another one's may come under the same number.
+    table: String,
+    /// The kernel's number of what comes next.
+    next: u32,
+}
 
 impl Refusals {
     /// Of the table of this name.
@@ -51,18 +59,23 @@ impl Refusals {
         let [a, b, c, d] = SEEN.to_be_bytes();
         ways.bytes(2, &[a, b, c, d, 2, 0]); // NFULA_CFG_MODE, NFULNL_COPY_PACKET
         ways.word(5, 1); // NFULA_CFG_QTHRESH: each at once
+        ways.bytes(6, &[0, 1]); // NFULA_CFG_FLAGS, NFULNL_CFG_F_SEQ: numbered
         netlink.ask(CONFIGURE, group, &ways)?;
-        Ok(Self(netlink))
+        Ok(Self { netlink, table: table.to_owned(), next: 0 })
     }
 
-    /// Takes what was told, or the oldest of it; never waits. After a burst some may be missing.
-    pub fn take(&self) -> Vec<Refusal> {
+    /// Takes what was told, or the oldest of it; never waits.
+    pub fn take(&mut self) -> Vec<Refusal> {
         let mut all = Vec::new();
+        let (table, next) = (&self.table, &mut self.next);
         for _ in 0..AT_ONCE {
-            let told = self.0.receive(|kind, body| {
-                if kind == PACKET {
-                    all.extend(body.get(4..).and_then(read));
-                }
+            let told = self.netlink.receive(|kind, body| {
+                let body = body.get(4..).filter(|_| kind == PACKET).unwrap_or_default();
+                let Some(number) = find(body, 12).and_then(|it| it.try_into().ok()) else { return }; // NFULA_SEQ
+                let number = u32::from_be_bytes(number);
+                let missed = number.wrapping_sub(*next);
+                *next = number.wrapping_add(1);
+                all.extend(read(body, table).map(|told| Refusal { missed, ..told }));
             });
             if !matches!(told, Ok(()) | Err(nix::Error::ENOBUFS | nix::Error::EINTR)) {
                 break;
@@ -75,19 +88,25 @@ impl Refusals {
 impl AsFd for Refusals {
     /// Readable when something was refused.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.netlink.as_fd()
     }
 }
 
-fn read(body: &[u8]) -> Option<Refusal> {
-    let find = |of: u16| attributes(body).find_map(|(kind, value)| (kind == of).then_some(value));
-    let (protocol, source, destination) = packet(find(9)?)?; // NFULA_PAYLOAD
+fn find(body: &[u8], of: u16) -> Option<&[u8]> {
+    attributes(body).find_map(|(kind, value)| (kind == of).then_some(value))
+}
+
+fn read(body: &[u8], table: &str) -> Option<Refusal> {
+    let (protocol, source, destination) = packet(find(body, 9)?)?; // NFULA_PAYLOAD
+    let prefix = std::str::from_utf8(find(body, 10)?).ok()?; // NFULA_PREFIX
+    let (way, _) = prefix.trim_end_matches('\0').split_once(' ').filter(|(_, of)| *of == table)?;
     Some(Refusal {
         protocol,
         source,
         destination,
-        arrives: find(10).is_some_and(|prefix| prefix.starts_with(b"arriving")), // NFULA_PREFIX
-        uid: find(11).and_then(|it| it.try_into().ok()).map(u32::from_be_bytes), // NFULA_UID
+        arrives: way == ARRIVING,
+        uid: find(body, 11).and_then(|it| it.try_into().ok()).map(u32::from_be_bytes), // NFULA_UID
+        missed: 0,
     })
 }
 

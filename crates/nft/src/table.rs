@@ -25,7 +25,9 @@ const FLOWS: &str = "flows";
 /// Granted listeners: their ports.
 const LISTENERS: &str = "listeners";
 /// The chains of all packets, and where those of held sockets go on.
-const HOLDING: [(&str, &str); 2] = [("output", "leaving"), ("input", "arriving")];
+const HOLDING: [(&str, &str); 2] = [("output", LEAVING), ("input", ARRIVING)];
+const LEAVING: &str = "leaving";
+pub(crate) const ARRIVING: &str = "arriving";
 /// How long a datagram socket may be silent and still be known, in milliseconds.
 const SILENCE: u64 = 24 * 3600 * 1000;
 /// Most elements of each set.
@@ -114,7 +116,7 @@ impl Table {
                 it
             });
         }
-        for (name, hook) in [("leaving", None), ("arriving", None), ("input", Some(1)), ("output", Some(3))] {
+        for (name, hook) in [(LEAVING, None), (ARRIVING, None), ("input", Some(1)), ("output", Some(3))] {
             batch.add(NEW_CHAIN, CREATE, |it| {
                 it.text(1, &self.name).text(3, name);
                 if let Some(hook) = hook {
@@ -125,9 +127,8 @@ impl Table {
                 it
             });
         }
-        for (chain, rules) in
-            [("leaving", leaving(self.group(), enforces)), ("arriving", arriving(self.group(), enforces))]
-        {
+        let (from, to) = (self.told(LEAVING), self.told(ARRIVING));
+        for (chain, rules) in [(LEAVING, leaving(&from, enforces)), (ARRIVING, arriving(&to, enforces))] {
             batch.add(DELETE_RULE, 0, |it| it.text(1, &self.name).text(2, chain));
             for rule in rules {
                 self.append(&mut batch, chain, &rule);
@@ -216,9 +217,10 @@ impl Table {
         Ok(names)
     }
 
-    /// Number under which refusals are told, [`crate::Refusals`].
-    pub(crate) fn group(&self) -> u16 {
-        group(&self.name)
+    /// Ends a rule in telling [`crate::Refusals`], under the number and the name of this table.
+    fn told(&self, chain: &'static str) -> impl Fn(Rule) -> Rule {
+        let (group, prefix) = (group(&self.name), format!("{chain} {}", self.name));
+        move |rule| rule.logged(group, &prefix)
     }
 
     fn append_hold(&self, batch: &mut Batch, cgroup: u64, level: u32) {
@@ -247,7 +249,7 @@ impl Table {
     }
 }
 
-/// Out of a table's name, so that several have their own.
+/// Out of a table's name, so that several have their own as a rule: whoever hears looks at the name too.
 pub(crate) fn group(name: &str) -> u16 {
     name.bytes().fold(7919, |sum: u16, byte| sum.wrapping_mul(31).wrapping_add(byte.into())) | 1
 }
@@ -283,7 +285,7 @@ fn segment(opens: bool) -> Rule {
 }
 
 /// What programs send.
-fn leaving(group: u16, enforces: bool) -> Vec<Rule> {
+fn leaving(told: &impl Fn(Rule) -> Rule, enforces: bool) -> Vec<Rule> {
     // A connection's first segment was judged.
     let mut rules = vec![segment(false).then(End::Accept)];
     for v6 in [false, true] {
@@ -300,7 +302,6 @@ fn leaving(group: u16, enforces: bool) -> Vec<Rule> {
     };
     let other = Rule::default().meta(L4PROTO, R0).compared(R0, &[TCP], false).compared(R0, &[UDP], false);
     rules.extend([granted(other, 0), granted(Rule::default(), RAW)]);
-    let told = |rule: Rule| rule.logged(group, "leaving");
     if enforces {
         rules.push(told(of_protocol(TCP)).rejected(true));
         rules.push(told(Rule::default()).rejected(false));
@@ -311,11 +312,11 @@ fn leaving(group: u16, enforces: bool) -> Vec<Rule> {
 }
 
 /// Who comes to programs: only listeners are looked at, and who meets a program half way (lane tls opens simultaneously).
-fn arriving(group: u16, enforces: bool) -> Vec<Rule> {
+fn arriving(told: &impl Fn(Rule) -> Rule, enforces: bool) -> Vec<Rule> {
     let granted = segment(true).piece(Base::Transport, 2, 2, R0).in_set(LISTENERS, R0).then(End::Accept);
     let half_way = |v6| segment(true).and(near(v6)).in_set(CALLS, R0).then(End::Accept);
-    let told = segment(true).logged(group, "arriving");
-    vec![granted, half_way(false), half_way(true), told.then(if enforces { End::Drop } else { End::Accept })]
+    let other = told(segment(true));
+    vec![granted, half_way(false), half_way(true), other.then(if enforces { End::Drop } else { End::Accept })]
 }
 
 #[cfg(test)]

@@ -59,7 +59,7 @@ fn what_nobody_granted_does_not_leave_and_the_rest_does() {
     let table = Table::of(&name).unwrap();
     table.make(true).unwrap();
     table.hold(group.id(), 1).unwrap();
-    let refusals = Refusals::of(&name).unwrap();
+    let mut refusals = Refusals::of(&name).unwrap();
     assert!(table.names().unwrap().contains(&name));
 
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -134,6 +134,16 @@ fn what_nobody_granted_does_not_leave_and_the_rest_does() {
     drop(refusals.take());
     other.send_to(b"x", hears.local_addr().unwrap()).unwrap();
     assert_eq!(refusals.take().len(), 1);
+    // More than there is room for: how many is known.
+    let heard = |refusals: &mut Refusals| {
+        let some = std::iter::from_fn(|| Some(refusals.take()).filter(|some| !some.is_empty()));
+        some.flatten().map(|told| 1 + told.missed).sum::<u32>()
+    };
+    (0..5000).for_each(|_| drop(other.send_to(b"x", hears.local_addr().unwrap())));
+    let first = heard(&mut refusals);
+    assert!(first < 5000, "all had room");
+    other.send_to(b"x", hears.local_addr().unwrap()).unwrap();
+    assert_eq!(first + heard(&mut refusals), 5001);
     table.remove().unwrap();
     assert!(!table.names().unwrap().contains(&name));
     assert!(table.grant(Pass::Others).is_err() && table.hold(group.id(), 1).is_err());

@@ -435,8 +435,8 @@ pub struct Stopped {
     pub protocol: u8,
     /// 1: it came to a listener.
     pub arrives: u8,
-    /// Zero.
-    pub reserved: [u8; 2],
+    /// How many before it could not be told, or more.
+    pub missed: u16,
     /// Who sent it.
     pub source: Addr,
     /// Where it should have gone.
