@@ -57,6 +57,9 @@ pub enum Answer {
 /// One served process.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ProcessRow {
+    /// What its run is called (`run --name`), as it came: a label, which proves nothing.
+    #[serde(default)]
+    pub name: Option<String>,
     /// Process id as the broker sees it.
     pub pid: i32,
     /// Start time, in clock ticks since boot (proc_pid_stat(5), field 22).

@@ -37,6 +37,9 @@ pub enum Say {
         mode: Option<Mode>,
         /// It is within another run's tree.
         nested: bool,
+        /// What it is called in `ps`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        name: Option<String>,
     },
     /// Before the guard: put this process under the backstop; its pidfd is attached.
     Enclose,
@@ -251,9 +254,13 @@ mod tests {
         listen(&listener).unwrap();
         let here = Link::to(&path, Duration::from_secs(5)).unwrap();
         let there = Link::accept(&listener).unwrap();
-        here.send(&Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true }, &[0]).unwrap();
+        let hello =
+            Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true, name: Some("web".to_owned()) };
+        here.send(&hello, &[0]).unwrap();
         let (said, fds) = there.receive::<Say>().unwrap().unwrap();
-        assert!(matches!(said, Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true }));
+        assert!(
+            matches!(said, Say::Hello { policy: None, mode: Some(Mode::Audit), nested: true, name: Some(name) } if name == "web")
+        );
         assert_eq!(fds.len(), 1);
         drop(there);
         assert!(here.receive::<Answer>().unwrap().is_none());

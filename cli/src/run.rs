@@ -43,7 +43,7 @@ pub struct Args {
     /// for a --policy of the run's own, and loosens nothing of the service's
     #[arg(long, value_enum)]
     mode: Option<Mode>,
-    /// A label for `ps`; it proves nothing, and programs that write over their environment (nginx, redis) lose it
+    /// A label for `ps`, of all processes of the tree; it proves nothing
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
@@ -174,11 +174,12 @@ fn prepare(args: &Args) -> Result<Vec<CString>, RunError> {
     if let Some(broker) = outer() {
         return join(
             &broker,
-            &Hello { say: Say::Hello { policy, mode: args.mode, nested: true }, pidfd },
+            &Hello { say: Say::Hello { policy, mode: args.mode, nested: true, name: None }, pidfd },
             asks,
         );
     }
-    let hello = Hello { say: Say::Hello { policy, mode: args.mode, nested: false }, pidfd };
+    let hello =
+        Hello { say: Say::Hello { policy, mode: args.mode, nested: false, name: args.name.clone() }, pidfd };
     let place = Place::make(args.state.state.as_deref())?;
     let (link, welcome) = reach(&place, &hello, args)?;
     let door = place_door(&welcome)?;

@@ -34,7 +34,8 @@ pub fn ps(args: &Args, out: &mut Out) -> u8 {
             return COULD_NOT;
         }
     };
-    let rows: Vec<Row> = rows.into_iter().map(|process| Row { name: label(process.pid), process }).collect();
+    let named = |row: ProcessRow| ProcessRow { name: label(row.pid).or(row.name), ..row };
+    let rows: Vec<ProcessRow> = rows.into_iter().map(named).collect();
     match args.format {
         Format::Json => out.json(&rows),
         Format::Text => table(&rows, out),
@@ -42,15 +43,8 @@ pub fn ps(args: &Args, out: &mut Out) -> u8 {
     0
 }
 
-/// One process, with the label of its run.
-#[derive(Serialize)]
-struct Row {
-    /// `run --name`, as the process's environment has it: a label, which proves nothing.
-    name: Option<String>,
-    #[serde(flatten)]
-    process: ProcessRow,
-}
-
+/// `run --name` of the innermost run, as the process's environment has it. Those that write over that (nginx, redis) have
+/// the name that the broker knows.
 fn label(pid: i32) -> Option<String> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let mut values = environment.split(|b| *b == 0).filter_map(|v| v.strip_prefix(ENV_NAME.as_bytes()));
@@ -62,20 +56,20 @@ fn ask(args: &Args, request: &Request) -> Result<Option<Answer>, AskError> {
     control::ask(&place, request)
 }
 
-fn table(rows: &[Row], out: &mut Out) {
+fn table(rows: &[ProcessRow], out: &mut Out) {
     let head = format!(
         "{:>7}  {:<10} {:<10} {:<26} {:>9} {:>7}  COMMAND",
         "PID", "NAME", "USER", "HELD BY", "PERMITTED", "REFUSED"
     );
     out.line(out.ink(Ink::Strong, &head));
-    for Row { name, process: row } in rows {
+    for row in rows {
         let held = if row.held_by.is_empty() { "nothing".to_owned() } else { row.held_by.join(",") };
         let refused = format!("{:>7}", row.refused);
         let refused = if row.refused > 0 { out.ink(Ink::Bad, &refused) } else { refused };
         out.line(format!(
             "{:>7}  {:<10} {:<10} {:<26} {:>9} {refused}  {}",
             row.pid,
-            name.as_deref().map_or_else(|| "-".into(), escape),
+            row.name.as_deref().map_or_else(|| "-".into(), escape),
             escape(&row.user),
             escape(&held),
             row.permitted,
@@ -185,6 +179,16 @@ fn is_sound(status: &Status) -> bool {
         && status.audit_error.is_none()
 }
 
+/// So many of them.
+fn number(count: u64, what: &str) -> String {
+    let ending = match (count, what.ends_with('s')) {
+        (1, _) => "",
+        (_, true) => "es",
+        (_, false) => "s",
+    };
+    format!("{count} {what}{ending}")
+}
+
 fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
     out.line(format!("state        {}", escape(state)));
     let Some(s) = status else {
@@ -204,7 +208,8 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
     }
     for layer in &s.layers {
         let mode = if layer.mode == portcullis_broker::Mode::Audit { "audit" } else { "enforce" };
-        let text = format!("narrowed by  {}, mode {mode}, for {} runs", layer.policy, layer.runs);
+        let text =
+            format!("narrowed by  {}, mode {mode}, for {}", layer.policy, number(layer.runs as u64, "run"));
         out.line(if layer.in_force {
             text
         } else {
@@ -215,16 +220,17 @@ fn describe(state: &str, status: Option<&Status>, out: &mut Out) {
             diagnostic.lines().for_each(|line| out.line(format!("               {}", escape(line))));
         }
     }
-    out.line(format!("serves       {} processes, {} associations", s.processes, s.associations));
+    let associations = number(s.associations as u64, "association");
+    out.line(format!("serves       {}, {associations}", number(s.processes as u64, "process")));
     for covered in &s.coverage {
         let form = covered.form.as_deref().filter(|form| *form != "bpf");
         let form = form.map_or_else(String::new, |form| format!(" (by {})", escape(form)));
-        out.line(format!("  {:<10} {} processes{form}", covered.by, covered.processes));
+        out.line(format!("  {:<10} {}{form}", covered.by, number(covered.processes as u64, "process")));
         for missing in covered.missing.iter().filter(|_| covered.by != "filter") {
             out.line(format!("             not {}: {}", missing.processes, escape(&missing.why)));
         }
     }
-    out.line(format!("audit        {} records, {} lost", s.audit_seq, s.audit_lost));
+    out.line(format!("audit        {}, {} lost", number(s.audit_seq, "record"), s.audit_lost));
     out.line(format!("key daemon   {}", if s.keyd { "answers" } else { "none" }));
     if let Some(error) = &s.audit_error {
         out.line(out.ink(Ink::Bad, &format!("the audit log cannot be written: {}", escape(error))));

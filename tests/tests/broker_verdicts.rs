@@ -281,19 +281,9 @@ fn only_the_workers_of_nginx_reach_redis() {
          allow tcp/80(IPv4{10.77.0.2}, process{exe=\"/usr/sbin/nginx\"});",
     );
     let folder = host.path("").display().to_string();
-    let redis = host.start(&[
-        "redis-server",
-        "--port",
-        "6379",
-        "--bind",
-        "127.0.0.1",
-        "--save",
-        "",
-        "--dir",
-        &folder,
-        "--daemonize",
-        "no",
-    ]);
+    let redis = ["redis-server", "--port", "6379", "--bind", "127.0.0.1", "--save", "", "--dir", &folder];
+    let redis = [&redis[..], &["--daemonize", "no"]].concat();
+    let redis = Running::start(host.run_with(&["--name", "store"], &redis));
     host.wait_for_port(6379);
     let config = format!(
         "user www-data; worker_processes 2; pid {folder}/nginx.pid; error_log {folder}/error.log;\nevents {{}}\n\
@@ -303,7 +293,8 @@ fn only_the_workers_of_nginx_reach_redis() {
     );
     let config = host.write("nginx.conf", config);
     // As a service manager starts it: it goes into the background by itself.
-    Finished::of(&mut host.run(&["nginx", "-c", &config.display().to_string()])).success();
+    let nginx = ["nginx", "-c", &config.display().to_string()];
+    Finished::of(&mut host.run_with(&["--name", "front"], &nginx)).success();
     host.wait_for_port(80);
     let get = Finished::of(&mut visitor.plain(&["curl", "-sS", "--max-time", "20", "http://10.77.0.1/"]));
     assert_eq!(get.status, 0, "{get}");
@@ -313,6 +304,14 @@ fn only_the_workers_of_nginx_reach_redis() {
     let accept = host.record("redis accepts", |r| r["op"] == "accept" && r["local"] == "127.0.0.1:6379");
     assert_eq!((&accept["verdict"], &accept["assurance"]), (&"permit".into(), &"kernel".into()), "{accept}");
     assert!(accept["peer"].as_str().unwrap().contains("nginx\", user=\"www-data\""), "{accept}");
+    // Both write over their environment, and yet `ps` knows what their runs are called.
+    let listed = host.portcullis(&["ps", "--format", "json"]).success();
+    let listed: Vec<Value> = serde_json::from_str(&listed).unwrap();
+    for (exe, name, least) in [("nginx", "front", 2), ("redis", "store", 1)] {
+        let is_it = |row: &&Value| row["exe"].as_str().is_some_and(|path| path.contains(exe));
+        let rows: Vec<_> = listed.iter().filter(is_it).collect();
+        assert!(rows.len() >= least && rows.iter().all(|row| row["name"] == name), "{rows:?}");
+    }
     // The same host, another program, wrapped and not: refused.
     let ping = ["redis-cli", "-h", "127.0.0.1", "ping"];
     assert_ne!(Finished::of(&mut host.run(&ping)).stdout.trim(), "PONG");

@@ -179,7 +179,7 @@ fn what_holds_a_process_is_shown_with_why_not_and_since_when() {
     assert_eq!(hold(&host, fixed.pid(), "shim")["why"], "it is a static program");
     let status = host.portcullis(&["status"]).stdout;
     assert!(
-        status.contains("  shim       1 processes\n             not 1: it is a static program\n"),
+        status.contains("  shim       1 process\n             not 1: it is a static program\n"),
         "{status}"
     );
 

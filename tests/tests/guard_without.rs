@@ -46,7 +46,7 @@ fn what_is_missing_costs_what_status_says_and_no_more() {
         }
     }
     let status = tried(&Host::here(), "passpidfd,sync-wake-up");
-    assert!(status.contains("backstop   1 processes\n"), "{status}");
+    assert!(status.contains("backstop   1 process\n"), "{status}");
     let status = tried(&Host::here(), "");
     assert!(lost.iter().all(|(_, gap)| !status.contains(gap)), "control: {status}");
 }

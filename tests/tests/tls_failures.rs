@@ -210,7 +210,7 @@ fn a_program_in_another_network_namespace_is_refused_with_that_reason() {
     assert!(why.contains("network namespace"), "{why}");
     // While one is there, `status` says so.
     let tells =
-        || client.portcullis(&["status"]).stdout.contains("1 processes are in another network namespace");
+        || client.portcullis(&["status"]).stdout.contains("1 process is in another network namespace");
     let here = client.start(&["sleep", "60"]);
     eventually("it is there", || client.portcullis(&["ps"]).stdout.contains("sleep 60").then_some(()));
     assert!(!tells(), "the control");

@@ -18,7 +18,7 @@
 //! | `S` | a tag | pidfd of a program that begins with connections, and is stopped until they are judged | supervisor |
 //! | `J` | a tag | none: they are judged | broker |
 //! | `K` | | the book of held calls (`portcullis_guard::book`), after all trees | supervisor |
-//! | `D` | | the broker's ends of doors | supervisor |
+//! | `D` | inodes of their other ends, and the label of their run | the broker's ends of doors | supervisor |
 //! | `F` | tags, eight bytes each | what exchanges the lists of these listeners' filters | both |
 //! | `X` | a tag | none: that filter is no more | broker |
 //! | `W` | | what filters report to | both |
@@ -109,7 +109,12 @@ pub enum Handed {
     /// Its connections are judged.
     Judged(u64),
     /// Ends of doors: connected for as long as the supervisor lives, whatever becomes of a broker.
-    Doors(Vec<OwnedFd>),
+    Doors {
+        /// What their run is called; empty if nothing.
+        label: String,
+        /// The inode of the programs' end, and the broker's end; half of [`MOST`], so that there is room for the label.
+        doors: Vec<(u64, OwnedFd)>,
+    },
     /// By a listener's tag: what exchanges the list of its locked filter.
     Filters(Vec<(u64, OwnedFd)>),
     /// The listener with this tag is no more.
@@ -216,7 +221,9 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
         Handed::Unsaid(fd) => (b'V', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Ring(fd) => (b'R', Vec::new(), vec![fd.as_raw_fd()]),
         Handed::Book(fds) => (b'K', Vec::new(), raw(fds)),
-        Handed::Doors(fds) => (b'D', Vec::new(), raw(fds)),
+        Handed::Doors { doors, .. } => {
+            (b'D', doors.iter().map(|d| d.0).collect(), doors.iter().map(|d| d.1.as_raw_fd()).collect())
+        }
         Handed::Filters(all) => {
             (b'F', all.iter().map(|f| f.0).collect(), all.iter().map(|f| f.1.as_raw_fd()).collect())
         }
@@ -228,9 +235,10 @@ fn transmit(socket: BorrowedFd<'_>, handed: &Handed) -> io::Result<()> {
     let words = match handed {
         Handed::Unbacked(why) | Handed::Fenced(why) => why.as_bytes(),
         Handed::Layer(it, _) => it.policy.as_os_str().as_bytes(),
+        Handed::Doors { label, .. } => label.as_bytes(),
         _ => &[],
     };
-    let words = words.iter().take(8 * MOST).copied();
+    let words = words.iter().take(8 * (MOST - tags.len())).copied();
     let text: Vec<u8> =
         std::iter::once(letter).chain(tags.iter().flat_map(|t| t.to_ne_bytes())).chain(words).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
@@ -269,7 +277,11 @@ fn read(letter: u8, tags: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<Handed> {
         b'V' => Handed::Unsaid(fds.pop().ok_or_else(wrong)?),
         b'R' => Handed::Ring(fds.pop().ok_or_else(wrong)?),
         b'K' => Handed::Book(fds),
-        b'D' => Handed::Doors(fds),
+        b'D' if tags.len() >= fds.len() => {
+            let label = words.get(8 * fds.len()..).unwrap_or_default();
+            let label = String::from_utf8_lossy(label).into_owned();
+            Handed::Doors { label, doors: tags.zip(fds).collect() }
+        }
         b'W' => Handed::Watch(fds),
         b'F' if tags.len() == fds.len() && rest.is_empty() => Handed::Filters(tags.zip(fds).collect()),
         b'S' => Handed::Begun(tags.next().ok_or_else(wrong)?, fds.pop().ok_or_else(wrong)?),
@@ -301,6 +313,7 @@ mod tests {
         let narrowing = Narrowing { tag: 3, mark: u64::MAX, before: 5, mode: Mode::Audit, policy };
         ours.send(Handed::Layer(narrowing.clone(), fd()));
         ours.send(Handed::Layered { tag: 3, mark: 4, before: 5 });
+        ours.send(Handed::Doors { label: "web".to_owned(), doors: vec![(5, fd()), (6, fd())] });
         ours.send(Handed::Forget(7));
         ours.send(Handed::Unbacked("no types".to_owned()));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Backstop(fds))) if fds.len() == 3));
@@ -308,6 +321,9 @@ mod tests {
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Trees { by_proxy: true, run: 3, .. }))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Layer(told, _))) if told == narrowing));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Layered { tag: 3, mark: 4, before: 5 }))));
+        assert!(
+            matches!(theirs.receive(), Ok(Some(Handed::Doors { label, doors })) if label == "web" && doors.iter().map(|d| d.0).eq([5, 6]))
+        );
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Forget(7)))));
         assert!(matches!(theirs.receive(), Ok(Some(Handed::Unbacked(why))) if why == "no types"));
         assert_eq!(theirs.receive().unwrap_err().kind(), io::ErrorKind::WouldBlock);

@@ -14,12 +14,12 @@ use nix::sys::{
     socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
 };
 
-use super::{Broker, Source, coverage::summary, flows::Flow, lanes::Peer};
+use super::{Broker, Source, channels::Named, coverage::summary, flows::Flow, lanes::Peer};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status},
     escape::sentence,
     process::{Context, ProcessKey},
-    sys::realtime,
+    sys::{proc::ProcDir, realtime},
 };
 
 /// Longest request, in bytes.
@@ -150,6 +150,17 @@ impl Broker {
         all.into_iter().map(|c| self.row(&c, flows.remove(&c.key).unwrap_or_default())).collect()
     }
 
+    /// What the run is called that a process is of: all of its processes have its door.
+    fn name_of_run(&self, context: &Context) -> Option<String> {
+        let named: Vec<&Named> = self.channels.values().filter_map(|channel| channel.run.as_ref()).collect();
+        if named.is_empty() {
+            return None;
+        }
+        let held = ProcDir::open(context.key.pid).and_then(|at| at.all_sockets()).ok()?;
+        let run = held.iter().find_map(|(_, inode)| named.iter().find(|run| run.door == *inode))?;
+        Some(run.label.to_string())
+    }
+
     fn row(&mut self, context: &Context, associations: Vec<AssociationRow>) -> ProcessRow {
         let key = context.key;
         let listeners: Vec<ListenerRow> = self
@@ -166,6 +177,7 @@ impl Broker {
         let coverage = self.coverage(context, &listeners);
         let process = self.processes.get(&key);
         ProcessRow {
+            name: self.name_of_run(context),
             pid: key.pid,
             start: key.start,
             exe: context.exe().map(sentence),

@@ -34,11 +34,21 @@ pub(super) struct Share {
     turned_away: u64,
 }
 
+/// What a run is called.
+#[derive(Clone, Debug)]
+pub(super) struct Named {
+    pub(super) label: Rc<str>,
+    /// Inode of its door, the processes' end.
+    pub(super) door: u64,
+}
+
 /// One connection to a wrapped process.
 #[derive(Debug)]
 pub(super) struct Channel {
     socket: OwnedFd,
     is_door: bool,
+    /// Of a door that the supervisor has made for a run with a name: whoever holds its other end is of that run.
+    pub(super) run: Option<Named>,
     /// User it is counted for.
     counted: u32,
     /// Event source.
@@ -99,7 +109,8 @@ impl Broker {
         let channel = self.watch.id();
         let source = self.watch.add(&socket, Source::Channel(channel)).ok()?;
         share.channels += 1;
-        self.channels.insert(channel, Channel { socket, is_door, counted: uid, source, writer: None });
+        self.channels
+            .insert(channel, Channel { socket, is_door, run: None, counted: uid, source, writer: None });
         Some(channel)
     }
 

@@ -3,11 +3,12 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
+    rc::Rc,
 };
 
 use portcullis_backstop::left_over;
 
-use super::{Broker, Source};
+use super::{Broker, Source, channels::Named};
 use crate::{
     guard::link::Handed,
     keyd::{Filter, Keepsake},
@@ -39,7 +40,10 @@ impl Broker {
                     listeners.into_iter().for_each(|it| self.add_guard(it, by_proxy, run));
                 }
                 Ok(Some(Handed::Book(book))) => book.iter().for_each(|it| self.take_book(it)),
-                Ok(Some(Handed::Doors(doors))) => doors.into_iter().for_each(|it| self.add_door(it)),
+                Ok(Some(Handed::Doors { label, doors })) => {
+                    let label = Some(Rc::from(label)).filter(|label: &Rc<str>| !label.is_empty());
+                    doors.into_iter().for_each(|(inode, end)| self.add_door(end, inode, label.clone()));
+                }
                 Ok(Some(Handed::Filters(some))) => self.inherited.extend(some),
                 Ok(Some(Handed::Watch(kept))) => self.keepsake = Keepsake::from(kept),
                 Ok(Some(Handed::Begun(tag, process))) => self.judge_outset(tag, &process),
@@ -55,10 +59,13 @@ impl Broker {
     }
 
     /// A door whose other end the supervisor has given to a program.
-    fn add_door(&mut self, socket: OwnedFd) {
+    fn add_door(&mut self, socket: OwnedFd, inode: u64, label: Option<Rc<str>>) {
         let _ = name_writers(socket.as_fd());
         let owner = self.owner;
-        self.add_channel(socket, true, owner);
+        let added = self.add_channel(socket, true, owner);
+        if let Some(channel) = added.and_then(|id| self.channels.get_mut(&id)) {
+            channel.run = label.map(|label| Named { label, door: inode });
+        }
     }
 
     /// Sends what there was no room for.

@@ -323,8 +323,9 @@ impl Broker {
         }
         let elsewhere = rows.iter().filter(|row| !same_network(row.pid)).count();
         let gap = format!(
-            "{elsewhere} processes are in another network namespace than the key daemon: what they open or serve there \
-             cannot be protected, and is refused where it must be"
+            "{elsewhere} {} in another network namespace than the key daemon: what is opened or served there cannot be \
+             protected, and is refused where it must be",
+            if elsewhere == 1 { "process is" } else { "processes are" }
         );
         let listeners = rows.iter().flat_map(|row| &row.listeners);
         let refused = listeners.filter_map(|listener| {

@@ -10,7 +10,10 @@ use std::{
 
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, SockFlag, SockType, socketpair},
+    sys::{
+        socket::{AddressFamily, SockFlag, SockType, socketpair},
+        stat::fstat,
+    },
 };
 use portcullis_broker::{
     Unsaid,
@@ -35,13 +38,23 @@ pub struct Handover {
     book: Option<OwnedFd>,
     /// Records that are not on disk yet.
     unsaid: Option<OwnedFd>,
-    doors: Vec<OwnedFd>,
+    doors: Vec<Door>,
     /// By a listener's tag.
     filters: HashMap<u64, OwnedFd>,
     watch: Vec<OwnedFd>,
     /// Programs that are stopped until a broker has judged their connections, by tag.
     begun: HashMap<u64, OwnedFd>,
     judged: Vec<u64>,
+}
+
+/// A door, as the supervisor keeps it.
+#[derive(Debug)]
+struct Door {
+    ours: OwnedFd,
+    /// Of the programs' end.
+    inode: u64,
+    /// What its run is called.
+    label: String,
 }
 
 /// A run that is narrowed.
@@ -105,8 +118,12 @@ impl Handover {
         };
         ours.send(Handed::Book(vec![book.try_clone()?]));
         self.book = Some(book);
-        for some in self.doors.chunks(MOST) {
-            ours.send(Handed::Doors(again(some)?));
+        let alike = self.doors.chunk_by(|one, other| one.label == other.label);
+        for some in alike.flat_map(|alike| alike.chunks(MOST / 2)) {
+            let label = some.first().map_or_else(String::new, |door| door.label.clone());
+            let again = |door: &Door| Ok((door.inode, door.ours.try_clone()?));
+            let doors = some.iter().map(again).collect::<io::Result<_>>()?;
+            ours.send(Handed::Doors { label, doors });
         }
         if !self.watch.is_empty() {
             ours.send(Handed::Watch(again(&self.watch)?));
@@ -187,12 +204,12 @@ impl Handover {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn add_door(&mut self) -> io::Result<OwnedFd> {
+    pub fn add_door(&mut self, label: &str) -> io::Result<OwnedFd> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-        let copy = ours.try_clone()?;
-        self.doors.push(ours);
-        self.tell(Handed::Doors(vec![copy]));
+        let (copy, inode) = (ours.try_clone()?, fstat(&theirs)?.st_ino);
+        self.doors.push(Door { ours, inode, label: label.to_owned() });
+        self.tell(Handed::Doors { label: label.to_owned(), doors: vec![(inode, copy)] });
         Ok(theirs)
     }
 
@@ -229,7 +246,7 @@ impl Handover {
             let room = if link.is_behind() { PollFlags::POLLOUT } else { PollFlags::empty() };
             PollFd::new(link.as_fd(), PollFlags::POLLIN | room)
         });
-        link.chain(self.doors.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::empty())))
+        link.chain(self.doors.iter().map(|door| PollFd::new(door.ours.as_fd(), PollFlags::empty())))
     }
 
     /// Takes what the broker leaves here, and sends what it had no room for.
@@ -262,7 +279,7 @@ impl Handover {
     /// Forgets trees that have ended, and doors that nobody has any more.
     pub fn tidy(&mut self) {
         self.trees.retain(|(fd, ..)| !is_over(fd.as_fd()));
-        self.doors.retain(|fd| !is_over(fd.as_fd()));
+        self.doors.retain(|door| !is_over(door.ours.as_fd()));
     }
 }
 

@@ -39,6 +39,7 @@ struct Hello {
     mode: Option<Mode>,
     nested: bool,
     process: Option<OwnedFd>,
+    name: Option<String>,
 }
 
 /// A policy of its own, beside the one that is in force for all.
@@ -81,8 +82,9 @@ impl Supervisor {
                 continue;
             }
             match visitor.link.receive::<Say>() {
-                Ok(Some((Say::Hello { policy, mode, nested }, fds))) if visitor.hello.is_none() => {
-                    visitor.hello = Some(Hello { policy, mode, nested, process: fds.into_iter().next() });
+                Ok(Some((Say::Hello { policy, mode, nested, name }, fds))) if visitor.hello.is_none() => {
+                    let process = fds.into_iter().next();
+                    visitor.hello = Some(Hello { policy, mode, nested, process, name });
                     self.visitors.push(visitor);
                 }
                 Ok(Some((Say::Enclose, fds))) if visitor.welcomed && visitor.enclosed.is_none() => {
@@ -250,7 +252,7 @@ impl Supervisor {
                 return Some(Answer::Failed(NOT_TAKEN.to_owned()));
             }
         }
-        Some(match self.parts.handover.add_door() {
+        Some(match self.parts.handover.add_door(hello.name.as_deref().unwrap_or_default()) {
             Ok(end) => {
                 *door = Some(end);
                 Answer::Welcome {
