@@ -124,11 +124,11 @@ impl Broker {
     }
 
     /// Lets a call that was judged and permitted pass the backstop. `by_region`: a region that covers it
-    /// has been granted. `false`: it could not be, and the kernel will refuse it.
-    pub(super) fn grant_call(&mut self, call: &Call, token: Option<SocketAddr>, by_region: bool) -> bool {
+    /// has been granted. If it cannot be granted, the kernel refuses it, on record.
+    pub(super) fn grant_call(&mut self, call: &Call, token: Option<SocketAddr>, by_region: bool) {
         let namespace = self.namespace;
         let Some(kernel) = &mut self.kernel else { return self.fence_call(call, token) };
-        let Some(holder) = kernel.asking else { return false };
+        let Some(holder) = kernel.asking else { return };
         let facts = call.socket.as_ref().map(|(_, facts)| facts);
         let holder = match facts.map_or(0, |f| f.namespace) {
             0 if holder.netns == 0 => holder.in_netns(namespace),
@@ -140,16 +140,17 @@ impl Broker {
             Op::Bind => (call.op, call.local),
             Op::Socket => (call.op, Some(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 0))),
             Op::Listen => {
-                return facts.is_none_or(|f| kernel.backstop.grant_listener(f.cookie).is_ok());
+                let _refused = facts.map(|f| kernel.backstop.grant_listener(f.cookie));
+                return;
             }
-            Op::Accept | Op::Receive => return true,
+            Op::Accept | Op::Receive => return,
         };
-        let Some(at) = at else { return true };
+        let Some(at) = at else { return };
         if let (Op::Connect, Some(facts)) = (op, facts) {
             // A region may cover it, and then the kernel records it too; it is on record already.
             kernel.recorded.insert((facts.cookie, key(at.ip()), at.port()));
             if by_region {
-                return true;
+                return;
             }
         }
         // The kernel sees the unspecified address as such, whichever loopback it leads to.
@@ -163,7 +164,7 @@ impl Broker {
             rule: None,
             within: PATIENCE,
         };
-        kernel.backstop.grant_once(holder, &once).is_ok()
+        let _refused = kernel.backstop.grant_once(holder, &once);
     }
 
     /// Lets the broker itself connect a wrapped program's socket to a token, once.

@@ -56,38 +56,38 @@ impl Broker {
         self.note("broker", &fault, &[]);
     }
 
-    /// Lets a call that was judged and permitted pass. `false`: it could not be, and the kernel will refuse it.
-    pub(super) fn fence_call(&mut self, call: &Call, token: Option<SocketAddr>) -> bool {
+    /// Lets a call that was judged and permitted pass. If it cannot be granted, the kernel refuses it, on record.
+    pub(super) fn fence_call(&mut self, call: &Call, token: Option<SocketAddr>) {
         let facts = call.facts();
         let (cookie, namespace) = facts.map_or((0, 0), |facts| (facts.cookie, facts.namespace));
         let elsewhere = ![0, self.namespace].contains(&namespace);
         match call.op {
             // The table is of this network namespace.
-            _ if elsewhere || self.fence.is_none() => true,
+            _ if elsewhere || self.fence.is_none() => {}
             Op::Connect | Op::Send => {
-                let Some(at) = token.or(call.remote) else { return true };
+                let Some(at) = token.or(call.remote) else { return };
                 let ip = reached(at.ip(), call.local.map(|local| local.ip()));
                 self.pass(Pass {
                     ip: mapped(ip),
                     protocol: call.protocol.0,
                     port: at.port(),
                     ..Pass::default()
-                })
+                });
             }
             Op::Listen => self.fence_listener(cookie, call.local.map_or(0, |local| local.port())),
             Op::Socket => {
                 let what = if call.protocol == Protocol::RAW { Pass::ANYTHING } else { Pass::OTHERS };
-                self.pass(Pass { what, ..Pass::default() })
+                self.pass(Pass { what, ..Pass::default() });
             }
-            Op::Bind | Op::Accept | Op::Receive => true,
+            Op::Bind | Op::Accept | Op::Receive => {}
         }
     }
 
     /// Lets others come to a listener, once its port is known.
-    pub(super) fn fence_listener(&mut self, cookie: u64, port: u16) -> bool {
-        let Some(fence) = self.fence.as_mut().filter(|_| port != 0) else { return true };
+    pub(super) fn fence_listener(&mut self, cookie: u64, port: u16) {
+        let Some(fence) = self.fence.as_mut().filter(|_| port != 0) else { return };
         fence.listeners.insert(cookie, port);
-        self.pass(Pass { what: Pass::LISTENER, port, ..Pass::default() })
+        self.pass(Pass { what: Pass::LISTENER, port, ..Pass::default() });
     }
 
     /// A listener has ended.
@@ -115,12 +115,12 @@ impl Broker {
         }
     }
 
-    fn pass(&mut self, pass: Pass) -> bool {
-        let Some(fence) = &mut self.fence else { return true };
+    fn pass(&mut self, pass: Pass) {
+        let Some(fence) = &mut self.fence else { return };
         if fence.granted.contains(&pass) {
-            return true;
+            return;
         }
-        let Some(keyd) = &mut self.keyd else { return false };
+        let Some(keyd) = &mut self.keyd else { return };
         let mut done = keyd.pass(&pass);
         if done.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ENFILE)) {
             // Whoever is on the way stays so; the rest is granted again when it is asked for.
@@ -131,7 +131,6 @@ impl Broker {
         if done.is_ok() {
             fence.granted.insert(pass);
         }
-        done.is_ok()
     }
 
     /// Whether the table holds what a process sends.
