@@ -26,7 +26,7 @@
 //! `bytes_in` `bytes_out` `duration` (of a closed flow), `peer_cert` `cipher` `kex` (of lane tls), `of` (the record that
 //! this one belongs to), `shared` (the process is in several sessions), `delay_ms`, `lost`.
 
-mod left;
+pub(crate) mod left;
 mod log;
 mod unsaid;
 

@@ -38,6 +38,30 @@ pub mod fuzzing {
     pub fn control(bytes: &[u8]) {
         drop(serde_json::from_slice::<crate::control::Request>(bytes));
     }
+
+    /// Bytes as a program, another broker or a key daemon could send them.
+    ///
+    /// # Panics
+    /// If a frame that is taken is not the one that was sent.
+    pub fn frames(bytes: &[u8]) {
+        use portcullis_wire::{Addr, Reply, Request, keyd};
+        use zerocopy::IntoBytes as _;
+        let named = |addrs: &[Addr]| addrs.iter().map(|a| (a.ip(), a.socket_addr(), a.key())).count();
+        if let Ok((_, it)) = Request::decode(bytes) {
+            assert!(it.as_bytes() == bytes && named(&[it.local, it.remote]) == 2);
+        }
+        if let Ok((_, it)) = Reply::decode(bytes) {
+            assert!(it.as_bytes() == bytes && named(&[it.local, it.remote, it.rewrite]) == 3);
+        }
+        if let Ok((_, head, rest)) = keyd::Head::decode(bytes) {
+            assert_eq!([head.as_bytes(), rest].concat(), bytes);
+        }
+    }
+
+    /// A log as a crash or a full disk could leave it, as the next broker reads it.
+    pub fn log(bytes: &[u8]) {
+        let _open = crate::audit::left::LeftOpen::read(String::from_utf8_lossy(bytes).lines());
+    }
 }
 
 use std::{io::Write, os::fd::OwnedFd, path::PathBuf};
