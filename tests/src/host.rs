@@ -160,6 +160,17 @@ impl Host {
         self.run_with(&[], words)
     }
 
+    /// What a service manager starts here: a supervisor that stays, under the host's policy.
+    #[must_use]
+    pub fn supervise(&self, options: &[&str]) -> Command {
+        let (program, state, policy) = (self.binary(), self.state(), self.path("policy.pol"));
+        let mut line =
+            vec![program.as_os_str(), OsStr::new("supervise"), OsStr::new("--state"), state.as_os_str()];
+        line.extend([OsStr::new("--policy"), policy.as_os_str()]);
+        line.extend(options.iter().map(OsStr::new));
+        self.plain(&line)
+    }
+
     /// Another `portcullis` command, told where the state is.
     #[must_use]
     pub fn portcullis(&self, words: &[&str]) -> Finished {

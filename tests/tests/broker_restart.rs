@@ -262,6 +262,22 @@ fn no_record_is_lost_when_the_last_program_ends_with_its_broker() {
 }
 
 #[test]
+fn no_record_is_lost_when_a_service_is_told_to_end_while_its_broker_is_gone() {
+    let net = Net::new(&["client", "server"]);
+    let [client, server] = net.hosts();
+    client.policy("allow tcp/8001(*, *);");
+    let mut service = Running::start(client.supervise(&[]));
+    eventually("it serves", || {
+        client.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
+    });
+    let hurried = Hurried::start(client, server);
+    kill(hurried.stop_broker(), Signal::SIGKILL).unwrap();
+    service.signal(Signal::SIGTERM);
+    hurried.end();
+    assert_eq!(service.wait(), 0);
+}
+
+#[test]
 fn datagrams_follow_a_new_generation_before_their_socket_is_used_again() {
     let net = Net::new(&["server", "one", "two"]);
     let [server, one, two] = net.hosts();

@@ -12,7 +12,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, built, eventually, ftp, trust::Trust};
+use portcullis_tests::{ALLOW_ALL, Finished, Host, Net, Running, eventually, ftp, trust::Trust};
 use serde_json::Value;
 
 const NOBODY: u32 = 65534;
@@ -27,12 +27,7 @@ struct Service<'a> {
 impl<'a> Service<'a> {
     fn start(host: &'a Host, policy: &str, options: &[&str]) -> Self {
         host.policy(policy);
-        let program =
-            if host.path("portcullis").exists() { host.path("portcullis") } else { built::portcullis() };
-        let (state, policy) = (host.state(), host.path("policy.pol"));
-        let [program, state, policy] = [&program, &state, &policy].map(|path| path.to_str().unwrap());
-        let line = [&[program, "supervise", "--state", state, "--policy", policy], options].concat();
-        let supervisor = Running::start(host.plain(&line));
+        let supervisor = Running::start(host.supervise(options));
         eventually("the broker serves", || {
             host.portcullis(&["status"]).stdout.contains("generation   ").then_some(())
         });

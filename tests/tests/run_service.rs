@@ -1,24 +1,14 @@
 //! A supervisor that a service manager starts: it stays, and runs join it.
 
-use std::process::Command;
-
 use nix::sys::signal::Signal;
 use portcullis_tests::{ALLOW_ALL, Finished, Host, Running, built, eventually};
-
-/// What the service manager starts on this host.
-fn supervise(host: &Host) -> Command {
-    let (program, state, policy) = (built::portcullis(), host.state(), host.path("policy.pol"));
-    let words = ["supervise", "--state", state.to_str().unwrap(), "--policy", policy.to_str().unwrap()];
-    let line: Vec<&str> = std::iter::once(program.to_str().unwrap()).chain(words).collect();
-    host.plain(&line)
-}
 
 #[test]
 fn it_stays_without_runs_serves_them_and_ends_when_told() {
     let host = Host::here();
     host.policy(ALLOW_ALL);
     let (state, program) = (host.state(), built::portcullis());
-    let mut service = Running::start(supervise(&host));
+    let mut service = Running::start(host.supervise(&[]));
     eventually("the broker serves", || {
         host.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
     });
@@ -40,7 +30,7 @@ fn a_second_one_on_the_same_folder_is_an_error() {
     host.policy(ALLOW_ALL);
     let keeper = host.start(&["sh", "-c", "echo up; exec sleep 1000"]);
     keeper.line("up");
-    let second = Finished::of(&mut supervise(&host));
+    let second = Finished::of(&mut host.supervise(&[]));
     assert_eq!(second.code(), 2, "{second}");
     assert!(second.stderr.contains("another supervisor serves"), "{second}");
 }
@@ -49,7 +39,7 @@ fn a_second_one_on_the_same_folder_is_an_error() {
 fn what_programs_need_stays_when_it_ends_before_them() {
     let host = Host::here();
     host.policy(ALLOW_ALL);
-    let mut service = Running::start(supervise(&host));
+    let mut service = Running::start(host.supervise(&[]));
     eventually("the broker serves", || {
         host.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
     });
@@ -63,7 +53,7 @@ fn what_programs_need_stays_when_it_ends_before_them() {
     assert!(std::path::Path::new(&shim).exists(), "{shim}");
     shell.say("go\n");
     assert!(shell.line("curl:").contains("connect"), "refused, and not without the shim");
-    let mut service = Running::start(supervise(&host));
+    let mut service = Running::start(host.supervise(&[]));
     eventually("the broker serves", || {
         assert!(!service.has_ended(), "{:?}", service.rest());
         host.portcullis(&["status"]).stdout.contains("generation   ").then_some(())
