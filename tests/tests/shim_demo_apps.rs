@@ -218,3 +218,27 @@ fn verdicts_that_are_remembered_end_with_the_credentials_they_were_given_to() {
     assert_eq!((of("permit").len(), of("refuse").len()), (5, 2), "{records:?}");
     assert!(of("permit").iter().any(|r| r["via"] == "table"), "{:?}", of("permit"));
 }
+
+/// listen(2) takes a free port for who has not asked for one.
+#[test]
+fn a_listener_that_was_never_bound_is_judged_by_the_port_it_gets() {
+    let root = Host::here();
+    for host in [root.as_user(65534), root] {
+        host.policy("service low = tcp/1-1023; service high = tcp/1024-65535;\nallow high(*, *);\n");
+        let script = "import socket\nfor family in 2, 10:\n    s = socket.socket(family); s.listen(); \
+            socket.create_connection(('localhost', s.getsockname()[1])); print(s.getsockname()[1])";
+        let ports = Finished::of(&mut host.run(&["/usr/bin/python3", "-c", script])).success();
+        for port in ports.lines() {
+            let at = format!(":{port}");
+            let record = host.record("the listener", |r| {
+                r["op"] == "listen" && r["local"].as_str().is_some_and(|local| local.ends_with(&at))
+            });
+            assert_eq!(record["verdict"], "permit", "{record}");
+        }
+        assert!(!host.records().iter().any(|r| r["verdict"] == "refuse"), "{:?}", host.records());
+        host.policy("service low = tcp/1-1023;\nallow low(*, *);\n");
+        portcullis_tests::eventually("the broker ends", || host.daemons().is_empty().then_some(()));
+        let refused = Finished::of(&mut host.run(&["/usr/bin/python3", "-c", script]));
+        assert!(refused.stderr.contains("PermissionError"), "{refused}");
+    }
+}

@@ -244,7 +244,9 @@ fn judge_listen(fd: c_int, backlog: c_int) -> Result<Option<u16>, Errno> {
     let mut at = local(fd);
     if at.port == 0 && !own::sandboxed() && sock.is_stream() {
         // listen(2) takes a free port by itself; the verdict is on a port, so it is taken before.
-        let any = Peer::from_wire(&Addr { family: if at.family == 0 { 4 } else { at.family }, ..Addr::NONE });
+        let mut any =
+            Peer::from_wire(&Addr { family: if at.family == 0 { 4 } else { at.family }, ..Addr::NONE });
+        judge_bind(fd, &mut any)?;
         // SAFETY: `any` is readable for its length and outlives the call.
         unsafe { call(libc::SYS_bind, &[arg(fd), any.as_arg(), any.len(), 0, 0, 0]) };
         at = local(fd);
