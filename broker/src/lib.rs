@@ -46,12 +46,12 @@ pub mod fuzzing {
     pub fn frames(bytes: &[u8]) {
         use portcullis_wire::{Addr, Reply, Request, keyd};
         use zerocopy::IntoBytes as _;
-        let named = |addrs: &[Addr]| addrs.iter().map(|a| (a.ip(), a.socket_addr(), a.key())).count();
+        let read = |addrs: &[Addr]| addrs.iter().all(|a| a.socket_addr().map(|at| at.ip()) == a.ip());
         if let Ok((_, it)) = Request::decode(bytes) {
-            assert!(it.as_bytes() == bytes && named(&[it.local, it.remote]) == 2);
+            assert!(it.as_bytes() == bytes && read(&[it.local, it.remote]));
         }
         if let Ok((_, it)) = Reply::decode(bytes) {
-            assert!(it.as_bytes() == bytes && named(&[it.local, it.remote, it.rewrite]) == 3);
+            assert!(it.as_bytes() == bytes && read(&[it.local, it.remote, it.rewrite]));
         }
         if let Ok((_, head, rest)) = keyd::Head::decode(bytes) {
             assert_eq!([head.as_bytes(), rest].concat(), bytes);

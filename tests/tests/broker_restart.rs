@@ -270,7 +270,7 @@ fn no_record_is_lost_when_a_service_is_told_to_end_while_its_broker_is_gone() {
     eventually("it serves", || {
         client.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
     });
-    let hurried = Hurried::start(client, server);
+    let hurried = Hurried::start(client, server, "");
     kill(hurried.stop_broker(), Signal::SIGKILL).unwrap();
     service.signal(Signal::SIGTERM);
     hurried.end();
