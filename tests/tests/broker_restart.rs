@@ -218,11 +218,21 @@ impl<'a> Hurried<'a> {
 
     /// Ends the program, and looks whether all that it did is on record.
     fn end(mut self) {
+        let done = self.finish();
+        self.is_on_record(done);
+    }
+
+    /// Ends the program, which says how many calls it made.
+    fn finish(&mut self) -> usize {
         let before = self.written();
         self.running.say("stop\n");
         let done: usize = self.running.line("done").trim_start_matches("done ").parse().unwrap();
         self.running.wait();
         assert!(self.by_proxy || done > before, "nothing was left to write: {done}");
+        done
+    }
+
+    fn is_on_record(&self, done: usize) {
         let is_connect = |r: &serde_json::Value| r["op"] == "connect" && r["verdict"] == "permit";
         let count = || self.client.records().iter().filter(|r| is_connect(r)).count();
         if portcullis_tests::until(|| (count() >= done).then_some(())).is_none() {
@@ -270,11 +280,13 @@ fn no_record_is_lost_when_a_service_is_told_to_end_while_its_broker_is_gone() {
     eventually("it serves", || {
         client.portcullis(&["status"]).stdout.contains("generation   1").then_some(())
     });
-    let hurried = Hurried::start(client, server, "");
-    kill(hurried.stop_broker(), Signal::SIGKILL).unwrap();
+    let mut hurried = Hurried::start(client, server, "");
+    let broker = hurried.stop_broker();
+    let done = hurried.finish();
+    kill(broker, Signal::SIGKILL).unwrap();
     service.signal(Signal::SIGTERM);
-    hurried.end();
     assert_eq!(service.wait(), 0);
+    hurried.is_on_record(done);
 }
 
 #[test]
