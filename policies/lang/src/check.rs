@@ -427,7 +427,8 @@ impl Checker<'_> {
         let mut expectations = Vec::new();
         for line in item.expectations {
             let (service, _) = self.service_items(&line.services);
-            if service.any {
+            // A service that something is wrong with has no ports either, and that has been said.
+            if service.any || (service.ports.is_empty() && !self.errors.has_errors()) {
                 let error = Diagnostic::error("a test is about one service", line.service_span);
                 self.errors.push(error.label("such as `smtp` or `tcp/25`"));
             }

@@ -15,7 +15,7 @@ use crate::{
     parser,
     policy::Policy,
     services::{Ports, Service},
-    source::{Source, to_u32},
+    source::{Source, Span, to_u32},
 };
 
 /// How one `test` block went.
@@ -184,6 +184,15 @@ impl Policy {
         let mut errors = Diagnostics::default();
         let service = parser::parse_service(to_u32(self.sources.len()), text, &mut errors)
             .map(|items| check::service(&self.names, &items, &mut errors));
+        if let Some(Service { any: false, ports }) = &service
+            && ports.is_empty()
+            && !errors.has_errors()
+        {
+            let whole = Span { file: to_u32(self.sources.len()), start: 0, end: to_u32(text.len()) };
+            errors.push(
+                Diagnostic::error("this service has no port", whole).label("such as `smtp` or `tcp/25`"),
+            );
+        }
         match service.filter(|_| !errors.has_errors()) {
             Some(service) => Ok(service),
             None => Err(errors.with_sources(&self.sources_and(name, text))),

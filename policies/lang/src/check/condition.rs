@@ -169,6 +169,10 @@ impl Checker<'_> {
         match Pattern::new(scope, &text.value) {
             Ok(pattern) => {
                 self.suspicious_path(attribute, text, scope);
+                if let Some(label) = vain(&attribute.name.value, scope, text.value.as_str()) {
+                    let message = format!("no `{}` is like this", attribute.name.value);
+                    self.errors.push(Diagnostic::warning(message, text.span).label(label));
+                }
                 Some(pattern)
             }
             Err(error) => {
@@ -202,6 +206,47 @@ impl Checker<'_> {
                 None
             }
         }
+    }
+}
+
+/// Why nothing can have a value that a pattern asks for, as far as it is written in ASCII.
+fn vain(attribute: &str, scope: Scope, text: &str) -> Option<String> {
+    let parts: Vec<&str> = text.split(scope.separator().map_or(' ', char::from)).collect();
+    match scope {
+        Scope::Domain => {
+            let text = text.strip_suffix('.').unwrap_or(text);
+            if text.parse::<std::net::Ipv4Addr>().is_ok() {
+                return Some(format!("did you mean `IPv4{{{text}}}`?"));
+            }
+            if text.is_empty() || text.starts_with('.') || text.contains("..") {
+                return Some("a label has at least one letter".to_owned());
+            }
+            let is_odd = |c: &char| c.is_ascii() && !c.is_ascii_alphanumeric() && !"-_.*".contains(*c);
+            match text.chars().find(is_odd)? {
+                c @ ('?' | '[' | ']' | '{' | '}') => {
+                    Some(format!("`{c}` is no wildcard: there are `*` and `**`"))
+                }
+                c @ (':' | '/' | '@') => Some(format!("a host's name alone, without `{c}`")),
+                c => Some(format!("a host's name has no `{}`", c.escape_default())),
+            }
+        }
+        Scope::Path => {
+            let [_, inner @ .., last] = parts.as_slice() else {
+                return text.is_empty().then(|| "a path begins with `/`".to_owned());
+            };
+            let inner = inner.iter().find(|part| ["", ".", ".."].contains(part));
+            if let Some(part) = inner {
+                return Some(format!("the kernel's path of a file has no `/{part}/`"));
+            }
+            ["", ".", ".."]
+                .contains(last)
+                .then(|| "a file is no folder: it has a name behind the last `/`".to_owned())
+        }
+        Scope::Text if attribute == "unit" => {
+            let is_whole = !text.is_empty() && !text.contains(['.', '*']);
+            is_whole.then(|| format!("did you mean \"{text}.service\"?"))
+        }
+        Scope::Text => None,
     }
 }
 
