@@ -3,7 +3,10 @@
 //! The rendering is our own sixty lines rather than a crate's: it needs one shape only, and every
 //! byte of it must be escaped, because a policy may come from someone else.
 
-use std::fmt::{self, Write as _};
+use std::{
+    fmt::{self, Write as _},
+    sync::Arc,
+};
 
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr as _;
@@ -71,7 +74,7 @@ impl Diagnostic {
 pub struct Diagnostics {
     list: Vec<Diagnostic>,
     left_out: usize,
-    sources: Vec<Source>,
+    sources: Arc<[Source]>,
 }
 
 /// More messages than this help nobody; the rest is counted.
@@ -103,8 +106,8 @@ impl Diagnostics {
         self.list.len() >= MOST
     }
 
-    pub(crate) fn with_sources(mut self, sources: &[Source]) -> Self {
-        self.sources = sources.to_vec();
+    pub(crate) fn with_sources(mut self, sources: impl Into<Arc<[Source]>>) -> Self {
+        self.sources = sources.into();
         let key = |d: &Diagnostic| (d.severity == Severity::Warning, d.span.file, d.span.start);
         self.list.sort_by_key(key);
         self

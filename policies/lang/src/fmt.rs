@@ -20,11 +20,11 @@ pub fn format(name: &str, text: &str) -> Result<String, Diagnostics> {
     if text.len() > crate::load::LARGEST {
         let message = format!("this policy is larger than {} bytes", crate::load::LARGEST);
         errors.push(crate::diagnostic::Diagnostic::error(message, crate::source::Span::default()));
-        return Err(errors.with_sources(&[Source::new(name, "")]));
+        return Err(errors.with_sources([Source::new(name, "")]));
     }
     parser::parse(0, text, &mut { parser::MOST_WORDS }, &mut errors);
     if errors.iter().any(|d| d.severity == Severity::Error) {
-        return Err(errors.with_sources(&[Source::new(name, text)]));
+        return Err(errors.with_sources([Source::new(name, text)]));
     }
     let tokens = tokens::tokens(0, text, &mut errors);
     Ok(layout(&statements(text, &tokens)))

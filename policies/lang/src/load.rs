@@ -150,7 +150,7 @@ pub(crate) fn tested(loaded: Loaded) -> Result<Loaded, Diagnostics> {
     let sources = loaded.policy.sources;
     let mut all = loaded.warnings;
     all.append(failures);
-    Err(all.with_sources(&sources))
+    Err(all.with_sources(sources))
 }
 
 fn finish(loader: Loader, now: Option<u64>) -> Result<Loaded, Diagnostics> {
@@ -158,10 +158,10 @@ fn finish(loader: Loader, now: Option<u64>) -> Result<Loaded, Diagnostics> {
     let checked = check::check(items, &sources, &mut errors);
     warn::characters(&sources, &mut errors);
     if errors.has_errors() {
-        return Err(errors.with_sources(&sources));
+        return Err(errors.with_sources(sources.as_slice()));
     }
     warn::warn(&checked, &sources, now, &mut errors);
-    let warnings = errors.with_sources(&sources);
+    let warnings = errors.with_sources(sources.as_slice());
     Ok(Loaded { policy: Policy::compile(checked, sources), warnings })
 }
 

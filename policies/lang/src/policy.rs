@@ -51,7 +51,7 @@ impl Loaded {
     pub fn with_links(self, target: impl Fn(&str) -> Option<String>) -> Self {
         let Self { policy, mut warnings } = self;
         warnings.append(crate::warn::links(&policy, target));
-        let warnings = warnings.with_sources(&policy.sources);
+        let warnings = warnings.with_sources(policy.sources.as_slice());
         Self { policy, warnings }
     }
 }

@@ -1,6 +1,9 @@
 //! A policy's own tests, and questions put to it in its own words.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use portcullis_types::Protocol;
 
@@ -45,6 +48,7 @@ impl TestOutcome {
 
 /// Runs all tests. They are about what rules mean, so no rule has expired yet when they run.
 pub(crate) fn run(policy: &Policy) -> Vec<TestOutcome> {
+    let sources: Arc<[Source]> = policy.sources.as_slice().into();
     let run = |test: &check::Test| {
         let begun = Instant::now();
         let mut failures = Diagnostics::default();
@@ -58,7 +62,7 @@ pub(crate) fn run(policy: &Policy) -> Vec<TestOutcome> {
             line: source.map_or(0, |s| s.position(test.span.start).0),
             took: begun.elapsed(),
             expectations: test.expectations.len(),
-            failures: failures.with_sources(&policy.sources),
+            failures: failures.with_sources(Arc::clone(&sources)),
         }
     };
     policy.tests.iter().map(run).collect()
@@ -177,7 +181,7 @@ impl Policy {
             (Some(tree), Some(_), false) => check::example(&self.names, tree, &mut errors),
             _ => None,
         };
-        found.ok_or_else(|| errors.with_sources(&self.sources_and(name, text)))
+        found.ok_or_else(|| errors.with_sources(self.sources_and(name, text)))
     }
 
     pub(crate) fn service_words(&self, name: &str, text: &str) -> Result<Service, Diagnostics> {
@@ -195,7 +199,7 @@ impl Policy {
         }
         match service.filter(|_| !errors.has_errors()) {
             Some(service) => Ok(service),
-            None => Err(errors.with_sources(&self.sources_and(name, text))),
+            None => Err(errors.with_sources(self.sources_and(name, text))),
         }
     }
 
