@@ -88,7 +88,7 @@ pub(crate) fn guest() -> Outcome {
 }
 
 /// What runs in the guest.
-const GUEST: &[&str] = &["guard_alone", "guard_older", "guard_programs"];
+const GUEST: &[&str] = &["guard_alone", "guard_older", "guard_programs", "guard_reuse"];
 
 /// One bench, optimised.
 pub(crate) fn bench(name: &str, rest: &[&str]) -> Outcome {
