@@ -198,17 +198,9 @@ impl Keyd {
         std::mem::take(&mut self.stopped)
     }
 
-    /// Takes all reports that have arrived; never waits. Call when [`AsFd`] is readable.
-    ///
-    /// # Errors
-    /// `BrokenPipe` if the key daemon has ended.
-    pub fn reports(&mut self) -> io::Result<Vec<Stranger>> {
-        let ended = self.drain();
-        if self.reports.is_empty() {
-            ended.map(|()| Vec::new())
-        } else {
-            Ok(self.reports.drain(..).collect())
-        }
+    /// Takes the reports that [`Self::news`] has brought along.
+    pub fn reports(&mut self) -> Vec<Stranger> {
+        self.reports.drain(..).collect()
     }
 
     /// Takes what has arrived. What came before the end is told before the end.
@@ -248,7 +240,8 @@ impl Keyd {
         self.asked(head, body, descriptors).map(|answer| (answer.head, answer.descriptors))
     }
 
-    fn asked(&mut self, head: Head, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+    /// Asks, and leaves the answer to those who wait for it, or to news.
+    fn say(&mut self, head: Head, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<Head> {
         if self.broken {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
@@ -263,6 +256,11 @@ impl Keyd {
             self.broken = true;
             return Err(e.into());
         }
+        Ok(asked)
+    }
+
+    fn asked(&mut self, head: Head, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+        let asked = self.say(head, body, descriptors)?;
         let end = Instant::now() + PATIENCE;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -342,7 +340,9 @@ impl Keyd {
                 }
                 return Ok(Some(None));
             }
-            Kind::Shown | Kind::Arrived | Kind::Live | Kind::Associated | Kind::Over => {
+            // It is over; that is on its way.
+            Kind::Admit if head.errno != 0 => return Ok(Some(None)),
+            Kind::Shown | Kind::Arrived | Kind::Live | Kind::Admit | Kind::Associated | Kind::Over => {
                 self.news.push(News::read(kind, &head, rest).ok_or(io::ErrorKind::InvalidData)?);
                 return Ok(Some(None));
             }
@@ -416,15 +416,12 @@ impl Keyd {
         self.ask(Head { tag: id, ..Head::new(Kind::Release, 0) }, &[], &[]).map(drop)
     }
 
-    /// Lets an association that was shown go on. Returns its addresses, and whether it carries data now: then there is no
-    /// [`News::Associated`].
+    /// Lets an association that was shown go on. Nobody waits for it: [`News::Admitted`] follows, or it is over.
     ///
     /// # Errors
-    /// `ENOENT` if it is over.
-    pub fn admit(&mut self, id: u64) -> io::Result<(Places, bool)> {
-        let Answer { head, rest, .. } =
-            self.asked(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[])?;
-        Ok((Places::read_from_bytes(&rest).unwrap_or_default(), head.count == 1))
+    /// `BrokenPipe` and the like.
+    pub fn admit(&mut self, id: u64) -> io::Result<()> {
+        self.say(Head { tag: id, ..Head::new(Kind::Admit, 0) }, &[], &[]).map(drop)
     }
 
     /// Ends an association, shown or running.
@@ -479,18 +476,18 @@ impl Keyd {
         self.ask(Head::new(Kind::List, 0), &[], &[]).map(drop)
     }
 
-    /// Takes the news of protected flows that have arrived; never waits.
+    /// Takes the news of protected flows that have arrived; never waits. Call when [`AsFd`] is readable.
     ///
     /// # Errors
-    /// `BrokenPipe` if the key daemon has ended.
+    /// `BrokenPipe` if the key daemon has ended, once all that it has said was taken.
     pub fn news(&mut self) -> io::Result<Vec<News>> {
         let ended = self.drain();
-        if self.news.is_empty() { ended.map(|()| Vec::new()) } else { Ok(std::mem::take(&mut self.news)) }
+        if self.has_news() { Ok(std::mem::take(&mut self.news)) } else { ended.map(|()| Vec::new()) }
     }
 }
 
 impl AsFd for Keyd {
-    /// Readable when there are [`Keyd::reports`], or when the key daemon has ended.
+    /// Readable when there are [`Keyd::news`], or when the key daemon has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
@@ -552,7 +549,8 @@ mod tests {
         });
         assert!(keyd.destroys() && !keyd.filters());
         assert_eq!(keyd.cut_by_name(&Flow::new_zeroed()).unwrap(), CutBy::Destroy);
-        assert_eq!(keyd.reports().unwrap().iter().map(|s| s.tag).collect::<Vec<_>>(), [7]);
+        assert_eq!(keyd.news().unwrap(), []);
+        assert_eq!(keyd.reports().iter().map(|s| s.tag).collect::<Vec<_>>(), [7]);
         assert!(keyd.has_news(), "nothing else would have it looked at");
         assert_eq!(keyd.take_stopped().iter().map(|s| s.uid).collect::<Vec<_>>(), [9]);
         assert!(!keyd.has_news());
@@ -572,9 +570,15 @@ mod tests {
             let carried = Over { sent: 1, received: 2, cookie: 3 };
             tell(&socket, &[over.as_bytes(), carried.as_bytes(), places.as_bytes(), b"why\nwho"]);
             let asked = take(&socket);
+            tell(&socket, &[Head { count: 1, ..asked }.as_bytes(), places.as_bytes()]);
+            let asked = take(&socket);
             tell(&socket, &[Head { errno: libc::ENOENT, ..asked }.as_bytes()]);
+            let asked = take(&socket);
+            tell(&socket, &[asked.as_bytes()]);
         });
-        assert_eq!(keyd.admit(3).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        keyd.admit(3).unwrap();
+        keyd.admit(4).unwrap();
+        keyd.refuse(5, libc::ECONNREFUSED).unwrap();
         let (id, carried) = (3, Over { sent: 1, received: 2, cookie: 3 });
         assert_eq!(
             keyd.news().unwrap(),
@@ -591,10 +595,11 @@ mod tests {
                     places,
                     carried
                 },
+                News::Admitted { id, places, runs: true },
             ]
         );
         assert!(!keyd.wait(PATIENCE), "it ends, and has said all");
-        assert!(keyd.reports().is_err(), "it has ended since");
+        assert!(keyd.news().is_err(), "it has ended since");
     }
 
     #[test]

@@ -19,7 +19,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::SocketAddr,
-    os::fd::{BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -28,7 +28,7 @@ use nix::{
     errno::Errno,
     sys::socket::{getsockopt, sockopt},
 };
-use portcullis_relay::{Ending, Engine, Event, Failure, How, Id, Limits};
+use portcullis_relay::{Driver, Ending, Engine, Event, Failure, How, Id, Limits};
 use portcullis_wire::{
     Addr,
     keyd::{Flow, Head, Kind, Over, Places},
@@ -52,8 +52,8 @@ pub(crate) use shows::read_any;
 use telling::Agreed;
 use waits::{Source, Waits};
 
-/// Threads of the relay.
-const THREADS: usize = 2;
+/// Threads of the relay, this one included: it has what begins, and what carries little.
+const THREADS: usize = 3;
 /// Most associations that peers have opened and that are not running yet; more wait in the kernel's backlog.
 const MOST_PENDING: usize = 1024;
 /// Connection and handshake together, unless the broker says otherwise.
@@ -165,6 +165,8 @@ pub struct Associations {
     steer: Steer,
     deaths: Option<Deaths>,
     engine: Engine,
+    /// The engine's part in this thread.
+    driver: Driver,
     last: u64,
     all: HashMap<u64, Association>,
     /// Those that are not running yet. There may be many thousands that run, and no step looks at them all.
@@ -226,7 +228,7 @@ impl Associations {
             verdict_time: PATIENCE + LAST_STEP,
             ..Limits::default()
         };
-        let engine = Engine::start(limits)?;
+        let (engine, driver) = Engine::start_here(limits)?;
         let (tokens, expiry, waits) = (Tokens::new(raw, host.mark())?, Expiry::new()?, Waits::new()?);
         waits.add(&engine, Source::Engine)?;
         waits.add(&tokens, Source::Syns)?;
@@ -239,6 +241,7 @@ impl Associations {
             host,
             deaths: None,
             engine,
+            driver,
             last: 0,
             all: HashMap::new(),
             pending: HashSet::new(),
@@ -254,11 +257,11 @@ impl Associations {
         })
     }
 
-    /// What to poll, besides; [`Self::turn`] looks at what is readable. The second: peers that arrive, for whom there
-    /// may be no room.
-    pub fn watch(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
+    /// What to poll, besides; [`Self::turn`] is told which is readable. The first are the relay's sockets; the last,
+    /// peers that arrive, for whom there may be no room.
+    pub fn watch(&self) -> [Option<BorrowedFd<'_>>; 3] {
         let [all, fronts] = self.waits.as_fds();
-        (all, (self.arriving < MOST_PENDING).then_some(fronts))
+        [Some(self.driver.as_fd()), Some(all), (self.arriving < MOST_PENDING).then_some(fronts)]
     }
 
     /// Associations that are not running yet.
@@ -290,19 +293,15 @@ impl Associations {
     /// When [`Self::turn`] is due even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let soon = (!self.queued.is_empty()).then(|| Instant::now() + LOOK_AGAIN);
-        self.waits.first().into_iter().chain(soon).min()
+        [self.waits.first(), self.driver.deadline(), soon].into_iter().flatten().min()
     }
 
     /// Does what has become possible; `ready` says of which of [`Self::watch`].
-    pub fn turn(&mut self, diag: &mut Diag, (ready, arrived): (bool, bool)) {
+    pub fn turn(&mut self, diag: &mut Diag, [relay, ready, arrived]: [bool; 3]) {
         for source in if ready { self.waits.ready() } else { Vec::new() } {
             match source {
                 Source::Syns => self.tokens.held().into_iter().for_each(|syn| self.take_syn(syn, diag)),
-                Source::Engine => {
-                    while let Some(event) = self.engine.next_event() {
-                        self.take_event(event);
-                    }
-                }
+                Source::Engine => self.take_events(),
                 Source::Deaths => {
                     let dead = self.deaths.as_ref().map(Deaths::take).unwrap_or_default();
                     self.bury(&dead);
@@ -331,6 +330,15 @@ impl Associations {
         }
         for id in self.waits.late() {
             self.stop(id, libc::ETIMEDOUT, "it took too long");
+        }
+        // At last, as all that came before may have told it something.
+        self.driver.turn(relay);
+        self.take_events();
+    }
+
+    fn take_events(&mut self) {
+        while let Some(event) = self.engine.next_event() {
+            self.take_event(event);
         }
     }
 

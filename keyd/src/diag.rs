@@ -37,6 +37,7 @@ pub struct Diag {
 const NLMSG_ERROR: u16 = 2;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
+const REQUEST_ONLY: u16 = 1;
 const REQUEST_ACK: u16 = 1 | 4;
 const REQUEST: usize = 16 + 56;
 
@@ -73,7 +74,8 @@ impl Diag {
     /// `Some(None)`: done, without a message about a socket.
     fn ask(&mut self, kind: u16, flow: &Flow, interface: u32) -> io::Result<Option<Option<Subject>>> {
         self.seq = self.seq.wrapping_add(1);
-        let request = request(kind, flow, interface, self.seq).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = if kind == SOCK_DESTROY { REQUEST_ACK } else { REQUEST_ONLY };
+        let request = request((kind, flags), flow, interface, self.seq).ok_or(io::ErrorKind::InvalidInput)?;
         send(self.netlink.as_raw_fd(), &request, MsgFlags::empty())?;
         // The kernel has answered when send(2) returns (net/netlink/af_netlink.c, netlink_rcv_skb).
         let mut answer = [0; 1024];
@@ -81,8 +83,10 @@ impl Diag {
         loop {
             let length = recv(self.netlink.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
             let bytes = answer.get(..length).unwrap_or_default();
-            found = subject(bytes).or(found);
+            found = subject(bytes).filter(|_| answers(bytes, self.seq)).or(found);
             match outcome(bytes, self.seq) {
+                // Asked for nothing else, it says what it has found, or an error.
+                None if found.is_some() && flags == REQUEST_ONLY => return Ok(Some(found)),
                 None => {}
                 Some(0) => return Ok(Some(found)),
                 Some(libc::ENOENT) => return Ok(None),
@@ -130,7 +134,7 @@ impl AsFd for Deaths {
 }
 
 /// `struct nlmsghdr` and `struct inet_diag_req_v2`. `None` if the addresses are of no one family.
-fn request(kind: u16, flow: &Flow, interface: u32, seq: u32) -> Option<[u8; REQUEST]> {
+fn request((kind, flags): (u16, u16), flow: &Flow, interface: u32, seq: u32) -> Option<[u8; REQUEST]> {
     const ANY_STATE: u32 = u32::MAX;
     const ANY_COOKIE: u64 = u64::MAX; // INET_DIAG_NOCOOKIE
     let family = match (flow.local.family, flow.remote.family) {
@@ -146,7 +150,7 @@ fn request(kind: u16, flow: &Flow, interface: u32, seq: u32) -> Option<[u8; REQU
         .to_ne_bytes()
         .into_iter()
         .chain(kind.to_ne_bytes())
-        .chain(REQUEST_ACK.to_ne_bytes())
+        .chain(flags.to_ne_bytes())
         .chain(seq.to_ne_bytes())
         .chain([0; 4]);
     let body = [u8::try_from(family).ok()?, flow.protocol, 0, 0]
@@ -164,11 +168,16 @@ fn request(kind: u16, flow: &Flow, interface: u32, seq: u32) -> Option<[u8; REQU
     Some(request)
 }
 
+/// Whether a message is about the request with this number.
+fn answers(bytes: &[u8], seq: u32) -> bool {
+    bytes.get(8..12) == Some(&seq.to_ne_bytes())
+}
+
 /// The errno in the kernel's answer to `seq`; `None` if this is another message.
 fn outcome(bytes: &[u8], seq: u32) -> Option<i32> {
     let word = |at: usize| bytes.get(at..at + 4)?.try_into().ok();
     let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
-    if kind != NLMSG_ERROR || word(8).map(u32::from_ne_bytes)? != seq {
+    if kind != NLMSG_ERROR || !answers(bytes, seq) {
         return None;
     }
     word(16).map(i32::from_ne_bytes)?.checked_neg()

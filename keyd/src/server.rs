@@ -79,6 +79,7 @@ pub fn run(config: Config) -> Result<(), KeydError> {
         fence: None,
         associations,
         stage: Stage::Hello,
+        is_stuck: false,
         frame: vec![0; FRAME],
     })
 }
@@ -111,6 +112,8 @@ struct Server {
     fence: Option<Fence>,
     associations: Option<Associations>,
     stage: Stage,
+    /// The broker has not taken what it was told: the rest waits, and so that nobody else has to, in silence.
+    is_stuck: bool,
     /// Room for one request.
     frame: Vec<u8>,
 }
@@ -141,26 +144,34 @@ fn serve(mut server: Server) -> Result<(), KeydError> {
         let due = server.associations.as_ref().and_then(Associations::deadline);
         let due = [due, look_for_missed].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, |at| {
-            let left = at.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
+            let left = at.saturating_duration_since(Instant::now());
+            // Rounded up, so that what is due is due when its time has come.
+            let left = if left.is_zero() { left } else { left.saturating_add(Duration::from_millis(1)) };
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let ready = {
             let Some(asks) = server.broker.as_ref().or(server.brokers.as_ref()) else { return Ok(()) };
-            // Without a broker, what filters report waits where it is.
-            let watch = server.watch.as_ref().filter(|_| server.broker.is_some());
-            let (all, arriving) = server.associations.as_ref().map(Associations::watch).unzip();
-            let refused = server.fence.as_ref().and_then(Fence::watched);
-            let mut fds = Vec::with_capacity(5);
-            let all = [Some(asks.as_fd()), watch.map(AsFd::as_fd), all, arriving.flatten(), refused];
+            // Without a broker, or while it does not listen, what filters report waits where it is; and so do peers.
+            let is_stuck = server.is_stuck;
+            let watch = server.watch.as_ref().filter(|_| server.broker.is_some() && !is_stuck);
+            let [relay, all, arriving] = server.associations.as_ref().map_or([None; 3], Associations::watch);
+            let arriving = arriving.filter(|_| !is_stuck);
+            let refused = server.fence.as_ref().and_then(Fence::watched).filter(|_| !is_stuck);
+            let mut fds = Vec::with_capacity(6);
+            let all = [Some(asks.as_fd()), watch.map(AsFd::as_fd), relay, all, arriving, refused];
             let at = all.map(|fd| {
                 fds.extend(fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
                 fd.map(|_| fds.len() - 1)
             });
+            if let Some(asks) = fds.first_mut().filter(|_| is_stuck) {
+                asks.set_events(PollFlags::POLLIN | PollFlags::POLLOUT);
+            }
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(e) => return Err(KeydError::Broker(e.into())),
             }
-            at.map(|at| at.and_then(|at| fds.get(at)).and_then(PollFd::any).unwrap_or(false))
+            let signs = at.map(|at| at.and_then(|at| fds.get(at)).and_then(PollFd::revents));
+            signs.map(|signs| !(signs.unwrap_or(PollFlags::empty()) - PollFlags::POLLOUT).is_empty())
         };
         let stays = match server.work(ready, &mut look_for_missed) {
             Err(KeydError::Broker(e)) if e.raw_os_error() == Some(libc::EPIPE) => false,
@@ -176,14 +187,14 @@ impl Server {
     /// Does what has become possible. `false`: the broker has closed the connection.
     fn work(
         &mut self,
-        [asked, reported, associations, arrived, refused]: [bool; 5],
+        [asked, reported, relay, associations, arrived, refused]: [bool; 6],
         look_for_missed: &mut Option<Instant>,
     ) -> Result<bool, KeydError> {
         if asked && !(if self.broker.is_some() { self.answer_one()? } else { self.welcome()? }) {
             return Ok(false);
         }
-        self.turn((associations, arrived))?;
-        if refused {
+        self.turn([relay, associations, arrived])?;
+        if refused && self.has_room() {
             self.tell_refused()?;
         }
         let due = look_for_missed.is_some_and(|at| Instant::now() >= at);
@@ -197,7 +208,7 @@ impl Server {
 
     /// Goes on without a broker, if another may come: what runs goes on, and nothing new begins.
     fn bereave(&mut self) -> bool {
-        (self.broker, self.stage) = (None, Stage::Hello);
+        (self.broker, self.stage, self.is_stuck) = (None, Stage::Hello, false);
         if let Some(all) = &mut self.associations {
             all.bereave();
         }
@@ -228,7 +239,9 @@ impl Server {
 
     /// Sends to the broker, if there is one.
     fn tell(&self, parts: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> Result<(), KeydError> {
-        self.broker.as_ref().map_or(Ok(()), |broker| send(broker.as_fd(), parts, descriptors))
+        let Some(broker) = &self.broker else { return Ok(()) };
+        let sent = send(broker.as_fd(), parts, descriptors, MsgFlags::empty());
+        sent.map_err(|e| KeydError::Broker(e.into()))
     }
 
     /// Takes one request and answers it. `false`: the broker has closed the connection.
@@ -402,7 +415,7 @@ impl Server {
         if kind == Kind::List && program.is_none() {
             // Told before the answer: what comes after it is news.
             all.list();
-            self.tell_all()?;
+            self.tell_all(MsgFlags::empty())?;
             return Ok(Answer::default());
         }
         let mixed = head.flags & Head::MIXED != 0;
@@ -441,27 +454,38 @@ impl Server {
     }
 
     /// Does what associations call for, and tells the broker of them.
-    fn turn(&mut self, ready: (bool, bool)) -> Result<(), KeydError> {
+    fn turn(&mut self, ready: [bool; 3]) -> Result<(), KeydError> {
         let (Some(all), Some(diag)) = (&mut self.associations, &mut self.diag) else {
             return Ok(());
         };
         all.turn(diag, ready);
-        self.tell_all()
+        self.tell_all(MsgFlags::MSG_DONTWAIT)
     }
 
-    /// Tells the broker what there is to report of associations.
-    fn tell_all(&mut self) -> Result<(), KeydError> {
+    /// Tells the broker what there is to report of associations. One that does not listen keeps no flow waiting.
+    fn tell_all(&mut self, flags: MsgFlags) -> Result<(), KeydError> {
         let (Some(all), Some(broker)) = (&mut self.associations, &self.broker) else {
             return Ok(());
         };
+        self.is_stuck = false;
         let mut reports = all.reports().into_iter();
         while let Some((head, body)) = reports.next() {
-            if let Err(e) = send(broker.as_fd(), &[head.as_bytes(), &body], &[]) {
+            if let Err(e) = send(broker.as_fd(), &[head.as_bytes(), &body], &[], flags) {
                 all.keep(std::iter::once((head, body)).chain(reports));
-                return Err(e);
+                self.is_stuck = e == Errno::EAGAIN;
+                return if self.is_stuck { Ok(()) } else { Err(KeydError::Broker(e.into())) };
             }
         }
         Ok(())
+    }
+
+    /// Whether the broker can be told something at once.
+    fn has_room(&mut self) -> bool {
+        let Some(broker) = &self.broker else { return true };
+        let mut broker = [PollFd::new(broker.as_fd(), PollFlags::POLLOUT)];
+        // Also when it has gone, which who tells it finds out.
+        self.is_stuck = poll(&mut broker, PollTimeout::ZERO) == Ok(0);
+        !self.is_stuck
     }
 
     /// Tells some of what the backstop's nftables form refused. Without a broker it is in no log.
@@ -483,23 +507,17 @@ impl Server {
 
     /// Tells the broker whom filters dropped. Whether there was anybody.
     fn report(&mut self) -> Result<bool, KeydError> {
-        let Some(watch) = self.watch.as_mut().filter(|_| self.broker.is_some()) else {
-            return Ok(false);
-        };
         let epoch = epoch();
-        let mut missed = watch.missed();
-        let mut strangers = Vec::new();
-        while let Some(stranger) = watch.next(epoch) {
-            strangers.push(Stranger { missed: std::mem::take(&mut missed), ..stranger });
-        }
-        if missed > 0 {
-            strangers.push(Stranger { missed, ..Stranger::new_zeroed() });
-        }
-        for stranger in &strangers {
+        let mut any = false;
+        while self.has_room() {
+            let Some(watch) = self.watch.as_mut().filter(|_| self.broker.is_some()) else { break };
+            let missed = if any { 0 } else { watch.missed() };
+            let Some(stranger) = watch.next(epoch).or((missed > 0).then(Stranger::new_zeroed)) else { break };
             let head = Head { tag: stranger.tag, ..Head::new(Kind::Stranger, 0) };
-            self.tell(&[head.as_bytes(), stranger.as_bytes()], &[])?;
+            self.tell(&[head.as_bytes(), Stranger { missed, ..stranger }.as_bytes()], &[])?;
+            any = true;
         }
-        Ok(!strangers.is_empty())
+        Ok(any)
     }
 }
 
@@ -567,16 +585,21 @@ fn receive(socket: BorrowedFd<'_>, frame: &mut [u8]) -> nix::Result<Option<(usiz
     Ok((!cut_off).then_some((message.bytes, descriptors)))
 }
 
-fn send(socket: BorrowedFd<'_>, parts: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> Result<(), KeydError> {
+fn send(
+    socket: BorrowedFd<'_>,
+    parts: &[&[u8]],
+    descriptors: &[BorrowedFd<'_>],
+    flags: MsgFlags,
+) -> nix::Result<()> {
     let slices: Vec<_> = parts.iter().map(|part| IoSlice::new(part)).collect();
     let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
     let control: &[_] = if raw.is_empty() { &[] } else { &rights };
     loop {
-        match sendmsg::<()>(socket.as_raw_fd(), &slices, control, MsgFlags::MSG_NOSIGNAL, None) {
+        match sendmsg::<()>(socket.as_raw_fd(), &slices, control, flags | MsgFlags::MSG_NOSIGNAL, None) {
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
-            Err(e) => return Err(KeydError::Broker(e.into())),
+            Err(e) => return Err(e),
         }
     }
 }

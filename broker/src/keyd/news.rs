@@ -60,6 +60,15 @@ pub enum News {
         /// A JSON object: `peer` as in `Shown`, `process` as it was given, `since` in seconds since the Unix epoch.
         what: String,
     },
+    /// It goes on as it was admitted to.
+    Admitted {
+        /// Number of the association.
+        id: u64,
+        /// Its addresses, as far as they are known.
+        places: Places,
+        /// It carries data already: there will be no [`Self::Associated`].
+        runs: bool,
+    },
     /// It carries data, which was not so yet when it was admitted.
     Associated {
         /// Number of the association.
@@ -102,6 +111,10 @@ impl News {
             Kind::Live => {
                 let (places, what) = Places::read_from_prefix(rest).ok()?;
                 Some(Self::Live { id, front, places, what: String::from_utf8(what.to_vec()).ok()? })
+            }
+            Kind::Admit => {
+                let places = Places::read_from_bytes(rest).unwrap_or_default();
+                Some(Self::Admitted { id, places, runs: head.count == 1 })
             }
             Kind::Associated => Some(Self::Associated { id, places: Places::read_from_bytes(rest).ok()? }),
             Kind::Over => {

@@ -12,7 +12,7 @@ mod records;
 pub(super) use members::FILE as MEMBERS;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     rc::{Rc, Weak},
@@ -44,8 +44,9 @@ use crate::{
     sys::{boottime, pidfd_getfd, realtime, socket::Facts},
 };
 
-/// How long an accepted connection may be unknown: the key daemon has told of it, but it was not heard yet.
-const HEARD: Duration = Duration::from_millis(200);
+/// How long an accepted connection may be unknown: the key daemon tells of it when it has delivered it, and may be kept
+/// from that.
+const HEARD: Duration = Duration::from_secs(2);
 
 /// Most peers that are remembered for further flows: those with a certificate of their own come once only.
 const MOST_PEERS: usize = 64;
@@ -199,6 +200,8 @@ pub(super) struct Lanes {
     by_inner: HashMap<SocketAddr, u64>,
     /// The last that are over, by their sockets, with their tokens: a program that was told of one may not have got there.
     over: VecDeque<(u64, SocketAddr)>,
+    /// Admitted ones whose token was not told yet.
+    undelivered: HashSet<u64>,
     /// Listeners behind each front.
     pub(super) fronts: HashMap<u32, Vec<u64>>,
     pub(super) members: members::List,
@@ -258,6 +261,7 @@ impl Lanes {
             self.over.truncate(MOST_OVER - 1);
             self.over.push_front((cookie, token));
         }
+        self.undelivered.remove(&id);
         if let Some(cookie) = one.cookie.filter(|cookie| self.by_cookie.get(cookie) == Some(&id)) {
             self.by_cookie.remove(&cookie);
         }
@@ -463,16 +467,11 @@ impl Broker {
         (call.local, call.remote, call.association) = (one.local, one.remote, Some(id));
     }
 
-    /// Hears the key daemon out about a connection that it has just delivered: one that had to wait for room, so
-    /// that its token was not known when it was admitted. Whoever else comes from such an address is nobody's peer.
+    /// Hears the key daemon out about a connection that it has just delivered, whose token it is about to tell. Whoever
+    /// else comes from such an address is nobody's peer.
     fn listen_for(&mut self, inner: SocketAddr) {
-        let undelivered =
-            |one: &Association| one.op == Op::Accept && one.is_known() && one.inner.is_none() && !one.cut;
-        if !self.lanes.all.values().any(undelivered) {
-            return;
-        }
         let end = Instant::now() + HEARD;
-        while !self.lanes.by_inner.contains_key(&inner) {
+        while !self.lanes.undelivered.is_empty() && !self.lanes.by_inner.contains_key(&inner) {
             let left = end.saturating_duration_since(Instant::now());
             let more = self.keyd.as_mut().is_some_and(|keyd| keyd.wait(left));
             if !more {

@@ -223,18 +223,21 @@ impl Broker {
         loop {
             let Some(keyd) = &mut self.keyd else { return };
             // Whom filters have dropped is told when it is known whose filters they are.
-            let wait = self.lanes.taking_up;
-            let reports = |keyd: &mut Keyd| if wait { Ok(Vec::new()) } else { keyd.reports() };
-            let taken = keyd.news().and_then(|news| Ok((news, reports(keyd)?)));
+            let taken = keyd.news();
+            let strangers = if self.lanes.taking_up { Vec::new() } else { keyd.reports() };
             let stopped = keyd.take_stopped();
             stopped.iter().for_each(|one| self.report_stopped(one));
             match taken {
-                Ok((news, strangers)) => {
+                Ok(news) => {
                     if news.is_empty() && strangers.is_empty() {
                         return;
                     }
                     strangers.iter().for_each(|stranger| self.report_stranger(stranger));
                     news.into_iter().for_each(|one| self.hear_news(one));
+                    // What comes by itself says so by itself.
+                    if self.keyd.as_ref().is_some_and(|keyd| !keyd.has_news()) {
+                        return;
+                    }
                 }
                 Err(error) => {
                     self.watch.forget(|s| matches!(s, Source::Keyd));

@@ -31,7 +31,7 @@ impl Peer {
 /// Whom a handshake waits for.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) enum Waits {
-    /// For the ClientHello of its peer.
+    /// For the ClientHello of its peer, or for it to leave.
     Hello,
     /// For its peer to go on.
     Peer,

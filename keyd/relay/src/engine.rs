@@ -8,9 +8,10 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use nix::sys::epoll::EpollTimeout;
 use rustls::pki_types::ServerName;
 
 use crate::{
@@ -65,7 +66,7 @@ pub enum How {
 /// Bounds of one engine.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Limits {
-    /// Threads, each with an epoll of its own.
+    /// Threads, each with an epoll of its own; the owner's own, if that is one, is the first.
     pub threads: usize,
     /// Handshakes under way at once.
     pub handshakes: usize,
@@ -109,15 +110,37 @@ impl Engine {
     /// # Errors
     /// When the kernel gives no thread, epoll or eventfd.
     pub fn start(limits: Limits) -> io::Result<Self> {
-        let (events, threads) = (Arc::new(Queue::new()?), Arc::new(Threads::new(&limits)?));
-        let mut engine = Self { threads, handles: Vec::new(), events, next: AtomicU64::new(1) };
-        for index in 0..limits.threads.max(1) {
-            let worker =
-                Worker::new(index, Arc::clone(&engine.threads), Arc::clone(&engine.events), &limits)?;
-            let thread = thread::Builder::new().name(format!("relay-{index}"));
-            engine.handles.push(thread.spawn(move || worker.run())?);
-        }
+        let mut engine = Self::new(&limits, false)?;
+        (0..limits.threads.max(1)).try_for_each(|index| engine.spawn(index, &limits))?;
         Ok(engine)
+    }
+
+    /// The same, but the first thread is the calling one, which has a [`Driver`] for it and tells the engine everything:
+    /// nobody need be woken for what begins, or ends, there.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_here(limits: Limits) -> io::Result<(Self, Driver)> {
+        let mut engine = Self::new(&limits, true)?;
+        let driver = Driver(engine.worker(0, &limits)?);
+        (1..limits.threads).try_for_each(|index| engine.spawn(index, &limits))?;
+        Ok((engine, driver))
+    }
+
+    fn new(limits: &Limits, driven: bool) -> io::Result<Self> {
+        let (events, threads) = (Arc::new(Queue::new()?), Arc::new(Threads::new(limits, driven)?));
+        Ok(Self { threads, handles: Vec::new(), events, next: AtomicU64::new(1) })
+    }
+
+    fn worker(&self, index: usize, limits: &Limits) -> io::Result<Worker> {
+        Worker::new(index, Arc::clone(&self.threads), Arc::clone(&self.events), limits)
+    }
+
+    fn spawn(&mut self, index: usize, limits: &Limits) -> io::Result<()> {
+        let worker = self.worker(index, limits)?;
+        let thread = thread::Builder::new().name(format!("relay-{index}"));
+        self.handles.push(thread.spawn(move || worker.run())?);
+        Ok(())
     }
 
     /// Takes a TCP socket and begins; `Ready` or `Failed` follows.
@@ -165,7 +188,35 @@ impl Engine {
     }
 
     fn tell(&self, id: Id, command: Command) {
-        self.threads.tell(self.threads.origin(id), command);
+        self.threads.tell_as_owner(self.threads.origin(id), command);
+    }
+}
+
+/// The engine's first thread, where that is the owner's own ([`Engine::start_here`]).
+///
+/// The owner waits until its descriptor is readable or [`Self::deadline`] has come, calls [`Self::turn`], also after
+/// he has told the engine something, and then takes all events. Dropping it resets what it has.
+pub struct Driver(Worker);
+
+impl Driver {
+    /// Does what there is to do, without waiting. `readable`: the descriptor is.
+    pub fn turn(&mut self, readable: bool) {
+        // Nobody tells the owner to stop.
+        let _stays = self.0.obey_all() && (!readable || self.0.hear(EpollTimeout::ZERO));
+        self.0.work();
+    }
+
+    /// When [`Self::turn`] is due though nothing is readable.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Instant> {
+        let now = (self.0.has_work() || self.0.is_told()).then(Instant::now);
+        now.or_else(|| self.0.deadline())
+    }
+}
+
+impl AsFd for Driver {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.epoll.0.as_fd()
     }
 }
 

@@ -96,36 +96,50 @@ pub enum Event {
     },
 }
 
-/// A queue with a descriptor that is readable while something is in it.
+/// A queue with a descriptor that is readable while something is in it that was not put there in silence.
 pub(crate) struct Queue<T> {
-    items: Mutex<VecDeque<T>>,
+    items: Mutex<Items<T>>,
     bell: EventFd,
+}
+
+struct Items<T> {
+    all: VecDeque<T>,
+    rung: bool,
 }
 
 impl<T> Queue<T> {
     pub(crate) fn new() -> io::Result<Self> {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { items: Mutex::new(VecDeque::new()), bell })
+        Ok(Self { items: Mutex::new(Items { all: VecDeque::new(), rung: false }), bell })
     }
 
-    fn items(&self) -> MutexGuard<'_, VecDeque<T>> {
+    fn items(&self) -> MutexGuard<'_, Items<T>> {
         self.items.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn push(&self, item: T) {
         let mut items = self.items();
-        items.push_back(item);
-        if items.len() == 1 {
+        items.all.push_back(item);
+        if !std::mem::replace(&mut items.rung, true) {
             // A full counter is readable as well.
             let _rung = self.bell.write(1);
         }
     }
 
+    /// The same from the thread that will look by itself.
+    pub(crate) fn push_in_silence(&self, item: T) {
+        self.items().all.push_back(item);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.items().all.is_empty()
+    }
+
     pub(crate) fn pop(&self) -> Option<T> {
         let mut items = self.items();
-        let item = items.pop_front();
-        if items.is_empty() {
-            let _quiet = self.bell.read();
+        let item = items.all.pop_front();
+        if items.all.is_empty() {
+            self.quieten(&mut items);
         }
         item
     }
@@ -133,8 +147,14 @@ impl<T> Queue<T> {
     /// Everything at once.
     pub(crate) fn take(&self) -> VecDeque<T> {
         let mut items = self.items();
-        let _quiet = self.bell.read();
-        std::mem::take(&mut items)
+        self.quieten(&mut items);
+        std::mem::take(&mut items.all)
+    }
+
+    fn quieten(&self, items: &mut Items<T>) {
+        if std::mem::take(&mut items.rung) {
+            let _quiet = self.bell.read();
+        }
     }
 }
 

@@ -24,8 +24,9 @@ const SHORT: usize = 4096;
 /// Pieces of one batch at most: all but the first hold [`SHORT`] bytes or more.
 const PIECES: usize = BATCH * LARGEST / SHORT + 2;
 
-/// Bytes from which on an association is a stream.
+/// Bytes from which on an association is a stream, and turns from which on it is a conversation that goes on.
 const STREAM: u64 = 64 << 10;
+const LONG: u32 = 64;
 
 /// What one thread's associations share.
 pub(crate) struct Scratch {
@@ -198,6 +199,8 @@ pub(crate) struct Flow {
     owes_update: bool,
     /// A write met a reset. The kernel says that once, and shows an end to whoever reads after it.
     broken: bool,
+    /// Turns that it has had.
+    turns: u32,
     began: Instant,
 }
 
@@ -229,6 +232,7 @@ impl Flow {
             counted: 0,
             owes_update: false,
             broken: false,
+            turns: 0,
             began,
         })
     }
@@ -242,9 +246,9 @@ impl Flow {
         (self.inward.count, self.outward.count, self.began.elapsed())
     }
 
-    /// Whether it carries much, and not just a word now and then.
+    /// Whether it carries much, or for long, and not just a word or two.
     pub(crate) const fn is_stream(&self) -> bool {
-        self.inward.count + self.outward.count >= STREAM
+        self.inward.count + self.outward.count >= STREAM || self.turns >= LONG
     }
 
     pub(crate) fn note(&mut self, side: Side, signs: Signs) {
@@ -275,6 +279,7 @@ impl Flow {
 
     /// Moves one batch each way. `most` bounds the batch in records.
     pub(crate) fn turn(&mut self, outer: &TcpStream, scratch: &mut Scratch, most: usize) -> Next {
+        self.turns = self.turns.saturating_add(1);
         let mut out = self.outward(outer, scratch, most);
         let mut into = self.inward(outer, scratch, most);
         // What one end sent before its reset, and there is no more of it, the other may still read.
@@ -389,9 +394,12 @@ impl Flow {
         }
         if self.outward.ended && !self.outward.shut {
             self.outward.shut = true;
-            outer.shutdown(Shutdown::Write).map_err(|error| lost(&error))?;
-            // It fails for a socket that has failed, of which epoll tells.
-            let _gone = ask_whether_gone(&self.inner);
+            // Where the other way has ended before, both sockets are closed at once, which says the same.
+            if !self.inward.shut {
+                outer.shutdown(Shutdown::Write).map_err(|error| lost(&error))?;
+                // It fails for a socket that has failed, of which epoll tells.
+                let _gone = ask_whether_gone(&self.inner);
+            }
         }
         Ok(true)
     }
@@ -500,7 +508,9 @@ impl Flow {
         }
         if self.inward.ended && !self.inward.shut {
             self.inward.shut = true;
-            self.inner.shutdown(Shutdown::Write).map_err(|_| Ending::ProgramReset)?;
+            if !self.outward.shut {
+                self.inner.shutdown(Shutdown::Write).map_err(|_| Ending::ProgramReset)?;
+            }
         }
         Ok(true)
     }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! - The owner polls [`Engine`]'s descriptor and takes events with [`Engine::next_event`]; its calls never
-//!   block and may come from any thread.
+//!   block and may come from any thread; where the first thread is the owner's own ([`Engine::start_here`]), from that.
 //! - A descriptor that is passed belongs to the engine, which closes it. Set socket options that are the
 //!   program's (keep-alive, device, mark) before; `TCP_NODELAY`, `O_NONBLOCK` and `SO_LINGER` are the engine's.
 //! - [`ClientSide`] and [`ServerSide`] are the only ways to make a TLS configuration: TLS 1.3, certificates on
@@ -48,7 +48,7 @@ mod spread;
 mod testing;
 mod worker;
 
-pub use engine::{Engine, How, Id, Limits, Role};
+pub use engine::{Driver, Engine, How, Id, Limits, Role};
 pub use event::{Event, Failure};
 pub use exporter::Exporter;
 pub use flow::Ending;

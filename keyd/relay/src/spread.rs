@@ -3,6 +3,9 @@
 //! To wake a thread costs more than most of what it is woken for. So what is new begins at the first thread that has
 //! little to do, and what is under way at once is done by one thread in one turn. What carries much goes to the thread
 //! that has the fewest such, so that big streams have a processor each.
+//!
+//! The first thread may be the owner's own ([`crate::Driver`]): then what begins wakes nobody at all, and it keeps nothing
+//! that carries much, since it has the owner's work to do as well.
 
 use std::{
     io,
@@ -29,17 +32,19 @@ struct Thread {
 pub(crate) struct Threads {
     all: Vec<Thread>,
     admission: Mutex<Admission>,
+    /// The first is the owner's, who looks at its queue by himself.
+    driven: bool,
 }
 
 impl Threads {
-    pub(crate) fn new(limits: &Limits) -> io::Result<Self> {
+    pub(crate) fn new(limits: &Limits, driven: bool) -> io::Result<Self> {
         let thread = |_| {
             let (busy, streams) = (AtomicUsize::new(0), AtomicUsize::new(0));
             Ok(Thread { commands: Queue::new()?, busy, streams })
         };
         let all = (0..limits.threads.max(1)).map(thread).collect::<io::Result<_>>()?;
         let admission = Mutex::new(Admission::new(limits.handshakes, limits.handshakes_per_peer));
-        Ok(Self { all, admission })
+        Ok(Self { all, admission, driven })
     }
 
     /// Who may shake hands. Locked for a look-up or two.
@@ -67,11 +72,27 @@ impl Threads {
     }
 
     pub(crate) fn tell(&self, at: usize, command: Command) {
+        if let Some(thread) = self.all.get(at) {
+            thread.commands.push(command);
+        }
+    }
+
+    /// As [`Self::tell`], from the owner, from whom all handshakes come.
+    pub(crate) fn tell_as_owner(&self, at: usize, command: Command) {
         let Some(thread) = self.all.get(at) else { return };
         if matches!(command, Command::Handshake { .. }) {
             thread.busy.fetch_add(1, Ordering::Relaxed);
         }
-        thread.commands.push(command);
+        if self.is_driven(at) {
+            thread.commands.push_in_silence(command);
+        } else {
+            thread.commands.push(command);
+        }
+    }
+
+    /// Whether this is the owner's own thread.
+    pub(crate) const fn is_driven(&self, at: usize) -> bool {
+        self.driven && at == 0
     }
 
     pub(crate) fn tell_all(&self, command: impl Fn() -> Command) {
@@ -89,7 +110,8 @@ impl Threads {
     /// what is new.
     pub(crate) fn add_stream(&self) -> usize {
         let count = |at: &usize| self.all.get(*at).map(|thread| thread.streams.load(Ordering::Relaxed));
-        let at = (0..self.all.len()).rev().min_by_key(count).unwrap_or_default();
+        let first = usize::from(self.driven && self.all.len() > 1);
+        let at = (first..self.all.len()).rev().min_by_key(count).unwrap_or_default();
         if let Some(thread) = self.all.get(at) {
             thread.streams.fetch_add(1, Ordering::Relaxed);
         }
@@ -110,7 +132,7 @@ mod tests {
 
     #[test]
     fn what_is_new_begins_where_there_is_time() {
-        let threads = Threads::new(&Limits { threads: 2, ..Limits::default() }).unwrap();
+        let threads = Threads::new(&Limits { threads: 2, ..Limits::default() }, false).unwrap();
         let origin = |count| threads.origin(threads.name(count));
         assert_eq!(origin(1), 0);
         threads.note_busy(0, FEW);
@@ -124,10 +146,13 @@ mod tests {
 
     #[test]
     fn streams_are_spread() {
-        let threads = Threads::new(&Limits { threads: 3, ..Limits::default() }).unwrap();
+        let threads = Threads::new(&Limits { threads: 3, ..Limits::default() }, false).unwrap();
         let placed: Vec<_> = (0..4).map(|_| threads.add_stream()).collect();
         assert_eq!(placed, [2, 1, 0, 2]);
         threads.end_stream(1);
         assert_eq!(threads.add_stream(), 1);
+        let threads = Threads::new(&Limits { threads: 3, ..Limits::default() }, true).unwrap();
+        let placed: Vec<_> = (0..3).map(|_| threads.add_stream()).collect();
+        assert_eq!(placed, [2, 1, 2], "the owner's has none");
     }
 }

@@ -105,7 +105,7 @@ pub(crate) struct Association {
 }
 
 pub(crate) struct Worker {
-    epoll: Epoll,
+    pub(crate) epoll: Epoll,
     index: usize,
     threads: Arc<Threads>,
     /// Streams that began here, and which thread has them.
@@ -169,51 +169,91 @@ impl Worker {
     /// Works until told to stop.
     pub(crate) fn run(mut self) {
         let _guard = AbortOnPanic;
-        let mut events = [EpollEvent::empty(); EVENTS];
-        loop {
-            let busy = self.run.len() + self.turns.len() + self.shaking / WAITING;
-            self.threads.note_busy(self.index, busy);
-            // Interrupted by a signal, or nothing: the queues are looked at either way.
-            let count = self.epoll.wait(&mut events, self.timeout()).unwrap_or(0);
-            for event in events.iter().take(count) {
-                if event.data() == BELL {
-                    let commands = self.threads.commands(self.index).map(Queue::take);
-                    for command in commands.unwrap_or_default() {
-                        if matches!(command, Command::Stop) {
-                            return;
-                        }
-                        self.obey(command);
-                    }
-                } else {
-                    self.sign(event.data(), event.events());
-                }
-            }
-            self.expire();
-            for _ in 0..self.run.len() {
-                if let Some(id) = self.run.pop_front() {
-                    self.relay(id);
-                }
-            }
-            if !self.turns.is_empty() {
-                let began = Instant::now();
-                while let Some(id) = self.turns.pop() {
-                    self.open(id);
-                    if began.elapsed() > SHAKING_SLICE {
-                        break;
-                    }
-                }
-            }
+        while self.hear(self.timeout()) {
+            self.work();
         }
     }
 
+    /// Takes what sockets say, and others; waits for it as long as `timeout` says. `false`: it was told to stop.
+    pub(crate) fn hear(&mut self, timeout: EpollTimeout) -> bool {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        // Interrupted by a signal, or nothing: the queues are looked at either way.
+        let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
+        for event in events.iter().take(count) {
+            if event.data() != BELL {
+                self.sign(event.data(), event.events());
+            } else if !self.obey_all() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Does what there is to do, each association's part once.
+    pub(crate) fn work(&mut self) {
+        self.expire();
+        for _ in 0..self.run.len() {
+            if let Some(id) = self.run.pop_front() {
+                self.relay(id);
+            }
+        }
+        if !self.turns.is_empty() {
+            let began = Instant::now();
+            while let Some(id) = self.turns.pop() {
+                self.open(id);
+                if began.elapsed() > SHAKING_SLICE {
+                    break;
+                }
+            }
+        }
+        let busy = self.run.len() + self.turns.len() + self.shaking / WAITING;
+        self.threads.note_busy(self.index, busy);
+    }
+
+    /// Does what this thread is told. `false`: it is to stop.
+    pub(crate) fn obey_all(&mut self) -> bool {
+        let commands = self.threads.commands(self.index).map(Queue::take);
+        for command in commands.unwrap_or_default() {
+            if matches!(command, Command::Stop) {
+                return false;
+            }
+            self.obey(command);
+        }
+        true
+    }
+
+    /// Whether [`Self::work`] has something to do now.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.run.is_empty() || !self.turns.is_empty()
+    }
+
+    /// When something is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(first, _)| *first)
+    }
+
+    /// Whether this thread was told something that it has not done.
+    pub(crate) fn is_told(&self) -> bool {
+        self.threads.commands(self.index).is_some_and(|commands| !commands.is_empty())
+    }
+
     fn timeout(&self) -> EpollTimeout {
-        if !self.run.is_empty() || !self.turns.is_empty() {
+        if self.has_work() {
             return EpollTimeout::ZERO;
         }
-        let Some((first, _)) = self.deadlines.first() else { return EpollTimeout::NONE };
+        let Some(first) = self.deadline() else { return EpollTimeout::NONE };
         // Rounded up, so that a deadline has passed when its time-out has.
         let wait = first.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
+    }
+
+    /// Tells the owner, who need not be woken in his own thread.
+    fn tell_owner(&self, event: Event) {
+        if self.threads.is_driven(self.index) {
+            self.events.push_in_silence(event);
+        } else {
+            self.events.push(event);
+        }
     }
 
     fn watch(&self, socket: &TcpStream, id: Id, side: Side) -> io::Result<()> {
@@ -242,7 +282,7 @@ impl Worker {
             Command::Report { id } => {
                 if let Some(Association { phase: Phase::Relaying(flow), .. }) = self.associations.get(&id) {
                     let (bytes_in, bytes_out, duration) = flow.traffic();
-                    self.events.push(Event::Traffic { id, bytes_in, bytes_out, duration });
+                    self.tell_owner(Event::Traffic { id, bytes_in, bytes_out, duration });
                 }
             }
             Command::Stop => {}
@@ -259,7 +299,7 @@ impl Worker {
         });
         let (outer, opening, time) = match opened {
             Ok(opened) => opened,
-            Err(failure) => return self.events.push(Event::Failed { id, failure, shown: Vec::new() }),
+            Err(failure) => return self.tell_owner(Event::Failed { id, failure, shown: Vec::new() }),
         };
         let address = outer.peer_addr().ok();
         let peer = Peer::new(address.map_or(std::net::Ipv4Addr::UNSPECIFIED.into(), |it| it.ip()));
@@ -374,7 +414,7 @@ impl Worker {
             Some(Association { phase: Phase::Draining(_) | Phase::Relaying(_), .. })
         );
         if self.forget(id).is_some() && !told {
-            self.events.push(Event::Failed { id, failure, shown: Vec::new() });
+            self.tell_owner(Event::Failed { id, failure, shown: Vec::new() });
         }
     }
 
@@ -427,10 +467,10 @@ impl Worker {
                     self.leave(id);
                 }
                 self.set_deadline(id, Instant::now().checked_add(self.limits.verdict_time));
-                self.events.push(Event::Ready { id, tls });
+                self.tell_owner(Event::Ready { id, tls });
             }
             Step::Failed { failure, shown, alerted } => {
-                self.events.push(Event::Failed { id, failure, shown });
+                self.tell_owner(Event::Failed { id, failure, shown });
                 if alerted {
                     self.begin_drain(id);
                 } else {
@@ -507,7 +547,7 @@ impl Worker {
             _ => (0, 0, association.began.elapsed()),
         };
         self.forget(id);
-        self.events.push(Event::Closed { id, ending, bytes_in, bytes_out, duration });
+        self.tell_owner(Event::Closed { id, ending, bytes_in, bytes_out, duration });
     }
 
     /// As [`Self::close`], but the peer is told first: the inner socket is reset, the outer one drains.
@@ -521,7 +561,7 @@ impl Worker {
         flow.last_words(&association.outer, alert);
         flow.release(&mut self.scratch);
         let (bytes_in, bytes_out, duration) = flow.traffic();
-        self.events.push(Event::Closed { id, ending, bytes_in, bytes_out, duration });
+        self.tell_owner(Event::Closed { id, ending, bytes_in, bytes_out, duration });
         self.begin_drain(id);
     }
 
@@ -549,6 +589,10 @@ impl Worker {
     fn begin_drain(&mut self, id: Id) {
         let Some(association) = self.associations.get_mut(&id) else { return };
         association.phase = Phase::Draining(DRAIN_BYTES);
+        if association.admitted {
+            // It only holds its place, until it has read that.
+            self.threads.admission().waits(id, Waits::Hello);
+        }
         let quiet = reset_on_close(&association.outer, false)
             .and_then(|()| association.outer.shutdown(std::net::Shutdown::Write));
         if quiet.is_err() {

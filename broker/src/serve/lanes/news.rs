@@ -47,7 +47,10 @@ impl Broker {
                 None => self.end_association(id),
             },
             News::Live { id, front, places, what } => self.runs_on(id, front.is_some(), &places, &what),
-            News::Associated { id, places } => self.associated(id, &places),
+            News::Admitted { id, places, runs: true } | News::Associated { id, places } => {
+                self.associated(id, &places);
+            }
+            News::Admitted { id, places, runs: false } => self.remember(id, &places),
             News::Over { id, errno, why, shown, front, places, carried } => {
                 let end = End { errno, why, shown, sent: carried.sent, received: carried.received };
                 let left = |left: &mut LeftOpen| match front {
@@ -225,17 +228,12 @@ impl Broker {
             self.end_association(id);
             return;
         }
-        let Some(keyd) = &mut self.keyd else { return };
-        match keyd.admit(id) {
-            Ok((places, runs)) => {
-                if call.op == Op::Connect {
-                    self.record_shown(id, &finding, "permit");
-                }
-                if runs { self.associated(id, &places) } else { self.remember(id, &places) }
-            }
-            Err(_) => {
-                // It is over meanwhile; that is on its way.
-            }
+        // If it is over meanwhile, that is on its way.
+        let admitted = self.keyd.as_mut().is_some_and(|keyd| keyd.admit(id).is_ok());
+        if admitted && call.op == Op::Connect {
+            self.record_shown(id, &finding, "permit");
+        } else if admitted {
+            self.lanes.undelivered.insert(id);
         }
     }
 
@@ -246,6 +244,7 @@ impl Broker {
         if let (Op::Accept, Some(inner)) = (one.op, inner) {
             one.inner = Some(inner);
             self.lanes.by_inner.insert(inner, id);
+            self.lanes.undelivered.remove(&id);
         }
     }
 
