@@ -5,7 +5,10 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::ffi::{OsStrExt, OsStringExt},
+        unix::{
+            ffi::{OsStrExt, OsStringExt},
+            fs::OpenOptionsExt,
+        },
     },
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -13,7 +16,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, fcntl},
+    fcntl::{FcntlArg, OFlag, fcntl},
     sys::{resource, wait},
     unistd,
 };
@@ -442,7 +445,9 @@ fn narrow(hello: &Hello) -> Result<(), RunError> {
 fn readable(path: &Path) -> Result<PathBuf, RunError> {
     let policy = |source| RunError::Policy { path: path.to_owned(), source };
     let absolute = fs::canonicalize(path).map_err(policy)?;
-    fs::File::open(&absolute).map_err(policy)?;
+    // What is no file is the broker's to refuse; opening a pipe would wait for its writer.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    fs::File::options().read(true).custom_flags(flags.bits()).open(&absolute).map_err(policy)?;
     Ok(absolute)
 }
 

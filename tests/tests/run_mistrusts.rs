@@ -64,10 +64,13 @@ fn a_policy_that_cannot_be_read_is_named_and_nothing_runs() {
     let large = host.write("large.pol", "");
     fs::File::create(&large).and_then(|file| file.set_len(1 << 30)).unwrap();
     let binary = host.write("binary.pol", b"# \xff\xfe\n");
+    let pipe = host.path("pipe.pol");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     for (policy, said) in [
         (large.to_str().unwrap(), "larger than"),
         (binary.to_str().unwrap(), "not UTF-8"),
         ("/dev/zero", "no regular file"),
+        (pipe.to_str().unwrap(), "no regular file"),
         ("/nonexistent", "No such file"),
     ] {
         let done = Finished::of(&mut host.run_with(&["--policy", policy], &["echo", "ran"]));
