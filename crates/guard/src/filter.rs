@@ -78,6 +78,10 @@ const F_SETSIG: u32 = 10;
 const IP_OPTIONS: u32 = 4;
 /// Routing headers, alone and among others; linux/in6.h
 const IPV6_ROUTES: [u32; 3] = [57, 5, 6]; // IPV6_RTHDR, IPV6_2292RTHDR, IPV6_2292PKTOPTIONS
+/// Asks for a flow label (linux/in6.h), and how long that is (`struct in6_flowlabel_req`). Options of the packets that
+/// will have it, a route too, may follow.
+const IPV6_FLOWLABEL_MGR: u32 = 32;
+const FLOW_LABEL: u32 = 32;
 
 const ENOSYS: u16 = 38;
 const EPERM: u16 = 1;
@@ -269,7 +273,10 @@ fn body(rule: Rule, trust: Trust) -> Vec<Line> {
             out.push(equal(level(libc::IPPROTO_IPV6), To::Next, To::Allow));
             out.push(load(arg_low(2)));
             out.extend(IPV6_ROUTES.map(|option| equal(option, To::Errno(EPERM), To::Next)));
-            out.push(always(To::Allow));
+            out.push(equal(IPV6_FLOWLABEL_MGR, To::Next, To::Allow));
+            out.push(load(arg_low(4)));
+            out.push(equal(FLOW_LABEL, To::Allow, To::Next));
+            out.push(any_bit(!(FLOW_LABEL - 1), To::Errno(EPERM), To::Allow)); // longer
         }
         Rule::Fail(errno) => out.push(always(To::Errno(errno))),
     }
@@ -489,6 +496,9 @@ mod tests {
         // IP_TTL, IPV6_MULTICAST_HOPS's and TCP_LINGER2's neighbours, SO_BROADCAST
         for (level, option) in [(0, 2), (0, 57), (41, 4), (41, 18), (6, 4), (1, 6)] {
             assert_eq!(setting(level, option, 4), RET_ALLOW);
+        }
+        for (length, outcome) in [(31, RET_ALLOW), (32, RET_ALLOW), (33, refused), (72, refused)] {
+            assert_eq!(setting(41, 32, length), outcome, "a flow label and what follows it: {length}");
         }
     }
 
