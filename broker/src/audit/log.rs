@@ -108,7 +108,7 @@ impl Log {
     /// # Errors
     /// As mmap(2).
     pub fn keep_in(&mut self, memory: BorrowedFd<'_>) -> io::Result<()> {
-        let (unsaid, left) = Unsaid::open(memory)?;
+        let (mut unsaid, left) = Unsaid::open(memory)?;
         for line in String::from_utf8_lossy(&left).split_inclusive('\n') {
             let number = line.strip_prefix("{\"seq\":").and_then(|rest| rest.split_once(','));
             let number = number.and_then(|(number, _)| number.parse().ok()).unwrap_or(0);
@@ -118,8 +118,9 @@ impl Log {
                 self.buffered += 1;
             }
         }
-        self.unsaid = Some(unsaid);
         let _counted = self.commit();
+        unsaid.clear();
+        self.unsaid = Some(unsaid);
         Ok(())
     }
 

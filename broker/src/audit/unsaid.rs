@@ -41,7 +41,8 @@ impl Unsaid {
         Ok(memory)
     }
 
-    /// Opens it, and takes out what an earlier broker has left.
+    /// Opens it, and tells what an earlier broker has left: there it stays, as this one may be killed too, until
+    /// [`Self::clear`].
     ///
     /// # Errors
     /// As mmap(2).
@@ -51,9 +52,8 @@ impl Unsaid {
         // SAFETY: a fresh shared mapping at an address of the kernel's choice, of a file of this very size: made by
         // `make`, and given to nobody but brokers.
         let at = unsafe { mmap(None, BYTES, protection, MapFlags::MAP_SHARED, memory, 0)? };
-        let mut opened = Self { at: at.cast(), full: false };
+        let opened = Self { at: at.cast(), full: false };
         let left = opened.bytes(opened.length().load(Ordering::Acquire)).to_vec();
-        opened.clear();
         Ok((opened, left))
     }
 
@@ -115,12 +115,16 @@ mod tests {
         first.clear();
         first.add("one ");
         first.add("two");
-        let (mut second, left) = Unsaid::open(memory.as_fd()).unwrap();
-        assert_eq!(left, b"one two");
+        for _killed_before_it_was_on_disk in 0..2 {
+            assert_eq!(Unsaid::open(memory.as_fd()).unwrap().1, b"one two");
+        }
+        let (mut second, _) = Unsaid::open(memory.as_fd()).unwrap();
+        second.clear();
         second.add(&"x".repeat(ROOM));
         second.add("too much");
         let (mut third, left) = Unsaid::open(memory.as_fd()).unwrap();
         assert_eq!(left.len(), ROOM);
+        third.clear();
         third.add(&"x".repeat(ROOM - 1));
         third.add("too much");
         third.add("y");
