@@ -136,18 +136,23 @@ pub(crate) fn load(kind: Kind, name: &str, code: &[bpf_insn], license: &CStr) ->
     Err(io::Error::new(error.kind(), format!("{error} ({last})")))
 }
 
-/// Whether the kernel takes a routing header (RFC 8200, 4.4) for what a socket sends.
+/// Whether the kernel takes a routing header (RFC 8200, 4.4) for what a socket sends. Only its own word that it does not
+/// counts: whatever else fails says nothing of that.
 pub(crate) fn takes_ipv6_route(header: &[u8]) -> bool {
     const IPV6_RTHDR: libc::c_int = 57; // linux/in6.h
     // SAFETY: numbers.
     let made = unsafe { libc::socket(libc::AF_INET6, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
-    let Ok(socket) = owned(made.into()) else { return false };
+    let fails_with = |errno| io::Error::last_os_error().raw_os_error() == Some(errno);
+    if made < 0 {
+        return !fails_with(libc::EAFNOSUPPORT);
+    }
+    let Ok(socket) = owned(made.into()) else { return true };
     let length = libc::socklen_t::try_from(header.len()).unwrap_or(0);
     let level = libc::IPPROTO_IPV6;
     // SAFETY: setsockopt(2) reads `length` bytes of `header`, which has as many.
     let set =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, IPV6_RTHDR, header.as_ptr().cast(), length) };
-    set == 0
+    set == 0 || !fails_with(libc::EINVAL)
 }
 
 /// Puts a value into a map. Both are as long as the map was made for.
