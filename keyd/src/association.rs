@@ -578,6 +578,7 @@ impl Associations {
 
     /// Gives up what dead sockets had.
     fn bury(&mut self, dead: &[u64]) {
+        self.tokens.forget(dead);
         let gone: Vec<_> =
             self.fronts.iter_mut().filter_map(|(id, one)| one.bury(dead).then_some(*id)).collect();
         for id in gone {

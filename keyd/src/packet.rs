@@ -89,6 +89,7 @@ pub fn held(ring: i32) -> Result<Vec<[u8; 8]>, JumpError> {
 }
 
 /// Of `struct __sk_buff`.
+const MARK_OF: i16 = 8;
 const PROTOCOL: i16 = 16;
 /// As PROTOCOL has it, in network byte order.
 const IPV4: i32 = 0x0800_u16.to_be() as i32;
@@ -121,39 +122,56 @@ fn load_bytes(asm: &mut Assembly, from: Header, offset: i32, to: i16, length: i3
 
 /// For programs' own sockets: of what comes from a token, only the key daemon may begin a connection (its packets carry
 /// `mark`, which takes CAP_NET_ADMIN). All else passes, an RST too. One program serves them all, since each socket hears
-/// nobody but the token that it went to. The TCP header is at 0. It is classic, as such a filter can be read back: so what
-/// a program has put there itself is told from it.
-pub fn only_ours(mark: u32) -> [sock_filter; 23] {
-    // linux/filter.h
-    const PROTOCOL: u32 = (-0x1000_i32).cast_unsigned(); // SKF_AD_OFF + SKF_AD_PROTOCOL, in host byte order
-    const MARK: u32 = PROTOCOL + 20; // SKF_AD_MARK
-    const NETWORK: u32 = (-0x10_0000_i32).cast_unsigned(); // SKF_NET_OFF
-    const SYN: u32 = 0x02;
-    [
-        op(0x20, 0, 0, MARK),              // ld
-        op(0x15, 19, 0, mark),             // jeq: passes
-        op(0x30, 0, 0, 13),                // ldb flags
-        op(0x45, 0, 17, SYN),              // jset
-        op(0x20, 0, 0, PROTOCOL),          // ld
-        op(0x15, 0, 5, 0x0800),            // jeq IPv4
-        op(0x20, 0, 0, NETWORK + 12),      // ld source
-        op(0x54, 0, 0, MASK),              // and
-        op(0x15, 0, 12, NET),              // jeq
-        op(0x28, 0, 0, 0),                 // ldh its port
-        op(0x15, 11, 10, FAR_PORT as u32), // jeq
-        op(0x20, 0, 0, NETWORK + 8),       // ld source, of IPv6: ::1
-        op(0x15, 0, 8, 0),                 // jeq
-        op(0x20, 0, 0, NETWORK + 12),      // ld
-        op(0x15, 0, 6, 0),                 // jeq
-        op(0x20, 0, 0, NETWORK + 16),      // ld
-        op(0x15, 0, 4, 0),                 // jeq
-        op(0x20, 0, 0, NETWORK + 20),      // ld
-        op(0x15, 0, 2, 1),                 // jeq
-        op(0x28, 0, 0, 0),                 // ldh its port
-        op(0x35, 1, 0, FIRST_SIX as u32),  // jge
-        op(0x06, 0, 0, u32::MAX),          // pass
-        op(0x06, 0, 0, 0),                 // drop
-    ]
+/// nobody but the token that it went to. The TCP header is at 0.
+pub fn only_ours(mark: u32) -> Result<Vec<[u8; 8]>, JumpError> {
+    use Width::{B, D, H, W};
+    const SYN: i32 = 0x02;
+    // The stack, downward from r10.
+    const SOURCE: i16 = -16;
+    const FLAGS: i16 = -24;
+    const PORT: i16 = -32;
+    let [r0, r1, r2, r6, fp] = [0, 1, 2, 6, 10].map(R);
+    let mut asm = Assembly::default();
+    let [v6, drop, pass]: [Label; 3] = std::array::from_fn(|_| asm.label());
+    asm.copy(r6, r1);
+    asm.load(W, r1, r6, MARK_OF);
+    asm.set64(r2, mark.into());
+    asm.sub(r1, r2);
+    asm.jump_if(If::Equal, r1, 0, pass);
+    load_bytes(&mut asm, Header::Transport, 13, FLAGS, 1, drop);
+    asm.load(B, r1, fp, FLAGS);
+    asm.and(r1, SYN);
+    asm.jump_if(If::Equal, r1, 0, pass);
+    load_bytes(&mut asm, Header::Transport, 0, PORT, 2, drop);
+    asm.load(W, r1, r6, PROTOCOL);
+    asm.jump_if(If::Unequal, r1, IPV4, v6);
+    load_bytes(&mut asm, Header::Network, 12, SOURCE, 4, drop);
+    asm.load(W, r1, fp, SOURCE);
+    asm.and(r1, MASK.to_be().cast_signed());
+    asm.jump_if(If::Unequal, r1, NET.to_be().cast_signed(), pass);
+    asm.load(H, r1, fp, PORT);
+    asm.jump_if(If::Equal, r1, FAR_PORT.to_be().into(), drop);
+    asm.jump(pass);
+
+    asm.here(v6);
+    load_bytes(&mut asm, Header::Network, 8, SOURCE, 16, drop);
+    asm.load(D, r1, fp, SOURCE);
+    asm.jump_if(If::Unequal, r1, 0, pass);
+    asm.load(D, r1, fp, SOURCE + 8);
+    asm.set64(r2, 1_u64.to_be());
+    asm.sub(r1, r2);
+    asm.jump_if(If::Unequal, r1, 0, pass);
+    asm.load(H, r1, fp, PORT);
+    asm.host_order16(r1);
+    asm.set(r2, FIRST_SIX.into());
+    asm.jump_if_above(r2, r1, pass);
+    asm.here(drop);
+    asm.set(r0, 0);
+    asm.exit();
+    asm.here(pass);
+    asm.set(r0, -1);
+    asm.exit();
+    asm.finish()
 }
 
 /// Classic BPF over sock_diag(7)'s news of a socket's end (`struct nlmsghdr`, then `struct inet_diag_msg`): listeners,

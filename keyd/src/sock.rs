@@ -137,28 +137,19 @@ pub fn attach_classic(socket: BorrowedFd<'_>, code: &[libc::sock_filter]) -> io:
     set_any(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
 }
 
-/// Whether a socket has a filter that is not like this one but for the constant of its second instruction.
-pub fn has_another_filter(socket: BorrowedFd<'_>, ours: &[libc::sock_filter]) -> bool {
-    let read = |into: &mut [libc::sock_filter]| {
-        let mut instructions = libc::socklen_t::try_from(into.len()).unwrap_or(0);
-        // SAFETY: getsockopt(2) writes at most so many instructions to `into`, which has as many; with no room it writes
-        // nothing and tells how many there are (net/core/filter.c, sk_get_filter).
-        let done = unsafe {
-            let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
-            libc::getsockopt(socket.as_raw_fd(), level, name, into.as_mut_ptr().cast(), &raw mut instructions)
-        };
-        (done == 0).then_some(usize::try_from(instructions).unwrap_or(0))
+/// How many instructions of classic BPF filter a socket; 0: it has no filter.
+///
+/// # Errors
+/// `EACCES`: it has one of eBPF.
+pub fn filter_length(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let mut instructions: libc::socklen_t = 0;
+    // SAFETY: with no room getsockopt(2) writes nothing and tells how many instructions there are
+    // (net/core/filter.c, sk_get_filter).
+    let done = unsafe {
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_GET_FILTER);
+        libc::getsockopt(socket.as_raw_fd(), level, name, std::ptr::null_mut(), &raw mut instructions)
     };
-    // One of eBPF cannot be read.
-    let Some(count) = read(&mut []) else { return true };
-    let mut there = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; count];
-    if count == 0 {
-        return false;
-    }
-    let like = |(at, (one, other)): (usize, (&libc::sock_filter, &libc::sock_filter))| {
-        (one.code, one.jt, one.jf) == (other.code, other.jt, other.jf) && (at == 1 || one.k == other.k)
-    };
-    count != ours.len() || read(&mut there) != Some(count) || !there.iter().zip(ours).enumerate().all(like)
+    if done == 0 { Ok(instructions) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Locks the filter that a socket has.

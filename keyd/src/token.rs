@@ -10,6 +10,7 @@
 //! to IPv6 cannot: its token is a port of `::1`.
 
 use std::{
+    collections::HashSet,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -32,6 +33,8 @@ use crate::{
 
 /// Ring of SYNs: room for 1170 of them; what does not fit is sent again.
 const RING: u32 = 1 << 16;
+/// Most programs' sockets whose filter is known as ours.
+const GUARDED: usize = 1 << 16;
 
 /// Sockets that need CAP_NET_RAW, made before raw sockets are out of reach: they send whole packets, and get none.
 pub struct Raw {
@@ -66,6 +69,10 @@ pub struct Tokens {
     held: OwnedFd,
     /// Where it tells.
     ring: Ring,
+    /// One for programs' sockets ([`packet::only_ours`]).
+    only_ours: OwnedFd,
+    /// Cookies of those that have it.
+    guarded: HashSet<u64>,
     /// Listens on [`FAR_PORT`] of all tokens of IPv4 and answers nobody.
     _hold: OwnedFd,
     /// On every packet of ours to a program's listener.
@@ -103,8 +110,9 @@ impl Tokens {
     pub fn new(raw: Raw, mark: u32) -> io::Result<Self> {
         let ring = Ring::new(Map::new(Shape::ring(RING))?, RING)?;
         let held = load_filter(&packet::held(ring.as_fd().as_raw_fd()).map_err(io::Error::other)?)?;
+        let only_ours = load_filter(&packet::only_ours(mark).map_err(io::Error::other)?)?;
         let hold = hold(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), FAR_PORT), &held)?;
-        Ok(Self { raw, held, ring, _hold: hold, mark })
+        Ok(Self { raw, held, ring, only_ours, guarded: HashSet::new(), _hold: hold, mark })
     }
 
     /// A token of IPv4 that stands for nothing yet; random, so that none is used again soon (TIME_WAIT).
@@ -144,13 +152,30 @@ impl Tokens {
     ///
     /// # Errors
     /// `EBUSY` if the program has put a filter there itself: both cannot be, and it is not thrown away.
-    pub fn guard(&self, program: BorrowedFd<'_>) -> io::Result<()> {
-        let ours = packet::only_ours(self.mark);
-        // Another key daemon's has another mark.
-        if sock::has_another_filter(program, &ours) {
+    pub fn guard(&mut self, program: BorrowedFd<'_>, cookie: u64) -> io::Result<()> {
+        let is_free = match sock::filter_length(program) {
+            Ok(length) => length == 0,
+            // Nobody can read whose it is. A classic one could be read, but each socket would have its own, and the kernel
+            // would compile it for every connection.
+            Err(_) => self.guarded.contains(&cookie),
+        };
+        if !is_free {
             return Err(Errno::EBUSY.into());
         }
-        sock::attach_classic(program, &ours)
+        sock::attach(program, self.only_ours.as_fd())?;
+        if self.guarded.len() >= GUARDED {
+            // Those that did not end where it is told, or were not told of.
+            self.guarded.clear();
+        }
+        self.guarded.insert(cookie);
+        Ok(())
+    }
+
+    /// Forgets sockets that have ended.
+    pub fn forget(&mut self, dead: &[u64]) {
+        for cookie in dead {
+            self.guarded.remove(cookie);
+        }
     }
 
     /// SYNs that arrived; [`AsFd`] is readable then.

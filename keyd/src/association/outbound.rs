@@ -61,7 +61,8 @@ impl Associations {
         let wire = far_socket(program, remote, &ask.local)?;
         self.hear_of_deaths()?;
         let token = self.tokens.far(six, |at| self.by_token.contains_key(at))?;
-        self.tokens.guard(program)?;
+        let cookie = sock::cookie(program)?;
+        self.tokens.guard(program, cookie)?;
         let patience = if ask.patience == 0 {
             CONNECTING + PATIENCE
         } else {
@@ -71,7 +72,7 @@ impl Associations {
         let (at, inner_remote) = (token.at, as_domain(token.at, is_v6));
         let local = local.unwrap_or_default();
         let places = Places { local, remote: ask.remote, inner_local: Addr::NONE, inner_remote };
-        let direction = Direction::Outbound { token, cookie: sock::cookie(program)?, syn: None };
+        let direction = Direction::Outbound { token, cookie, syn: None };
         if sock::bound_interface(program)? != 0 {
             // A token is not reached through an interface.
             sock::bind_interface(program, 0)?;
