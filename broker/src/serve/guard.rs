@@ -60,8 +60,9 @@ struct Tree {
 pub(super) struct Guards {
     trees: HashMap<u64, Tree>,
     book: Option<Book>,
-    /// What an earlier broker has left waiting, by its tree.
-    left: Vec<(u64, Notification)>,
+    /// What an earlier broker has left waiting, by its tree; in the book again, as this one may be killed before it is
+    /// served.
+    left: Vec<(u64, Notification, Line)>,
     waiting: HashMap<u64, waiting::Waiting>,
     accepting: HashMap<u64, accept::Accepting>,
     /// Questions of the shim whose calls are still to come, with the generation that judged them.
@@ -142,18 +143,19 @@ impl Broker {
     /// on waiting ([`Self::serve_left`]).
     pub(super) fn take_book(&mut self, book: &OwnedFd) {
         match Book::open(book.as_fd()) {
-            Ok((book, left)) => {
-                self.guards.book = Some(book);
+            Ok((mut book, left)) => {
                 for call in left {
                     let of = |(id, tree): (&u64, &Tree)| {
                         listener::is_waiting(tree.listener.as_fd(), call.id).then_some(*id)
                     };
                     let Some(tree) = self.guards.trees.iter().find_map(of) else { continue };
-                    match asked(&call) {
-                        Asked::Accept { .. } => self.guards.left.push((tree, call)),
-                        _ => drop(self.deliver(tree, call.id, &unserved(call.nr.into()))),
+                    let waits = matches!(asked(&call), Asked::Accept { .. });
+                    match waits.then(|| book.note(&call)).flatten() {
+                        Some(line) => self.guards.left.push((tree, call, line)),
+                        None => drop(self.deliver(tree, call.id, &unserved(call.nr.into()))),
                     }
                 }
+                self.guards.book = Some(book);
             }
             Err(error) => self.note("broker", &format!("held calls cannot be booked: {error}"), &[]),
         }
@@ -161,8 +163,8 @@ impl Broker {
 
     /// Takes up what an earlier broker has left waiting, now that it can be judged.
     pub(super) fn serve_left(&mut self) {
-        for (tree, call) in std::mem::take(&mut self.guards.left) {
-            self.serve_held(tree, &call);
+        for (tree, call, line) in std::mem::take(&mut self.guards.left) {
+            self.serve_held(tree, &call, Some(line));
         }
     }
 
@@ -175,7 +177,13 @@ impl Broker {
         // One a turn: no tree starves another. It does not wait, as somebody was there; ENOENT: was killed or
         // interrupted meanwhile.
         if let Ok(call) = listener::receive(tree.listener.as_fd()) {
-            self.serve_held(id, &call);
+            let line = self.guards.book.as_mut().and_then(|book| book.note(&call));
+            if line.is_none() && self.guards.book.is_some() {
+                // Nobody could answer it after this broker's death.
+                self.deliver(id, call.id, &unserved(call.nr.into()));
+                return;
+            }
+            self.serve_held(id, &call, line);
         }
     }
 
@@ -187,18 +195,8 @@ impl Broker {
         }
     }
 
-    fn serve_held(&mut self, tree: u64, call: &Notification) {
-        let line = match &mut self.guards.book {
-            Some(book) => match book.note(call) {
-                Some(line) => Some(line),
-                // Nobody could answer it after this broker's death.
-                None => {
-                    self.deliver(tree, call.id, &unserved(call.nr.into()));
-                    return;
-                }
-            },
-            None => None,
-        };
+    /// Serves one that stands in the book, if there is one.
+    fn serve_held(&mut self, tree: u64, call: &Notification, line: Option<Line>) {
         self.guards.named.clear();
         match self.answer_held(tree, call, line) {
             Outcome::Later => return,
