@@ -280,6 +280,7 @@ static void given(void) {
 		say("udp", "recvfrom", "case", i, recvfrom(fd, data, 8, MSG_DONTWAIT, to, at)), printf("  %u\n", (unsigned)length);
 		message.msg_name = to, message.msg_namelen = length;
 		say("udp", "recvmsg", "case", i, recvmsg(fd, &message, MSG_DONTWAIT)), printf("  %u\n", message.msg_namelen);
+		say("udp", "recv", "what-is-left", i, recv(fd, data, 8, MSG_DONTWAIT));
 		close(fd);
 	}
 }

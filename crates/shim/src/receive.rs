@@ -139,6 +139,9 @@ unsafe fn next_message(fd: c_int, sock: Sock, message: *mut msghdr, flags: c_int
         let mut bytes = [0u8; 128];
         // SAFETY: by this function's contract.
         let asked = unsafe { message.read() };
+        if !asked.msg_name.is_null() && asked.msg_namelen.cast_signed() < 0 {
+            return -(libc::EINVAL as isize); // before anything is taken
+        }
         let mut copy = asked;
         copy.msg_name = (&raw mut bytes).cast();
         copy.msg_namelen = 128;

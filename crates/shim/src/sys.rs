@@ -75,7 +75,7 @@ pub fn patience(fd: c_int, flags: c_int) -> c_int {
         return 0;
     }
     let time = option_as(fd, libc::SO_RCVTIMEO, libc::timeval { tv_sec: 0, tv_usec: 0 });
-    match time.map(|t| t.tv_sec.saturating_mul(1000).saturating_add(t.tv_usec / 1000)) {
+    match time.map(|t| t.tv_sec.saturating_mul(1000).saturating_add((t.tv_usec + 999) / 1000)) {
         None | Some(0) => -1,
         Some(time) => c_int::try_from(time).unwrap_or(c_int::MAX),
     }
