@@ -35,7 +35,7 @@ fn prctl(option: libc::c_int, value: libc::c_ulong) -> io::Result<()> {
 /// root trace it or read its memory (also not by a core file).
 pub fn drop() -> Result<(), KeydError> {
     if geteuid().is_root() {
-        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let passwd = std::fs::read("/etc/passwd").unwrap_or_default();
         let (uid, gid) = account(&passwd, USER).unwrap_or((UID, UID));
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         for capability in 0..64 {

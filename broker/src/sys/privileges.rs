@@ -20,7 +20,7 @@ const LAST_CAP: u64 = 63;
 /// Whom the broker becomes if root starts it.
 #[must_use]
 pub fn broker_user() -> (Uid, Gid) {
-    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let passwd = std::fs::read("/etc/passwd").unwrap_or_default();
     let (uid, gid) = account(&passwd, "portcullis-broker").unwrap_or((DEFAULT_UID, DEFAULT_UID));
     (Uid::from_raw(uid), Gid::from_raw(gid))
 }
