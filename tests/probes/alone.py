@@ -514,7 +514,7 @@ def seldom():
     yield 'turned away', raw('connect', udp.fileno(), bytes(16), 16), tried(udp.getpeername), tried(lambda: udp.send(b'x'))
     yield 'turned back', udp.connect_ex(third.getsockname()), udp.send(b'x'), third.recv(9)
     with listener() as door:
-        door.setsockopt(6, 9, 1)  # TCP_DEFER_ACCEPT
+        door.setsockopt(6, 9, SOON)  # TCP_DEFER_ACCEPT
         door.settimeout(SOON)
         near = socket.create_connection(door.getsockname())
         events = select.poll()
@@ -542,6 +542,7 @@ def seldom():
     hears.bind(('', 0))
     hears.settimeout(SOON)
     port, here = hears.getsockname()[1], socket.inet_aton('127.0.0.1')
+    hears.setsockopt(0, 49, 0)  # IP_MULTICAST_ALL: what others here have joined is not its own
     hears.setsockopt(0, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + here)
     tells = socket.socket(2, 2)
     tells.setsockopt(0, socket.IP_MULTICAST_IF, here)

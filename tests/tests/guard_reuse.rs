@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::{
-    fs,
     net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream},
     os::fd::AsRawFd,
     process::Command,
@@ -12,7 +11,7 @@ use std::{
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, getsockname, listen, socket,
 };
-use portcullis_tests::{Finished, Host};
+use portcullis_tests::{Finished, Host, built};
 
 /// Starts one program and then another under the very same number (clone3(2), `set_tid`), as often as is said. The first
 /// connects three times, and is killed in a fourth connect(2) that nobody answers; the second connects once.
@@ -98,7 +97,7 @@ fn who_has_the_number_of_a_killed_process_has_nothing_else_of_it() {
         let _built =
             Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&programs[0]).arg(source)).success();
         for copy in &programs[1..] {
-            fs::copy(&programs[0], copy).unwrap();
+            built::copy(&programs[0], copy);
         }
         let [twins, first, second] = programs.each_ref().map(|path| path.to_str().unwrap());
         let words = [twins, first, second, &port, &silent, &TURNS.to_string()];
