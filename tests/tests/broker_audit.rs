@@ -125,8 +125,8 @@ fn the_log_rotates_and_numbers_go_on() {
     has_no_gap(&host);
 }
 
-/// Kills the broker, and has a call judged by the next one.
-fn kill_and_judge(host: &Host, it: &mut Running) {
+/// Kills the broker, and waits for the next one.
+fn replace_broker(host: &Host) {
     let broker = host.broker();
     kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
     eventually("another broker serves", || {
@@ -134,6 +134,11 @@ fn kill_and_judge(host: &Host, it: &mut Running) {
         let status: Value = serde_json::from_str(&status.stdout).ok()?;
         status["pid"].as_i64().filter(|pid| *pid != i64::from(broker)).map(drop)
     });
+}
+
+/// Has a call judged by the broker after this one.
+fn kill_and_judge(host: &Host, it: &mut Running) {
+    replace_broker(host);
     eventually("calls are judged again", || {
         it.say("\n");
         (it.line("") == "ok").then_some(())
@@ -199,13 +204,7 @@ fn a_session_outlives_the_broker() {
     session.say("\n");
     session.line("got 1000");
     for host in [server, client] {
-        let broker = host.broker();
-        kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
-        eventually("another broker serves", || {
-            let status = host.portcullis(&["status", "--format", "json"]);
-            let status: Value = serde_json::from_str(&status.stdout).ok()?;
-            status["pid"].as_i64().filter(|pid| *pid != i64::from(broker)).map(drop)
-        });
+        replace_broker(host);
         session.say("\n");
         session.line("got 1000");
     }
