@@ -14,7 +14,7 @@ use nix::sys::{
     socket::{MsgFlags, SockFlag, accept4, getsockopt, recv, send, sockopt},
 };
 
-use super::{Broker, Source, channels::Named, coverage::summary, flows::Flow, lanes::Peer};
+use super::{Broker, Source, coverage::summary, flows::Flow, lanes::Peer};
 use crate::{
     control::{Answer, AssociationRow, ListenerRow, ProcessRow, Request, Response, Status},
     escape::sentence,
@@ -147,18 +147,13 @@ impl Broker {
         }
         all.sort_by_key(|context| context.key);
         self.coverages.keep(&all.iter().map(|context| context.key).collect());
-        all.into_iter().map(|c| self.row(&c, flows.remove(&c.key).unwrap_or_default())).collect()
-    }
-
-    /// What the run is called that a process is of: all of its processes have its door.
-    fn name_of_run(&self, context: &Context) -> Option<String> {
-        let named: Vec<&Named> = self.channels.values().filter_map(|channel| channel.run.as_ref()).collect();
-        if named.is_empty() {
-            return None;
-        }
-        let held = ProcDir::open(context.key.pid).and_then(|at| at.all_sockets()).ok()?;
-        let run = held.iter().find_map(|(_, inode)| named.iter().find(|run| run.door == *inode))?;
-        Some(run.label.to_string())
+        let named = self.channels.values().filter_map(|channel| channel.run.as_ref());
+        let names: HashMap<u64, Rc<str>> = named.map(|run| (run.door, Rc::clone(&run.label))).collect();
+        let row = |c: Rc<Context>| ProcessRow {
+            name: name_of_run(&c, &names),
+            ..self.row(&c, flows.remove(&c.key).unwrap_or_default())
+        };
+        all.into_iter().map(row).collect()
     }
 
     fn row(&mut self, context: &Context, associations: Vec<AssociationRow>) -> ProcessRow {
@@ -177,7 +172,7 @@ impl Broker {
         let coverage = self.coverage(context, &listeners);
         let process = self.processes.get(&key);
         ProcessRow {
-            name: self.name_of_run(context),
+            name: None, // is not this process's alone
             pid: key.pid,
             start: key.start,
             exe: context.exe().map(sentence),
@@ -324,6 +319,16 @@ impl Client {
         }
         Ok(false)
     }
+}
+
+/// What the run is called that a process is of, among names of runs by the inodes of their doors: all its processes have
+/// its door. One with very many descriptors is not looked through for a label.
+fn name_of_run(context: &Context, names: &HashMap<u64, Rc<str>>) -> Option<String> {
+    if names.is_empty() {
+        return None;
+    }
+    let held = ProcDir::open(context.key.pid).and_then(|at| at.sockets()).ok()?;
+    held.iter().find_map(|(_, inode)| names.get(inode)).map(|name| name.to_string())
 }
 
 fn association(cookie: u64, flow: &Flow, peer: Option<&Peer>) -> AssociationRow {
