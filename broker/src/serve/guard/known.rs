@@ -168,6 +168,8 @@ impl Broker {
             return Some(super::fail(reply.errno));
         }
         let (socket, _) = call.socket?;
+        // If a signal comes in between, the call is made again, and known by its address.
+        self.guards.named.clone_from(&bytes);
         Some(self.connect_for(&held, socket, bytes, reply.audit_seq, line))
     }
 }
