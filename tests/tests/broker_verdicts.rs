@@ -1,7 +1,9 @@
 //! Verdicts of the broker on real sockets: each refusal beside the same call permitted.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
-use portcullis_tests::{Finished, Host, Net, Running};
+use std::process::Command;
+
+use portcullis_tests::{Finished, Host, Net, Running, eventually};
 use serde_json::Value;
 
 const PY: &str = "/usr/bin/python3";
@@ -270,6 +272,29 @@ fn what_a_process_becomes_is_judged_anew() {
     let script = "import socket, os\nsocket.create_connection(('10.77.0.2', 80)).recv(9)\nos.execv('/usr/bin/curl', ['curl', '-sS', 'http://10.77.0.2/'])";
     let done = Finished::of(&mut a.run(&[PY, "-c", script]));
     assert_eq!(done.status, 7, "{done}");
+}
+
+#[test]
+fn memory_that_another_process_keeps_does_not_hide_what_a_process_becomes() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _servers = [greeter(b, 80), greeter(b, 81)];
+    let [first, second] = ["first", "second"].map(|name| a.path(name));
+    let source = a.write("shared.c", include_str!("../probes/shared.c"));
+    let mut compiler = Command::new("cc");
+    let _built = Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&first).arg(source)).success();
+    std::fs::copy(&first, &second).unwrap();
+    let [first, second] = [&first, &second].map(|path| path.to_str().unwrap());
+    a.policy(&format!(
+        "allow tcp/80(process{{exe=\"{first}\"}}, *);\nallow tcp/81(process{{exe=\"{second}\"}}, *);"
+    ));
+    for without in ["backstop", "bpf"] {
+        let mut run = a.run(&[first, "10.77.0.2", second]);
+        let said = Finished::of(run.env("PORTCULLIS_WITHOUT", without)).success();
+        let [one, other] = ["80:at 80 81:EACCES ", "80:EACCES 81:at 81 "].map(|it| it.repeat(2));
+        assert_eq!(said, format!("{one}\n{other}\n"), "{without}");
+        eventually("all of it has ended", || a.daemons().is_empty().then_some(()));
+    }
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Connects that need no new verdict: the region of an earlier one covers them.
 //!
 //! What the verdict was given to must be what calls now. The process's memory is kept open from before its context was
-//! last seen to be true: memory goes with execve(2), so that it can still be read says that the image is the same;
-//! the user is asked for. Under the backstop the kernel checks all of this again, and puts the call on record itself.
+//! last seen to be true: memory goes with execve(2), so that it can still be read says that the image is the same, but
+//! where another process has a share in it, which is looked at; the user is asked for. Under the backstop the kernel
+//! checks all of this again, and puts the call on record itself.
 
 use std::{
     fs::File,
@@ -119,6 +120,14 @@ impl Broker {
         let named = canonical(named);
         let (entry, told) = learned.regions.iter().find(|(entry, _)| covers(entry, named)).cloned()?;
         if process.at.owner().ok()? != process.context.credentials.uid {
+            return None;
+        }
+        // Memory that another process shares (clone(2), CLONE_VM) goes on when this one calls execve(2).
+        let has_become_another = || {
+            target::read_address(tid, address).as_ref() != Ok(&bytes)
+                || !Inspector::is_current_file(&process.context, &process.at)
+        };
+        if by_proxy && has_become_another() {
             return None;
         }
         let socket = pidfd_getfd(process.pidfd.as_fd(), fd).ok()?;
