@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use portcullis_tests::{Finished, Host, Net, Running, eventually};
+use portcullis_tests::{Finished, Host, Net, Running, built, eventually};
 use serde_json::Value;
 
 const PY: &str = "/usr/bin/python3";
@@ -283,7 +283,7 @@ fn memory_that_another_process_keeps_does_not_hide_what_a_process_becomes() {
     let source = a.write("shared.c", include_str!("../probes/shared.c"));
     let mut compiler = Command::new("cc");
     let _built = Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&first).arg(source)).success();
-    std::fs::copy(&first, &second).unwrap();
+    built::copy(&first, &second);
     let [first, second] = [&first, &second].map(|path| path.to_str().unwrap());
     a.policy(&format!(
         "allow tcp/80(process{{exe=\"{first}\"}}, *);\nallow tcp/81(process{{exe=\"{second}\"}}, *);"
