@@ -54,7 +54,9 @@ fn faults(uid: u32, without: Option<&str>) {
         let wrapped = Finished::of(&mut wrapped).success();
         assert!(plain.lines().count() > 10_000 && plain.lines().count() == wrapped.lines().count());
         // Fast open means nothing to a unix socket; where calls are made by proxy it is refused before anybody looks.
-        let differ = |(one, other): &(&str, &str)| one != other && !one.starts_with("unix fast-open");
+        let by_proxy = uid != 0 || without.is_some();
+        let is_known = |one: &str| by_proxy && one.starts_with("unix fast-open");
+        let differ = |(one, other): &(&str, &str)| one != other && !is_known(one);
         let lines: Vec<_> = plain.lines().zip(wrapped.lines()).filter(differ).collect();
         assert!(lines.is_empty(), "as it is, and wrapped ({kind}): {lines:#?}");
     }
