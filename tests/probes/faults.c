@@ -197,6 +197,7 @@ static void messages(void) {
 			say(name, "sendmmsg", "none", connected, sendmmsg(fd, vector, 0, MSG_NOSIGNAL));
 			say(name, "sendmmsg", "none-of-null", connected, sendmmsg(fd, NULL, 0, MSG_NOSIGNAL));
 			say(name, "sendmmsg", "null", connected, sendmmsg(fd, NULL, 1, MSG_NOSIGNAL));
+			say(name, "sendmmsg", "that-cannot-be-written", connected, sendmmsg(fd, (void *)(page + 8192), 1, MSG_NOSIGNAL));
 			say(name, "sendmmsg", "nobody's-page", connected, sendmmsg(fd, (void *)0x1000000000, 2, MSG_NOSIGNAL));
 			say(name, "sendto", "wild-data", connected, sendto(fd, (void *)16, 4, MSG_NOSIGNAL, good.msg_name, good.msg_namelen));
 			say(name, "sendto", "no-data", connected, sendto(fd, NULL, 0, MSG_NOSIGNAL, good.msg_name, good.msg_namelen));

@@ -235,8 +235,15 @@ pub unsafe fn sendmmsg(fd: c_int, vector: *mut mmsghdr, count: c_uint, flags: c_
         let Ok(sent) = usize::try_from(sent) else {
             return if done == 0 { returned_int(sent) } else { c_int::try_from(done).unwrap_or(0) };
         };
-        for (slot, i) in batch.iter().zip(done..done + sent.min(ready)) {
-            // SAFETY: `slot` is one of those written above; the vector has room as said.
+        let sent = sent.min(ready);
+        let is_writable = |i| sys::writable(vector.wrapping_add(i).cast(), size_of::<mmsghdr>());
+        // A batch lies in two pages at most.
+        let all = is_writable(done) && is_writable((done + sent).saturating_sub(1));
+        for (slot, i) in batch.iter().zip(done..done + sent) {
+            if !all && !is_writable(i) {
+                return if i == 0 { fail(Errno(libc::EFAULT)) } else { c_int::try_from(i).unwrap_or(0) };
+            }
+            // SAFETY: `slot` is one of those written above; the kernel has just been at the other.
             unsafe { (*vector.add(i)).msg_len = slot.assume_init_ref().msg_len };
         }
         done += sent;
