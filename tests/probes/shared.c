@@ -1,4 +1,4 @@
-/* Dials, leaves its memory to another process, and becomes another image, which dials from the same place. */
+/* Dials, may leave its memory to another process, and become another image, which dials from the same place. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -33,7 +33,7 @@ int main(int count, char **args) {
 	puts(""), fflush(stdout);
 	if (count == 2) return 0;
 	dial(args[1], 80);
-	if (clone(keep, stack + sizeof stack, CLONE_VM | SIGCHLD, NULL) < 0) return perror("clone"), 1;
-	while (!kept) sched_yield();
+	if (count == 4 && clone(keep, stack + sizeof stack, CLONE_VM | SIGCHLD, NULL) < 0) return perror("clone"), 1;
+	while (count == 4 && !kept) sched_yield();
 	return execl(args[2], args[2], args[1], NULL);
 }

@@ -274,22 +274,43 @@ fn what_a_process_becomes_is_judged_anew() {
     assert_eq!(done.status, 7, "{done}");
 }
 
+/// One static program under two names (`probes/shared.c`).
+fn images(host: &Host) -> [String; 2] {
+    let [first, second] = ["first", "second"].map(|name| host.path(name));
+    let source = host.write("shared.c", include_str!("../probes/shared.c"));
+    let mut compiler = Command::new("cc");
+    let _built = Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&first).arg(source)).success();
+    built::copy(&first, &second);
+    [first, second].map(|path| path.display().to_string())
+}
+
+#[test]
+fn a_record_of_the_kernels_is_of_the_image_that_made_the_call() {
+    let net = Net::new(&["a", "b"]);
+    let [a, b] = net.hosts();
+    let _servers = [greeter(b, 80), greeter(b, 81)];
+    let [first, second] = &images(a);
+    a.policy(&format!("allow tcp/80(process{{exe=\"{first}\"}}, *);"));
+    // It ends with its last call, or becomes another.
+    let all = format!("for n in 1 2 3 4 5 6 7 8; do {first} 10.77.0.2; {first} 10.77.0.2 {second}; done");
+    let _said = Finished::of(&mut a.run(&["sh", "-c", &all])).success();
+    let records = a.records();
+    let permitted = records.iter().filter(|r| r["op"] == "connect" && r["verdict"] == "permit");
+    let by: Vec<&Value> = permitted.map(|r| &r["exe"]).collect();
+    assert_eq!(by, vec![first.as_str(); 8 * (2 + 3)]);
+}
+
 #[test]
 fn memory_that_another_process_keeps_does_not_hide_what_a_process_becomes() {
     let net = Net::new(&["a", "b"]);
     let [a, b] = net.hosts();
     let _servers = [greeter(b, 80), greeter(b, 81)];
-    let [first, second] = ["first", "second"].map(|name| a.path(name));
-    let source = a.write("shared.c", include_str!("../probes/shared.c"));
-    let mut compiler = Command::new("cc");
-    let _built = Finished::of(compiler.args(["-static", "-w", "-o"]).arg(&first).arg(source)).success();
-    built::copy(&first, &second);
-    let [first, second] = [&first, &second].map(|path| path.to_str().unwrap());
+    let [first, second] = &images(a);
     a.policy(&format!(
         "allow tcp/80(process{{exe=\"{first}\"}}, *);\nallow tcp/81(process{{exe=\"{second}\"}}, *);"
     ));
     for without in ["backstop", "bpf"] {
-        let mut run = a.run(&[first, "10.77.0.2", second]);
+        let mut run = a.run(&[first, "10.77.0.2", second, "shares"]);
         let said = Finished::of(run.env("PORTCULLIS_WITHOUT", without)).success();
         let [one, other] = ["80:at 80 81:EACCES ", "80:EACCES 81:at 81 "].map(|it| it.repeat(2));
         assert_eq!(said, format!("{one}\n{other}\n"), "{without}");

@@ -344,9 +344,10 @@ impl Broker {
         Some(Context { under: self.under(context.key), ..context })
     }
 
-    /// Takes leave of a process that has ended: what is left in its ring is written.
+    /// Takes leave of a process that has ended: what is left in its ring is written, and what the kernel says of it.
     pub(super) fn bury(&mut self, key: ProcessKey) {
         self.drain(key);
+        self.drain_backstop();
         let Some(process) = self.processes.remove(&key) else { return };
         self.watch.remove(&process.pidfd, process.source);
         if self.by_pid.get(&key.pid) == Some(&key) {
@@ -383,7 +384,9 @@ impl Broker {
             process.seen = now.filter(|n| n.uid == process.context.credentials.uid);
             return true;
         }
-        self.drain(key); // by the old context
+        // By the old context.
+        self.drain(key);
+        self.drain_backstop();
         let Some(process) = self.processes.get_mut(&key) else { return false };
         let Some(mut context) = self.inspector.read(key.pid, process.pidfd.as_fd(), &process.at) else {
             return false;
