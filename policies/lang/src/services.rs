@@ -1,4 +1,4 @@
-//! Services: sets of protocols and ports, and the names IANA gives them.
+//! Services: sets of protocols and ports, and the names that IANA and Debian give them.
 
 use std::{collections::HashMap, sync::LazyLock};
 
@@ -119,7 +119,7 @@ static TABLE: LazyLock<HashMap<&'static str, Vec<Ports>>> = LazyLock::new(|| {
 /// all are never asked for.
 const REGISTRY: &str = include_str!("iana.txt");
 
-/// The ports that IANA gives a service name.
+/// The ports that a service name stands for.
 pub(crate) fn iana(name: &str) -> Option<Vec<Ports>> {
     TABLE.get(name).cloned().or_else(|| registered(name))
 }
@@ -205,6 +205,21 @@ mod tests {
         assert_eq!(iana("smtp").unwrap(), [Ports { protocol: Protocol::TCP, low: 25, high: 25 }]);
         assert_eq!(iana("ntp").unwrap(), [Ports { protocol: Protocol::UDP, low: 123, high: 123 }]);
         assert_eq!(iana("domain").unwrap().len(), 2);
+    }
+
+    /// Debian's list gives each of these another port too.
+    #[test]
+    fn a_name_of_ianas_means_no_port_that_iana_does_not_give_it() {
+        for (name, protocol, port) in [
+            ("syslog", Protocol::UDP, 514),
+            ("kerberos-iv", Protocol::UDP, 750),
+            ("dicom", Protocol::TCP, 11112),
+            ("icpv2", Protocol::UDP, 3130),
+        ] {
+            assert_eq!(iana(name).unwrap(), [Ports { protocol, low: port, high: port }], "{name}");
+        }
+        assert!(iana("icp").unwrap().iter().all(|ports| (ports.low, ports.high) == (1112, 1112)));
+        assert_eq!(display(Protocol::TCP, 514), "shell");
     }
 
     #[test]
