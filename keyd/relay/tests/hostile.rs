@@ -44,6 +44,18 @@ fn settle(most: usize) -> usize {
     descriptors()
 }
 
+/// How many are open once what an earlier test has left is closed: its threads may still be at it.
+fn at_rest() -> usize {
+    let (mut open, mut since) = (descriptors(), Instant::now());
+    while since.elapsed() < Duration::from_millis(300) {
+        thread::sleep(Duration::from_millis(20));
+        if descriptors() != open {
+            (open, since) = (descriptors(), Instant::now());
+        }
+    }
+    open
+}
+
 fn connect_from(from: Ipv4Addr, to: SocketAddr) -> std::io::Result<TcpStream> {
     let socket: OwnedFd = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &SockaddrStorage::from(SocketAddr::from((from, 0))))?;
@@ -353,7 +365,7 @@ fn nothing_is_left_of_what_was_cancelled() {
     let domain = Domain::new();
     let leaf = domain.leaf(NAME);
     let (client_side, server_side) = (domain.client(&leaf, true), domain.server(&leaf));
-    let before = descriptors();
+    let before = at_rest();
     // What its owner leaves undecided ends as well.
     let limits = Limits { verdict_time: Duration::from_secs(1), ..common::limits(1) };
     let client = Engine::start(limits).unwrap();
@@ -401,13 +413,13 @@ fn nothing_is_left_of_what_was_cancelled() {
     }
     assert_eq!(settle(engines), engines);
     drop((client, server));
-    assert_eq!(settle(before), before);
+    assert!(settle(before) <= before);
 }
 
 #[test]
 fn an_engine_dropped_in_the_middle_leaves_nothing() {
     let _alone = alone();
-    let before = descriptors();
+    let before = at_rest();
     {
         let pair = pair();
         let _writing = thread::spawn({
@@ -419,5 +431,5 @@ fn an_engine_dropped_in_the_middle_leaves_nothing() {
         let ended = event(&pair.client);
         assert!(matches!(ended, Event::Closed { ending: Ending::PeerReset, .. }), "{ended:?}");
     }
-    assert_eq!(settle(before), before);
+    assert!(settle(before) <= before);
 }
