@@ -105,6 +105,18 @@ fn a_broken_policy_leaves_the_old_in_force_and_shows_why() {
         r["op"] == "policy" && r["reason"].as_str().unwrap().contains("stays in force")
     });
     assert!(!running.has_ended());
+    // A file whose own tests fail is no better, wherever it is included.
+    a.write("rules/web.rules", "allow tcp/8002(*, *); test \"web\" { allow tcp/8001(*, *); }");
+    a.policy("include \"rules/web.rules\";");
+    let status = eventually("the failing test is shown", || {
+        let status: Value =
+            serde_json::from_str(&a.portcullis(&["status", "--format", "json"]).stdout).unwrap();
+        let said = status["diagnostic"].as_str().is_some_and(|text| text.contains("this test wants"));
+        said.then_some(status)
+    });
+    assert!(status["diagnostic"].as_str().unwrap().contains("web.rules:1:"), "{status}");
+    assert_eq!(status["generation"], 1);
+    assert!(!running.has_ended());
 }
 
 #[test]
