@@ -161,16 +161,19 @@ threading.Thread(target=dial).start()
 ctypes.CDLL(None).syscall(60, 0)
 ";
 
+/// Whoever dials all of [`PORTS`] reaches what the service permits ([`WIDE`]), and narrowed to [`OWN`] what both permit.
+fn is_narrowed(service: &Service<'_>, dial: &[&str], options: &[&str]) {
+    let own = service.host.write("own.pol", OWN);
+    let said = Finished::of(&mut service.host.run(dial)).success();
+    assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
+    let said = Finished::of(&mut service.narrowed(&own, dial)).success();
+    assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
+}
+
 #[test]
 fn a_process_stays_narrowed_when_its_first_thread_has_ended() {
     everywhere(WIDE, |service, _, options| {
-        let a = service.host;
-        let own = a.write("own.pol", OWN);
-        let dial = [PY, "-c", HEADLESS, "10.77.0.2", "8001", "8002", "8003"];
-        let said = Finished::of(&mut a.run(&dial)).success();
-        assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
-        let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
-        assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
+        is_narrowed(service, &[PY, "-c", HEADLESS, "10.77.0.2", "8001", "8002", "8003"], options);
     });
 }
 
@@ -410,14 +413,8 @@ assert ctypes.CDLL(None).syscall(317, 1, 2, program) == 0
 #[test]
 fn a_programs_own_filter_that_logs_is_no_mark() {
     everywhere(WIDE, |service, _, options| {
-        let a = service.host;
-        let own = a.write("own.pol", OWN);
         let script = format!("{OWN_FILTER}{}", dials("10.77.0.2", &PORTS));
-        let dial = [PY, "-c", &script];
-        let said = Finished::of(&mut a.run(&dial)).success();
-        assert_eq!(said, "8001:ok 8002:ok 8003:EACCES\n", "control: {options:?}");
-        let said = Finished::of(&mut service.narrowed(&own, &dial)).success();
-        assert_eq!(said, "8001:EACCES 8002:ok 8003:EACCES\n", "{options:?}");
+        is_narrowed(service, &[PY, "-c", &script], options);
     });
 }
 
